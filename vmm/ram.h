@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// Guest memory: the one module that knows where a guest-physical address lies in this process
+// and which pages changed.
+//
+// RAM is at most two regions: [0, 3 GiB) and [4 GiB, ...). Seen as one line of pages, page
+// index i (0 .. ram->pages-1) counts 4 KiB pages through the regions in order: bitmaps, streams and
+// snapshot files use page indexes, so the hole costs nothing.
+#pragma once
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "vmm/error.h"
+#include "vmm/util.h"
+
+enum ram_backing {
+    RAM_ANONYMOUS, // private anonymous memory
+    RAM_MEMFD,     // shared memfd: can be handed to another process
+    RAM_HUGETLB,   // memfd of 2 MiB huge pages
+};
+
+struct ram_config {
+    uint64_t size; // bytes, a multiple of 4 KiB, at least RAM_MIN
+    enum ram_backing backing;
+    bool thp;            // ask for transparent huge pages
+    const char *numa;    // NULL, or "bind:0,1", "interleave:0-3", "preferred:1"
+};
+
+#define RAM_MIN (16 * MiB)
+#define RAM_MAX (1ull << 44) // 16 TiB: beyond what an x86 guest could address here
+
+struct ram_region {
+    uint64_t gpa, size; // bytes
+    uint64_t first_page; // page index of its first page
+    uint8_t *hva;       // 2 MiB aligned
+    uint32_t slot;      // KVM memory slot
+};
+
+struct ram {
+    struct ram_region regions[2];
+    unsigned nr_regions;
+    uint64_t size;  // bytes
+    uint64_t pages; // size / 4 KiB
+    uint8_t *map;   // the whole mapping; regions lie in it
+    size_t map_len;
+    int memfd; // -1 for anonymous memory
+    int vm_fd; // -1 until ram_attach
+    bool manual_protect; // KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 enabled
+    atomic_bool logging;
+    _Atomic uint64_t *own_dirty; // the VMM's own writes while logging; one bit per page index
+};
+
+#define ram_for_each_region(ram, r)                                                                \
+    for (struct ram_region *r = (ram)->regions; r < (ram)->regions + (ram)->nr_regions; r++)
+
+int ram_create(struct ram *ram, const struct ram_config *config, struct error *err);
+void ram_destroy(struct ram *ram);
+
+// Gives the regions to KVM as memory slots.
+int ram_attach(struct ram *ram, int vm_fd, struct error *err);
+
+// The accessor everybody uses. NULL unless [gpa, gpa+len) lies wholly inside one region.
+// Whoever writes through the pointer calls ram_mark_dirty afterwards (KVM does not see it).
+void *ram_at(const struct ram *ram, uint64_t gpa, uint64_t len);
+bool ram_contains(const struct ram *ram, uint64_t gpa, uint64_t len);
+int ram_read(const struct ram *ram, uint64_t gpa, void *data, uint64_t len);       // 0 or -EFAULT
+int ram_write(struct ram *ram, uint64_t gpa, const void *data, uint64_t len);      // 0 or -EFAULT
+void ram_mark_dirty(struct ram *ram, uint64_t gpa, uint64_t len);
+
+// Page index <-> address. Both are exact inverses for pages that exist.
+void *ram_page(const struct ram *ram, uint64_t page); // page < ram->pages
+uint64_t ram_page_gpa(const struct ram *ram, uint64_t page);
+bool ram_gpa_page(const struct ram *ram, uint64_t gpa, uint64_t *page);
+bool ram_hva_page(const struct ram *ram, const void *hva, uint64_t *page);
+
+// --- dirty log: KVM's, merged with the VMM's own writes
+static inline size_t ram_bitmap_words(const struct ram *ram)
+{
+    return (size_t)((ram->pages + 63) / 64);
+}
+
+// After start every page counts as clean. One user at a time (-EBUSY).
+int ram_dirty_start(struct ram *ram, struct error *err);
+// ORs the pages written since the last sync (or start) into `bitmap` (ram_bitmap_words words) and
+// re-arms them. `*new_pages` (may be NULL) counts bits that were not yet set in `bitmap`.
+int ram_dirty_sync(struct ram *ram, uint64_t *bitmap, uint64_t *new_pages, struct error *err);
+int ram_dirty_stop(struct ram *ram, struct error *err);
