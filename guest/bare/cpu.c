@@ -39,6 +39,7 @@ struct cpu *cpu_by_apic_id[256]; // read by the trampoline
 extern char boot_stack_top[], trampoline[], trampoline_end[];
 extern char trap_stubs[256][16];
 extern uint64_t gdt[];
+extern char ring3_call[];
 
 _Static_assert(offsetof(struct cpu, self) == CPU_SELF, "layout.h");
 _Static_assert(offsetof(struct cpu, ring0_rsp) == CPU_RING0_RSP, "layout.h");
@@ -65,7 +66,6 @@ static void idt_fill(void) {
             .offset_middle = (uint16_t)(stub >> 16),
         };
     }
-    idt[VECTOR_RING3].type = 0xee; // DPL 3
     // NMI, double fault, machine check: the interrupted stack may be unusable.
     idt[2].ist = idt[8].ist = idt[18].ist = 1;
 }
@@ -106,7 +106,7 @@ static bool in_ring3(void) {
 
 void cpu_park(void) {
     if (in_ring3())
-        __asm__ volatile("int %0" : : "i"(VECTOR_RING3), "D"(RING3_PARK) : "memory");
+        __asm__ volatile("call ring3_call" : : "D"(RING3_PARK) : "memory");
     for (;;)
         __asm__ volatile("cli; hlt" ::: "memory");
 }
@@ -130,7 +130,7 @@ static _Noreturn void trap_abort(const struct trap_frame *frame) {
 
 void trap_dispatch(struct trap_frame *frame) {
     unsigned vector = (unsigned)frame->vector;
-    if (vector == VECTOR_RING3 && (frame->cs & 3)) {
+    if (vector == VECTOR_UD && frame->rip == (uintptr_t)ring3_call) {
         if (frame->rdi == RING3_RETURN)
             ring3_leave(frame->rax);
         cpu_park();

@@ -15,7 +15,7 @@ void trap_dispatch(struct trap_frame *frame);
 uint64_t ring3_enter(uint64_t (*fn)(void *), void *arg, uint64_t rflags);
 _Noreturn void ring3_leave(uint64_t result);
 
-// RDI at `int VECTOR_RING3`.
+// RDI at ring3_call (start.S).
 enum ring3_call {
     RING3_RETURN, // RAX: result
     RING3_PARK,

@@ -15,7 +15,7 @@
 #define LAPIC_GPA 0xfee00000
 #define STACK_BYTES 16384
 
-#define VECTOR_RING3 0x80
+#define VECTOR_UD 6
 #define VECTOR_SPURIOUS 0xff
 
 // Offsets in struct cpu (checked in cpu.c).

@@ -127,7 +127,11 @@ ring3_enter:
     iretq
 1:  call *%rax
     xor %edi, %edi // RING3_RETURN
-    int $VECTOR_RING3
+// Ring 3 calls ring 0 by an undefined instruction at a known address: `int n` is not available on every
+// host (it raises #UD under KVM-PVM). RDI = enum ring3_call, RAX = result.
+    .globl ring3_call
+ring3_call:
+    ud2
 
 // void ring3_leave(uint64_t result): called by the trap handler, returns from ring3_enter.
     .globl ring3_leave
