@@ -4,7 +4,8 @@
 //
 //   section  := u8 name_len, name, u32 instance, u16 version, u32 body_len, body
 //   body     := the fields the table had at `version`, in table order, little endian
-//   blob     := u32 magic "FST1", u32 sections, section..., u32 crc32 of all before
+//   blob     := u32 length of what follows, u32 magic "FST1", u32 sections, section...,
+//               u32 crc32 of everything from the magic on
 //
 // A field added later carries `since`; loading an older version leaves it at the value
 // `defaults` (or the object's reset value) gave it. An unknown or missing section is an error.
