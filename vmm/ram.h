@@ -47,9 +47,10 @@ struct ram {
     size_t map_len;
     int memfd; // -1 for anonymous memory
     int vm_fd; // -1 until ram_attach
-    bool manual_protect; // KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 enabled
     atomic_bool logging;
-    _Atomic uint64_t *own_dirty; // the VMM's own writes while logging; one bit per page index
+    // The VMM's own writes while logging, one bit per page index. Kept until ram_destroy once
+    // allocated, so that ram_mark_dirty needs no lock.
+    _Atomic uint64_t *own_dirty;
 };
 
 #define ram_for_each_region(ram, r)                                                                \

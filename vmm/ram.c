@@ -1,0 +1,327 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vmm/ram.h"
+
+#include <errno.h>
+#include <linux/kvm.h>
+#include <linux/memfd.h>
+#include <linux/mempolicy.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+#include "vmm/layout.h"
+
+#define HUGE_PAGE (2 * MiB)
+
+enum { NUMA_NODES_MAX = 1024 };
+
+// "0,2-3" -> bits. 0 or -EINVAL.
+static int node_list_parse(const char *text, unsigned long *mask)
+{
+    do {
+        char *end;
+        if (*text < '0' || *text > '9')
+            return -EINVAL;
+        unsigned long first = strtoul(text, &end, 10), last = first;
+        if (*end == '-') {
+            text = end + 1;
+            if (*text < '0' || *text > '9')
+                return -EINVAL;
+            last = strtoul(text, &end, 10);
+        }
+        if (last < first || last >= NUMA_NODES_MAX)
+            return -EINVAL;
+        for (unsigned long n = first; n <= last; n++)
+            mask[n / 64] |= 1ul << (n % 64);
+        text = end;
+    } while (*text++ == ',');
+    return text[-1] ? -EINVAL : 0;
+}
+
+static int numa_apply(const struct ram *ram, const char *policy, struct error *err)
+{
+    static const struct {
+        const char *name;
+        int mode;
+    } modes[] = {
+        {"bind:", MPOL_BIND}, {"interleave:", MPOL_INTERLEAVE}, {"preferred:", MPOL_PREFERRED}};
+    unsigned long mask[NUMA_NODES_MAX / 64] = {0};
+    for (size_t i = 0; i < ARRAY_SIZE(modes); i++) {
+        size_t len = strlen(modes[i].name);
+        if (strncmp(policy, modes[i].name, len))
+            continue;
+        if (node_list_parse(policy + len, mask))
+            break;
+        if (syscall(SYS_mbind, ram->map, ram->map_len, modes[i].mode, mask, NUMA_NODES_MAX + 1, 0))
+            return error_errno(err, "NUMA policy %s", policy);
+        return 0;
+    }
+    return error_set(err, -EINVAL,
+                     "NUMA policy '%s': expected bind:NODES, interleave:NODES or preferred:NODE, "
+                     "e.g. bind:0 or interleave:0-1",
+                     policy);
+}
+
+static int backing_open(struct ram *ram, enum ram_backing backing, struct error *err)
+{
+    if (backing == RAM_ANONYMOUS)
+        return 0;
+    unsigned flags = MFD_CLOEXEC | (backing == RAM_HUGETLB ? MFD_HUGETLB | MFD_HUGE_2MB : 0);
+    ram->memfd = memfd_create("ferry-ram", flags);
+    if (ram->memfd < 0)
+        return error_errno(err, "guest memory: memfd_create");
+    if (ftruncate(ram->memfd, (off_t)ram->size))
+        return error_errno(err, "guest memory: %llu MiB memfd",
+                           (unsigned long long)(ram->size / MiB));
+    return 0;
+}
+
+// Reserves address space with room to start at a 2 MiB boundary, then maps RAM over it: KVM can use
+// huge pages only where guest and host addresses agree modulo 2 MiB.
+static int ram_map(struct ram *ram, const struct ram_config *config, struct error *err)
+{
+    ram->map_len = align_up(ram->size, HUGE_PAGE);
+    size_t span = ram->map_len + HUGE_PAGE;
+    uint8_t *area = mmap(NULL, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (area == MAP_FAILED)
+        return error_errno(err, "guest memory: %llu MiB of address space",
+                           (unsigned long long)(ram->size / MiB));
+    uint8_t *start = (uint8_t *)align_up((uintptr_t)area, HUGE_PAGE);
+    if (start > area)
+        munmap(area, (size_t)(start - area));
+    if (area + span > start + ram->map_len)
+        munmap(start + ram->map_len, (size_t)(area + span - (start + ram->map_len)));
+    ram->map = start;
+
+    int flags =
+        MAP_FIXED | MAP_NORESERVE | (ram->memfd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
+    if (mmap(start, ram->size, PROT_READ | PROT_WRITE, flags, ram->memfd, 0) == MAP_FAILED)
+        return error_errno(err, "guest memory: mapping %llu MiB%s",
+                           (unsigned long long)(ram->size / MiB),
+                           config->backing == RAM_HUGETLB
+                               ? " of huge pages (are there enough in /proc/sys/vm/nr_hugepages?)"
+                               : "");
+    madvise(start, ram->size, MADV_DONTDUMP);
+    if (config->thp && config->backing != RAM_HUGETLB)
+        madvise(start, ram->size, MADV_HUGEPAGE); // a wish; not every kernel has THP
+    return config->numa ? numa_apply(ram, config->numa, err) : 0;
+}
+
+static int config_check(const struct ram_config *config, struct error *err)
+{
+    uint64_t unit = config->backing == RAM_HUGETLB ? HUGE_PAGE : PAGE_SIZE;
+    if (config->size < RAM_MIN || config->size > RAM_MAX)
+        return error_set(err, -EINVAL, "memory of %llu bytes: expected %llu MiB to %llu GiB",
+                         (unsigned long long)config->size, RAM_MIN / MiB, RAM_MAX / GiB);
+    if (config->size % unit)
+        return error_set(err, -EINVAL, "memory of %llu bytes: expected a multiple of %llu KiB",
+                         (unsigned long long)config->size, (unsigned long long)(unit / KiB));
+    return 0;
+}
+
+int ram_create(struct ram *ram, const struct ram_config *config, struct error *err)
+{
+    *ram = (struct ram) {.memfd = -1, .vm_fd = -1};
+    int ret = config_check(config, err);
+    if (ret)
+        return ret;
+    ram->size = config->size;
+    ram->pages = config->size / PAGE_SIZE;
+    ret = backing_open(ram, config->backing, err);
+    if (!ret)
+        ret = ram_map(ram, config, err);
+    if (ret) {
+        ram_destroy(ram);
+        return ret;
+    }
+
+    uint64_t low = ram->size < LAYOUT_RAM_LOW_MAX ? ram->size : LAYOUT_RAM_LOW_MAX;
+    ram->regions[ram->nr_regions++] = (struct ram_region) {.size = low, .hva = ram->map};
+    if (ram->size > low)
+        ram->regions[ram->nr_regions++] = (struct ram_region) {.gpa = LAYOUT_RAM_HIGH,
+                                                               .size = ram->size - low,
+                                                               .first_page = low / PAGE_SIZE,
+                                                               .hva = ram->map + low,
+                                                               .slot = 1};
+    return 0;
+}
+
+void ram_destroy(struct ram *ram)
+{
+    if (ram->map)
+        munmap(ram->map, ram->map_len);
+    if (ram->memfd >= 0)
+        close(ram->memfd);
+    free((void *)ram->own_dirty);
+    *ram = (struct ram) {.memfd = -1, .vm_fd = -1};
+}
+
+static int slot_set(const struct ram *ram, const struct ram_region *r, uint32_t flags,
+                    struct error *err)
+{
+    struct kvm_userspace_memory_region slot = {.slot = r->slot,
+                                               .flags = flags,
+                                               .guest_phys_addr = r->gpa,
+                                               .memory_size = r->size,
+                                               .userspace_addr = (uintptr_t)r->hva};
+    if (ioctl(ram->vm_fd, KVM_SET_USER_MEMORY_REGION, &slot))
+        return error_errno(err, "KVM memory slot %u: %llu MiB at %#llx", r->slot,
+                           (unsigned long long)(r->size / MiB), (unsigned long long)r->gpa);
+    return 0;
+}
+
+int ram_attach(struct ram *ram, int vm_fd, struct error *err)
+{
+    ram->vm_fd = vm_fd;
+    ram_for_each_region (ram, r) {
+        int ret = slot_set(ram, r, 0, err);
+        if (ret)
+            return ret;
+    }
+    return 0;
+}
+
+void *ram_at(const struct ram *ram, uint64_t gpa, uint64_t len)
+{
+    for (unsigned i = 0; i < ram->nr_regions; i++) {
+        const struct ram_region *r = &ram->regions[i];
+        if (gpa >= r->gpa && range_within(gpa - r->gpa, len, r->size))
+            return r->hva + (gpa - r->gpa);
+    }
+    return NULL;
+}
+
+bool ram_contains(const struct ram *ram, uint64_t gpa, uint64_t len)
+{
+    return ram_at(ram, gpa, len) != NULL;
+}
+
+int ram_read(const struct ram *ram, uint64_t gpa, void *data, uint64_t len)
+{
+    const void *p = ram_at(ram, gpa, len);
+    if (!p)
+        return -EFAULT;
+    memcpy(data, p, len);
+    return 0;
+}
+
+int ram_write(struct ram *ram, uint64_t gpa, const void *data, uint64_t len)
+{
+    void *p = ram_at(ram, gpa, len);
+    if (!p)
+        return -EFAULT;
+    memcpy(p, data, len);
+    ram_mark_dirty(ram, gpa, len);
+    return 0;
+}
+
+void ram_mark_dirty(struct ram *ram, uint64_t gpa, uint64_t len)
+{
+    uint64_t first, last;
+    if (!len || !atomic_load_explicit(&ram->logging, memory_order_acquire) ||
+        !ram_contains(ram, gpa, len) || !ram_gpa_page(ram, gpa, &first) ||
+        !ram_gpa_page(ram, gpa + len - 1, &last))
+        return;
+    for (uint64_t page = first; page <= last; page++)
+        atomic_fetch_or(&ram->own_dirty[page / 64], 1ull << (page % 64));
+}
+
+void *ram_page(const struct ram *ram, uint64_t page)
+{
+    return ram->map + page * PAGE_SIZE; // the regions lie in the mapping back to back
+}
+
+uint64_t ram_page_gpa(const struct ram *ram, uint64_t page)
+{
+    const struct ram_region *r = &ram->regions[ram->nr_regions - 1];
+    if (page < r->first_page)
+        r = &ram->regions[0];
+    return r->gpa + (page - r->first_page) * PAGE_SIZE;
+}
+
+bool ram_gpa_page(const struct ram *ram, uint64_t gpa, uint64_t *page)
+{
+    return ram_hva_page(ram, ram_at(ram, gpa, 1), page);
+}
+
+bool ram_hva_page(const struct ram *ram, const void *hva, uint64_t *page)
+{
+    uint64_t offset = (uintptr_t)hva - (uintptr_t)ram->map;
+    if (!hva || offset >= ram->size)
+        return false;
+    *page = offset / PAGE_SIZE;
+    return true;
+}
+
+int ram_dirty_start(struct ram *ram, struct error *err)
+{
+    if (atomic_load(&ram->logging))
+        return error_set(err, -EBUSY,
+                         "the dirty log is in use: a migration or snapshot is running");
+    size_t words = ram_bitmap_words(ram);
+    if (!ram->own_dirty)
+        ram->own_dirty = calloc(words, sizeof(*ram->own_dirty));
+    if (!ram->own_dirty)
+        return error_set(err, -ENOMEM, "no memory for a dirty bitmap of %zu KiB", words * 8 / 1024);
+    memset((void *)ram->own_dirty, 0, words * sizeof(*ram->own_dirty));
+    atomic_store_explicit(&ram->logging, true, memory_order_release);
+    ram_for_each_region (ram, r) {
+        int ret = slot_set(ram, r, KVM_MEM_LOG_DIRTY_PAGES, err);
+        if (ret) {
+            ram_dirty_stop(ram, NULL);
+            return ret;
+        }
+    }
+    return 0;
+}
+
+// Merges one region's KVM log and the VMM's own bits; returns how many bits were new.
+static uint64_t region_merge(struct ram *ram, const struct ram_region *r, const uint64_t *log,
+                             uint64_t *bitmap)
+{
+    uint64_t fresh = 0;
+    size_t first = r->first_page / 64, words = (r->size / PAGE_SIZE + 63) / 64;
+    for (size_t i = 0; i < words; i++) {
+        uint64_t bits = log[i];
+        _Atomic uint64_t *own = &ram->own_dirty[first + i];
+        if (atomic_load_explicit(own, memory_order_relaxed))
+            bits |= atomic_exchange(own, 0);
+        if (!bits)
+            continue;
+        fresh += (uint64_t)__builtin_popcountll(bits & ~bitmap[first + i]);
+        bitmap[first + i] |= bits;
+    }
+    return fresh;
+}
+
+int ram_dirty_sync(struct ram *ram, uint64_t *bitmap, uint64_t *new_pages, struct error *err)
+{
+    if (!atomic_load(&ram->logging))
+        return error_set(err, -EINVAL, "the dirty log is not running");
+    autofree uint64_t *log = calloc(ram_bitmap_words(ram), sizeof(*log));
+    if (!log)
+        return error_set(err, -ENOMEM, "no memory to read the dirty log");
+    uint64_t fresh = 0;
+    ram_for_each_region (ram, r) {
+        struct kvm_dirty_log get = {.slot = r->slot, .dirty_bitmap = log};
+        if (ioctl(ram->vm_fd, KVM_GET_DIRTY_LOG, &get))
+            return error_errno(err, "KVM_GET_DIRTY_LOG of slot %u", r->slot);
+        fresh += region_merge(ram, r, log, bitmap);
+    }
+    if (new_pages)
+        *new_pages = fresh;
+    return 0;
+}
+
+int ram_dirty_stop(struct ram *ram, struct error *err)
+{
+    int ret = 0;
+    ram_for_each_region (ram, r) {
+        int one = slot_set(ram, r, 0, err);
+        ret = ret ? ret : one;
+    }
+    atomic_store(&ram->logging, false);
+    return ret;
+}
