@@ -50,8 +50,6 @@ struct loop {
     pthread_mutex_t lock; // guards `calls`
     struct loop_call *calls, **calls_tail;
     atomic_bool stop;
-    atomic_bool running;
-    uint32_t watches; // armed watches, for a clean end
 };
 
 int loop_create(struct loop **loop, struct error *err);
@@ -59,7 +57,9 @@ void loop_destroy(struct loop *loop);
 
 // Runs until loop_stop; handles everything in the calling thread. 0 or -errno.
 int loop_run(struct loop *loop, struct error *err);
-void loop_stop(struct loop *loop); // any thread
+void loop_stop(struct loop *loop); // any thread; ends the running or the next loop_run
+// Handles what is ready and, with `wait`, at least one completion. For tests and clean-up.
+int loop_turn(struct loop *loop, bool wait, struct error *err);
 
 // A free SQE, tied to `op` (user_data set); submitted when control returns to the loop, or by
 // io_uring_submit. Loop thread only. NULL only when the ring is broken.
