@@ -4,7 +4,8 @@
 
 #define IO_BITMAP_BYTES (0x1000 / 8)
 
-// Intel SDM 3A 8.7: 64-bit task state segment, followed by the I/O permission bitmap and its end byte.
+// Intel SDM 3A 8.7: 64-bit task state segment, followed by the I/O permission bitmap and its end
+// byte.
 struct tss {
     uint32_t reserved0;
     uint64_t rsp[3];
@@ -52,14 +53,16 @@ static struct tss boot_tss;
 static _Alignas(16) char boot_user_stack[STACK_BYTES];
 static _Alignas(16) char boot_fault_stack[STACK_BYTES];
 
-void trap_handler_set(unsigned vector, trap_fn fn) {
+void trap_handler_set(unsigned vector, trap_fn fn)
+{
     handlers[vector] = fn;
 }
 
-static void idt_fill(void) {
+static void idt_fill(void)
+{
     for (unsigned i = 0; i < 256; i++) {
         uint64_t stub = (uintptr_t)trap_stubs[i];
-        idt[i] = (struct gate){
+        idt[i] = (struct gate) {
             .offset_low = (uint16_t)stub,
             .selector = SEL_CODE64,
             .type = 0x8e, // present, DPL 0, interrupt gate
@@ -70,7 +73,8 @@ static void idt_fill(void) {
     idt[2].ist = idt[8].ist = idt[18].ist = 1;
 }
 
-static void cpu_tables_load(struct cpu *cpu, struct tss *tss, uint64_t fault_stack_top) {
+static void cpu_tables_load(struct cpu *cpu, struct tss *tss, uint64_t fault_stack_top)
+{
     tss->rsp[0] = cpu->rsp0;
     tss->ist[0] = fault_stack_top;
     tss->io_bitmap = offsetof(struct tss, ports);
@@ -88,7 +92,8 @@ static void cpu_tables_load(struct cpu *cpu, struct tss *tss, uint64_t fault_sta
     wrmsr(MSR_GS_BASE, (uintptr_t)cpu);
 }
 
-void cpu_setup_boot(void) {
+void cpu_setup_boot(void)
+{
     struct cpu *cpu = &cpus[0];
     cpu->self = cpu;
     cpu->rsp0 = (uintptr_t)boot_stack_top;
@@ -98,20 +103,23 @@ void cpu_setup_boot(void) {
     cpu_tables_load(cpu, &boot_tss, (uintptr_t)boot_fault_stack + sizeof(boot_fault_stack));
 }
 
-static bool in_ring3(void) {
+static bool in_ring3(void)
+{
     uint32_t cs;
     __asm__ volatile("mov %%cs, %0" : "=r"(cs));
     return (cs & 3) == 3;
 }
 
-void cpu_park(void) {
+void cpu_park(void)
+{
     if (in_ring3())
         __asm__ volatile("call ring3_call" : : "D"(RING3_PARK) : "memory");
     for (;;)
         __asm__ volatile("cli; hlt" ::: "memory");
 }
 
-static _Noreturn void trap_abort(const struct trap_frame *frame) {
+static _Noreturn void trap_abort(const struct trap_frame *frame)
+{
     uint64_t cr2;
     __asm__ volatile("mov %%cr2, %0" : "=r"(cr2));
     if (ucall_present) {
@@ -128,7 +136,8 @@ static _Noreturn void trap_abort(const struct trap_frame *frame) {
     cpu_park();
 }
 
-void trap_dispatch(struct trap_frame *frame) {
+void trap_dispatch(struct trap_frame *frame)
+{
     unsigned vector = (unsigned)frame->vector;
     if (vector == VECTOR_UD && frame->rip == (uintptr_t)ring3_call) {
         if (frame->rdi == RING3_RETURN)
@@ -146,7 +155,8 @@ void trap_dispatch(struct trap_frame *frame) {
     }
 }
 
-uint64_t ring3_run(uint64_t (*fn)(void *arg), void *arg) {
+uint64_t ring3_run(uint64_t (*fn)(void *arg), void *arg)
+{
     struct cpu *cpu = cpu_self();
     struct tss *tss = cpu->tss;
     uint64_t rflags, rsp;
@@ -160,7 +170,8 @@ uint64_t ring3_run(uint64_t (*fn)(void *arg), void *arg) {
     return result;
 }
 
-void ap_main(struct cpu *cpu) {
+void ap_main(struct cpu *cpu)
+{
     char *fault_stack = (char *)cpu->tss + PAGE_SIZE;
     cpu_tables_load(cpu, cpu->tss, (uintptr_t)fault_stack + PAGE_SIZE);
     lapic_enable();
@@ -170,8 +181,10 @@ void ap_main(struct cpu *cpu) {
     cpu_park();
 }
 
-static void ap_prepare(struct cpu *cpu, void (*fn)(void *arg), void *arg) {
-    // One block: TSS page, fault stack page, ring 0 stack, ring 3 stack. TSS and bitmap must start zeroed.
+static void ap_prepare(struct cpu *cpu, void (*fn)(void *arg), void *arg)
+{
+    // One block: TSS page, fault stack page, ring 0 stack, ring 3 stack. TSS and bitmap must start
+    // zeroed.
     char *block = ram_alloc(2 * PAGE_SIZE + 2 * STACK_BYTES, PAGE_SIZE, 0, 4 * GIB);
     memset(block, 0, sizeof(struct tss));
     cpu->self = cpu;
@@ -183,12 +196,14 @@ static void ap_prepare(struct cpu *cpu, void (*fn)(void *arg), void *arg) {
     cpu_by_apic_id[cpu->apic_id] = cpu;
 }
 
-void cpus_start(void (*fn)(void *arg), void *arg) {
+void cpus_start(void (*fn)(void *arg), void *arg)
+{
     irq_init();
     memcpy((void *)TRAMPOLINE_GPA, trampoline, (size_t)(trampoline_end - trampoline));
     for (unsigned i = 1; i < cpu_count; i++)
         ap_prepare(&cpus[i], fn, arg);
-    // Intel SDM 3A 9.4.4 INIT-SIPI-SIPI; the delays it asks for are bus settling times, which a VMM does not have.
+    // Intel SDM 3A 9.4.4 INIT-SIPI-SIPI; the delays it asks for are bus settling times, which a VMM
+    // does not have.
     for (unsigned i = 1; i < cpu_count; i++)
         lapic_init_ap(cpus[i].apic_id);
     for (unsigned sipi = 0; sipi < 2; sipi++)
@@ -199,7 +214,8 @@ void cpus_start(void (*fn)(void *arg), void *arg) {
             pause();
 }
 
-void cpus_join(void) {
+void cpus_join(void)
+{
     for (unsigned i = 1; i < cpu_count; i++)
         while (__atomic_load_n(&cpus[i].online, __ATOMIC_ACQUIRE) != 2)
             pause();

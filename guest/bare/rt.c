@@ -6,8 +6,8 @@
 
 #include "internal.h"
 
-#define COM1 0x3f8
-#define LSR 5
+#define COM1     0x3f8
+#define LSR      5
 #define LSR_THRE 0x20
 
 bool ucall_present;
@@ -20,10 +20,11 @@ char boot_cmdline[1024];
 extern char image_end[];
 extern uint64_t pdpt[512];
 
-// What is left of each range; ram_alloc moves `base` up.
-static struct ram_range ram_free[RAM_RANGE_MAX];
+static struct ram_range ram_free[2 * RAM_RANGE_MAX];
+static unsigned ram_free_count;
 
-void *memcpy(void *to, const void *from, size_t n) {
+void *memcpy(void *to, const void *from, size_t n)
+{
     void *d = to;
     size_t words = n / 8;
     // String instructions: one emulated instruction moves it all, 8 bytes a step.
@@ -33,7 +34,8 @@ void *memcpy(void *to, const void *from, size_t n) {
     return to;
 }
 
-void *memset(void *to, int byte, size_t n) {
+void *memset(void *to, int byte, size_t n)
+{
     void *d = to;
     size_t words = n / 8;
     uint64_t pattern = 0x0101010101010101ul * (uint8_t)byte;
@@ -43,7 +45,8 @@ void *memset(void *to, int byte, size_t n) {
     return to;
 }
 
-void *memmove(void *to, const void *from, size_t n) {
+void *memmove(void *to, const void *from, size_t n)
+{
     if ((uintptr_t)to - (uintptr_t)from >= n)
         return memcpy(to, from, n);
     volatile char *d = to;
@@ -53,7 +56,8 @@ void *memmove(void *to, const void *from, size_t n) {
     return to;
 }
 
-int memcmp(const void *a, const void *b, size_t n) {
+int memcmp(const void *a, const void *b, size_t n)
+{
     const volatile unsigned char *x = a, *y = b;
     for (size_t i = 0; i < n; i++)
         if (x[i] != y[i])
@@ -61,7 +65,8 @@ int memcmp(const void *a, const void *b, size_t n) {
     return 0;
 }
 
-uint64_t ucall(uint64_t nr, uint64_t a0, uint64_t a1, uint64_t a2, uint64_t a3, uint64_t a4) {
+uint64_t ucall(uint64_t nr, uint64_t a0, uint64_t a1, uint64_t a2, uint64_t a3, uint64_t a4)
+{
     if (!ucall_present)
         return UCALL_NONE;
     // On the stack: an interrupt handler may call while the code it interrupted fills its own.
@@ -70,7 +75,8 @@ uint64_t ucall(uint64_t nr, uint64_t a0, uint64_t a1, uint64_t a2, uint64_t a3, 
     return *(volatile uint64_t *)&call.result;
 }
 
-static void text_out(const char *text, size_t length) {
+static void text_out(const char *text, size_t length)
+{
     if (ucall_present) {
         ucall(UCALL_PRINT, (uintptr_t)text, length, 0, 0, 0);
         return;
@@ -87,12 +93,14 @@ struct text {
     size_t length;
 };
 
-static void text_char(struct text *text, char c) {
+static void text_char(struct text *text, char c)
+{
     if (text->length < sizeof(text->bytes) - 1)
         text->bytes[text->length++] = c;
 }
 
-static void text_number(struct text *text, uint64_t value, unsigned base, int width, char fill) {
+static void text_number(struct text *text, uint64_t value, unsigned base, int width, char fill)
+{
     char digits[20];
     int n = 0;
     do {
@@ -105,7 +113,8 @@ static void text_number(struct text *text, uint64_t value, unsigned base, int wi
         text_char(text, digits[--n]);
 }
 
-static void text_integer(struct text *text, char kind, int64_t value, int width, char fill) {
+static void text_integer(struct text *text, char kind, int64_t value, int width, char fill)
+{
     if (kind == 'd' && value < 0) {
         text_char(text, '-');
         value = -value;
@@ -113,7 +122,8 @@ static void text_integer(struct text *text, char kind, int64_t value, int width,
     text_number(text, (uint64_t)value, kind == 'x' ? 16 : 10, width, fill);
 }
 
-void print(const char *format, ...) {
+void print(const char *format, ...)
+{
     struct text text = {.length = 0};
     va_list args;
     va_start(args, format);
@@ -156,7 +166,8 @@ void print(const char *format, ...) {
     text_out(text.bytes, text.length);
 }
 
-uint64_t guest_sync(uint64_t stage, uint64_t value) {
+uint64_t guest_sync(uint64_t stage, uint64_t value)
+{
     if (ucall_present)
         return ucall(UCALL_SYNC, stage, value, 0, 0, 0);
     print("sync %lu %lu\n", stage, value);
@@ -175,14 +186,16 @@ static const char *const param_names[] = {
 #undef PARAM_NAME
 };
 
-void guest_value(enum ucall_value id, uint64_t value, uint64_t index) {
+void guest_value(enum ucall_value id, uint64_t value, uint64_t index)
+{
     if (ucall_present)
         ucall(UCALL_VALUE, id, value, index, 0, 0);
     else
         print("value %s[%lu] = %lu\n", value_names[id], index, value);
 }
 
-static bool number_parse(const char *s, uint64_t *value) {
+static bool number_parse(const char *s, uint64_t *value)
+{
     unsigned base = 10;
     if (s[0] == '0' && s[1] == 'x') {
         base = 16;
@@ -192,7 +205,7 @@ static bool number_parse(const char *s, uint64_t *value) {
     const char *start = s;
     for (;; s++) {
         unsigned lower = (unsigned char)*s | 0x20;
-        unsigned digit = *s >= '0' && *s <= '9'             ? (unsigned)(*s - '0')
+        unsigned digit = *s >= '0' && *s <= '9'         ? (unsigned)(*s - '0')
                          : lower >= 'a' && lower <= 'f' ? lower - 'a' + 10
                                                         : 16;
         if (digit >= base)
@@ -206,7 +219,8 @@ static bool number_parse(const char *s, uint64_t *value) {
 }
 
 // Finds the word `name=number`; the last one on the line wins.
-static bool cmdline_number(const char *name, uint64_t *value) {
+static bool cmdline_number(const char *name, uint64_t *value)
+{
     bool found = false;
     for (const char *p = boot_cmdline; *p;) {
         const char *n = name;
@@ -222,18 +236,21 @@ static bool cmdline_number(const char *name, uint64_t *value) {
     return found;
 }
 
-uint64_t guest_param(enum ucall_param id, uint64_t fallback) {
+uint64_t guest_param(enum ucall_param id, uint64_t fallback)
+{
     uint64_t value = ucall(UCALL_GET, id, 0, 0, 0, 0);
     if (value != UCALL_NONE)
         return value;
     return cmdline_number(param_names[id], &value) ? value : fallback;
 }
 
-void guest_stop(void) {
+void guest_stop(void)
+{
     ucall(UCALL_STOP, 0, 0, 0, 0, 0);
 }
 
-void guest_done(uint64_t status) {
+void guest_done(uint64_t status)
+{
     if (ucall_present)
         ucall(UCALL_DONE, status, 0, 0, 0, 0);
     else
@@ -241,8 +258,8 @@ void guest_done(uint64_t status) {
     cpu_park();
 }
 
-void guest_assert_failed(const char *file, unsigned line, const char *expr, uint64_t a,
-                         uint64_t b) {
+void guest_assert_failed(const char *file, unsigned line, const char *expr, uint64_t a, uint64_t b)
+{
     if (ucall_present) {
         ucall(UCALL_ASSERT, (uintptr_t)file, line, (uintptr_t)expr, a, b);
     } else {
@@ -254,68 +271,80 @@ void guest_assert_failed(const char *file, unsigned line, const char *expr, uint
 
 // --- memory ------------------------------------------------------------------------------
 
-static void ram_add(uint64_t base, uint64_t bytes) {
+static void ram_add(uint64_t base, uint64_t bytes)
+{
     GUEST_ASSERT(ram_range_count < RAM_RANGE_MAX);
-    struct ram_range *range = &ram_free[ram_range_count];
-    ram_ranges[ram_range_count++] = (struct ram_range){base, bytes};
+    ram_ranges[ram_range_count++] = (struct ram_range) {base, bytes};
 
     uint64_t end = (base + bytes) & -PAGE_SIZE;
     uint64_t start = (base + PAGE_SIZE - 1) & -PAGE_SIZE;
     // Low memory holds boot data and the trampoline, and the image follows: allocate above.
     if (start < (uintptr_t)image_end)
         start = (uintptr_t)image_end;
-    range->base = start;
-    range->bytes = end > start ? end - start : 0;
+    if (end > start)
+        ram_free[ram_free_count++] = (struct ram_range) {start, end - start};
 }
 
-// Longest free part of range i inside [from, limit).
-static struct ram_range ram_window(unsigned i, uint64_t align, uint64_t from, uint64_t limit) {
+// The aligned part of free range i inside [from, limit).
+static struct ram_range ram_window(unsigned i, uint64_t align, uint64_t from, uint64_t limit)
+{
     uint64_t base = ram_free[i].base, end = base + ram_free[i].bytes;
     if (base < from)
         base = from;
     base = (base + align - 1) & -align;
     if (end > limit)
         end = limit;
-    return (struct ram_range){base, end > base ? end - base : 0};
+    return (struct ram_range) {base, end > base ? end - base : 0};
 }
 
-// What lies below the carved piece is given up: tests ask for rising addresses.
-static void ram_cut(unsigned i, uint64_t end) {
-    ram_free[i].bytes -= end - ram_free[i].base;
-    ram_free[i].base = end;
+// Removes [base, base + bytes), which lies in free range i; what is below becomes a range of its
+// own.
+static void ram_cut(unsigned i, uint64_t base, uint64_t bytes)
+{
+    struct ram_range *range = &ram_free[i];
+    if (base > range->base) {
+        GUEST_ASSERT(ram_free_count < 2 * RAM_RANGE_MAX);
+        ram_free[ram_free_count++] = (struct ram_range) {range->base, base - range->base};
+    }
+    range->bytes -= base + bytes - range->base;
+    range->base = base + bytes;
 }
 
-void *ram_alloc(uint64_t bytes, uint64_t align, uint64_t from, uint64_t limit) {
+void *ram_alloc(uint64_t bytes, uint64_t align, uint64_t from, uint64_t limit)
+{
     bytes = (bytes + PAGE_SIZE - 1) & -PAGE_SIZE;
     if (align < PAGE_SIZE)
         align = PAGE_SIZE;
-    for (unsigned i = 0; i < ram_range_count; i++) {
+    for (unsigned i = 0; i < ram_free_count; i++) {
         struct ram_range window = ram_window(i, align, from, limit);
         if (window.bytes < bytes)
             continue;
-        ram_cut(i, window.base + bytes);
+        ram_cut(i, window.base, bytes);
         return (void *)window.base;
     }
     guest_assert_failed(__FILE__, __LINE__, "out of RAM: bytes, from", bytes, from);
 }
 
-unsigned ram_take(uint64_t pages, uint64_t from, struct ram_range *out, unsigned max) {
+unsigned ram_take(uint64_t pages, uint64_t from, struct ram_range *out, unsigned max)
+{
     unsigned n = 0;
-    for (unsigned i = 0; i < ram_range_count && n < max && pages; i++) {
+    for (unsigned i = 0; i < ram_free_count && n < max && pages; i++) {
         struct ram_range window = ram_window(i, PAGE_SIZE, from, UINT64_MAX);
         if (!window.bytes)
             continue;
         if (window.bytes > pages * PAGE_SIZE)
             window.bytes = pages * PAGE_SIZE;
-        ram_cut(i, window.base + window.bytes);
+        ram_cut(i, window.base, window.bytes);
         pages -= window.bytes / PAGE_SIZE;
         out[n++] = window;
     }
     return n;
 }
 
-// The first 4 GiB are mapped by data in start.S; adds the RAM above, 1 GiB of 2 MiB pages at a time.
-static void ram_map_high(void) {
+// The first 4 GiB are mapped by data in start.S; adds the RAM above, 1 GiB of 2 MiB pages at a
+// time.
+static void ram_map_high(void)
+{
     for (unsigned i = 0; i < ram_range_count; i++) {
         uint64_t end = ram_ranges[i].base + ram_ranges[i].bytes;
         GUEST_ASSERT(end <= 512 * GIB);
@@ -331,7 +360,8 @@ static void ram_map_high(void) {
     }
 }
 
-static void cmdline_set(uint64_t gpa) {
+static void cmdline_set(uint64_t gpa)
+{
     const char *from = (const char *)gpa;
     for (size_t i = 0; gpa && i < sizeof(boot_cmdline) - 1 && from[i]; i++)
         boot_cmdline[i] = from[i];
@@ -343,12 +373,14 @@ struct e820_entry {
     uint32_t type;
 } __attribute__((packed));
 
-static uint32_t le32(uint64_t gpa) {
+static uint32_t le32(uint64_t gpa)
+{
     return *(const uint32_t *)gpa;
 }
 
 // Linux x86 boot protocol, "zero page".
-static void boot_params_read(uint64_t params) {
+static void boot_params_read(uint64_t params)
+{
     unsigned count = *(const uint8_t *)(params + 0x1e8);
     const struct e820_entry *e820 = (const struct e820_entry *)(params + 0x2d0);
     for (unsigned i = 0; i < count; i++)
@@ -370,7 +402,8 @@ struct pvh_memory {
     uint32_t type, reserved;
 };
 
-static void pvh_read(const struct pvh_info *info) {
+static void pvh_read(const struct pvh_info *info)
+{
     GUEST_ASSERT_EQ(info->magic, 0x336ec578);
     GUEST_ASSERT(info->version >= 1);
     const struct pvh_memory *map = (const struct pvh_memory *)info->memmap;
@@ -381,7 +414,8 @@ static void pvh_read(const struct pvh_info *info) {
     boot_rsdp = info->rsdp;
 }
 
-void boot_main(unsigned kind, uint64_t info) {
+void boot_main(unsigned kind, uint64_t info)
+{
     boot_kind = kind;
     ucall_present = inl(UCALL_PORT) == UCALL_MAGIC;
     cpu_setup_boot();

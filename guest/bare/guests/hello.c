@@ -2,12 +2,14 @@
 // The least a VMM must do: load, enter, memory map, command line, output, ring 3 and back.
 #include "../rt.h"
 
-static uint64_t user_add(void *arg) {
+static uint64_t user_add(void *arg)
+{
     GUEST_SYNC(2); // port I/O from ring 3
     return *(uint64_t *)arg + 1;
 }
 
-void guest_main(void) {
+void guest_main(void)
+{
     uint64_t ram = 0, value = 41;
     for (unsigned i = 0; i < ram_range_count; i++)
         ram += ram_ranges[i].bytes;

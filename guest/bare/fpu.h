@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Register contents that fpu.S loads and stores. Ring 3 only.
+
+#include <stdint.h>
+
+struct fpu_image {
+    uint64_t x87[8]; // doubles, ST(0) first
+    uint16_t fcw;
+    uint16_t pad0;
+    uint32_t mxcsr; // offset 68
+    uint16_t k[8];  // offset 72; k0 is not touched
+    uint8_t pad1[40];
+    uint64_t zmm[32][8]; // offset 128; XMM and YMM are the low parts
+};
+
+void fpu_fill(const struct fpu_image *image, uint64_t sets);
+void fpu_read(struct fpu_image *image, uint64_t sets);
+uint64_t xcr0_read(void);
