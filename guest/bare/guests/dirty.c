@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Dirties memory in ring 3 at a given rate and records the longest time it did not run.
-// Parameters: mib (64, all CPUs together), rate (pages per second, all CPUs together; 0 = as fast
+// Parameters: mib (32, all CPUs together), rate (pages per second, all CPUs together; 0 = as fast
 // as it goes), base. Values: GAP[cpu] (struct ucall_gap), CPUS, RANGE_*, TSC_KHZ; then
 // GUEST_SYNC(1) from CPU 0. Each visit writes the CPU's running page count to the first word of the
 // page.
@@ -91,7 +91,7 @@ static unsigned worker_carve(unsigned cpu, uint64_t pages, uint64_t base, unsign
 
 void guest_main(void)
 {
-    uint64_t pages = guest_param(UCALL_P_MIB, 64) * 256;
+    uint64_t pages = guest_param(UCALL_P_MIB, 32) * 256;
     uint64_t base = guest_param(UCALL_P_BASE, 0);
     uint64_t rate = guest_param(UCALL_P_RATE, 0);
     uint64_t khz = tsc_khz();
