@@ -1,0 +1,11 @@
+#!/bin/sh
+# SPDX-License-Identifier: Apache-2.0
+# What udhcpc runs on each event.
+case $1 in
+deconfig) ifconfig "$interface" 0.0.0.0 ;;
+bound | renew)
+    ifconfig "$interface" "$ip" netmask "${subnet:-255.255.255.0}"
+    for gateway in $router; do route add default gw "$gateway" dev "$interface"; done
+    for server in $dns; do echo "nameserver $server"; done >/etc/resolv.conf
+    ;;
+esac
