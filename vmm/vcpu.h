@@ -9,6 +9,7 @@
 #include <stdint.h>
 
 #include "vmm/error.h"
+#include "vmm/state.h"
 
 struct vm;
 struct boot_entry;
@@ -21,15 +22,25 @@ struct vcpu {
     struct kvm_run *run;
     pthread_t thread;
     bool started;
-    atomic_int tid;       // kernel thread id once it runs
-    bool parked;          // guarded by vm->lock
-    struct vcpu_state *state; // what the state registry saves and loads
+    struct vcpu_state *state; // what the state registry saves and loads (vmm/vcpu_state.c)
+    _Atomic uint64_t exits;   // to user space
 };
 
-int vcpu_create(struct vcpu *vcpu, struct vm *vm, unsigned index, struct error *err);
-void vcpu_destroy(struct vcpu *vcpu);
+// `cpuid`: what the guest sees on this vCPU.
+int vcpu_create(struct vcpu *vcpu, struct vm *vm, unsigned index, const struct kvm_cpuid2 *cpuid,
+                struct error *err);
+void vcpu_destroy(struct vcpu *vcpu); // its thread has ended
 int vcpu_set_entry(struct vcpu *vcpu, const struct boot_entry *entry, struct error *err);
-int vcpu_start(struct vcpu *vcpu, struct error *err);
+int vcpu_start(struct vcpu *vcpu, struct error *err); // the thread starts parked
 
 // Makes KVM_RUN return, now or at the next entry; cannot be lost. Any thread.
 void vcpu_kick(struct vcpu *vcpu);
+
+// vmm/vcpu_state.c
+extern const struct state_table vcpu_state_table;
+int vcpu_state_create(struct vcpu *vcpu, const struct kvm_cpuid2 *cpuid, struct error *err);
+// The CPUID this vCPU shows its guest.
+const struct kvm_cpuid2 *vcpu_cpuid(const struct vcpu *vcpu);
+
+// vmm/diagnose.c: registers, instruction bytes, the likely cause and a remedy, as text.
+void vcpu_diagnose(struct vcpu *vcpu, char *text, size_t size);

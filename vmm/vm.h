@@ -29,7 +29,7 @@ struct vm_config {
     struct cpu_model cpu; // vmm/cpuid.h
     enum log_level log_level;
     bool trace;
-    const char *kvm_path; // "/dev/kvm"
+    const char *kvm_path; // NULL = /dev/kvm
 };
 
 // Why a VM stopped. The first cause wins.
@@ -71,12 +71,15 @@ struct vm {
     struct trace *trace; // NULL unless asked for
 
     struct vcpu *vcpus; // config.cpus of them
+    unsigned nr_vcpus;
     size_t vcpu_mmap_size;
+    struct kvm_cpuid2 *host_cpuid; // what KVM supports here
 
     pthread_mutex_t lock; // guards phase, parked, stop
     pthread_cond_t changed;
     enum vm_phase phase;
-    unsigned parked; // vCPU threads that wait in park
+    bool quiesced;     // the devices are
+    unsigned parked;   // vCPU threads that wait in may_run
     atomic_bool pause; // what vCPU threads look at
     atomic_bool quit;
     struct vm_stop stop;
@@ -84,8 +87,8 @@ struct vm {
     void (*on_stop)(struct vm *vm, void *arg);
     void *on_stop_arg;
 
-    // Kernel-state sections (irqchip, PIT, clock) registered by vm_create.
-    struct vm_kernel_state *kernel_state;
+    struct vm_kernel_state *kernel_state; // irqchip, PIT, clock (vmm/vm_state.c)
+    uint64_t paused_clock_ns; // kvmclock when the guest was last paused; it goes on from there
 };
 
 // Opens KVM, creates the VM with irqchip, PIT, RAM and vCPUs (no threads yet).
