@@ -56,8 +56,9 @@ const char *cpuid_feature_name(size_t index);
 const struct cpuid_feature *cpuid_feature_at(size_t index);
 // By name or alias; NULL when unknown.
 const struct cpuid_feature *cpuid_feature_find(const char *name, size_t len);
-// The feature this one is useless without; NULL when there is none.
-const struct cpuid_feature *cpuid_feature_needs(const struct cpuid_feature *feature);
+// The nth feature that is useless without this one; NULL at the end.
+const struct cpuid_feature *cpuid_feature_dependent(const struct cpuid_feature *feature,
+                                                    size_t nth);
 
 // Compares what a saved guest saw with what this host gives (built or as KVM_GET_SUPPORTED_CPUID
 // gave it): -ENOTSUP naming the first features that are missing here. Bits that Ferry or the guest

@@ -368,11 +368,11 @@ const struct cpuid_feature *cpuid_feature_find(const char *name, size_t len)
     return NULL;
 }
 
-const struct cpuid_feature *cpuid_feature_needs(const struct cpuid_feature *feature)
+const struct cpuid_feature *cpuid_feature_dependent(const struct cpuid_feature *feature, size_t nth)
 {
     for (size_t i = 0; i < ARRAY_SIZE(needs); i++) {
-        if (!strcmp(needs[i].name, feature->name))
-            return cpuid_feature_find(needs[i].needs, strlen(needs[i].needs));
+        if (!strcmp(needs[i].needs, feature->name) && nth-- == 0)
+            return cpuid_feature_find(needs[i].name, strlen(needs[i].name));
     }
     return NULL;
 }
