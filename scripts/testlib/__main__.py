@@ -18,8 +18,11 @@ def run(stages, options):
         for what in ("sanitizers", "clang build", "fuzzers", "Linux guests"):
             stages.tally.add_skipped(what, "--quick")
         return
-    stages.start_guest_build()
-    stages.build_and_test("gcc")
+    linux_files = stages.linux_files()
+    guest = bool(linux_files) or stages.wanted("build guest")
+    if guest:
+        stages.start_guest_build()
+    stages.build_and_test("gcc", needed=bool(linux_files))
     stages.build_and_test("asan", ["-Dferry_sanitize=address"])
     if options.long:
         stages.build_and_test("tsan", ["-Dferry_sanitize=thread"])
@@ -28,7 +31,8 @@ def run(stages, options):
     else:
         stages.tally.add_skipped("build clang", "no clang; scripts/install --with test")
     stages.fuzz()
-    stages.linux()
+    if guest:
+        stages.linux(linux_files)
 
 
 def main():

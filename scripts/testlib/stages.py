@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The stages of scripts/test. Each one adds what it found to a Tally."""
 
+import ast
 import concurrent.futures
 import glob
 import json
@@ -74,11 +75,12 @@ class Stages:
         self.tally.add_passed(f"build {kind}", note=f"{time.monotonic() - begin:.0f} s")
         return True
 
-    def build_and_test(self, kind, options=(), compiler="gcc"):
+    def build_and_test(self, kind, options=(), compiler="gcc", needed=False):
+        """`needed`: later stages use what is built, whatever the filter."""
         if not self.configure(kind, options, compiler):
             return
         tests = self.meson_tests(kind)
-        if self.text and not tests:
+        if self.text and not tests and not needed:
             return
         if self.compile(kind):
             self.run_meson_tests(kind, tests)
@@ -188,6 +190,18 @@ class Stages:
 
     # --- the guest and Linux
 
+    def linux_files(self):
+        """Files of tests/linux with a test that is wanted, found without running them."""
+        found = []
+        for path in sorted(glob.glob(os.path.join(self.root, "tests", "linux", "test_*.py"))):
+            module = os.path.splitext(os.path.basename(path))[0]
+            with open(path) as f:
+                classes = [node for node in ast.parse(f.read()).body if isinstance(node, ast.ClassDef)]
+            if not self.text or any(self.wanted(f"{module}.{group.name}.{test.name}") for group in classes
+                   for test in group.body if isinstance(test, ast.FunctionDef)):
+                found.append(path)
+        return found
+
     def start_guest_build(self):
         """In the background: a kernel takes minutes, and what comes first does not need it."""
         os.makedirs(self.logs, exist_ok=True)
@@ -206,8 +220,7 @@ class Stages:
         self.guest_thread = threading.Thread(target=build, daemon=True)
         self.guest_thread.start()
 
-    def linux(self):
-        files = sorted(glob.glob(os.path.join(self.root, "tests", "linux", "test_*.py")))
+    def linux(self, files):
         begin = time.monotonic()
         with proc.progress("build guest", self.guest_log):
             self.guest_thread.join()
