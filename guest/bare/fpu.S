@@ -9,27 +9,27 @@ fpu_fill:
     jz 1f
     fninit
     .irp n, 7, 6, 5, 4, 3, 2, 1, 0
-    fldl 8 * \n(%rdi)
+    fldt 16 * \n(%rdi)
     .endr
-    fldcw 64(%rdi)
+    fldcw 128(%rdi)
 1:  test $2, %sil
     jz 2f
-    ldmxcsr 68(%rdi)
+    ldmxcsr 132(%rdi)
     .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
-    movups 128 + 64 * \n(%rdi), %xmm\n
+    movups 192 + 64 * \n(%rdi), %xmm\n
     .endr
 2:  test $4, %sil
     jz 3f
     .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
-    vmovups 128 + 64 * \n(%rdi), %ymm\n
+    vmovups 192 + 64 * \n(%rdi), %ymm\n
     .endr
 3:  test $8, %sil
     jz 4f
     .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31
-    vmovups 128 + 64 * \n(%rdi), %zmm\n
+    vmovups 192 + 64 * \n(%rdi), %zmm\n
     .endr
     .irp n, 1, 2, 3, 4, 5, 6, 7
-    kmovw 72 + 2 * \n(%rdi), %k\n
+    kmovw 136 + 2 * \n(%rdi), %k\n
     .endr
 4:  ret
 
@@ -39,27 +39,27 @@ fpu_read:
     test $8, %sil
     jz 1f
     .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31
-    vmovups %zmm\n, 128 + 64 * \n(%rdi)
+    vmovups %zmm\n, 192 + 64 * \n(%rdi)
     .endr
     .irp n, 1, 2, 3, 4, 5, 6, 7
-    kmovw %k\n, 72 + 2 * \n(%rdi)
+    kmovw %k\n, 136 + 2 * \n(%rdi)
     .endr
 1:  test $4, %sil
     jz 2f
     .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
-    vmovups %ymm\n, 128 + 64 * \n(%rdi)
+    vmovups %ymm\n, 192 + 64 * \n(%rdi)
     .endr
 2:  test $2, %sil
     jz 3f
-    stmxcsr 68(%rdi)
+    stmxcsr 132(%rdi)
     .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
-    movups %xmm\n, 128 + 64 * \n(%rdi)
+    movups %xmm\n, 192 + 64 * \n(%rdi)
     .endr
 3:  test $1, %sil
     jz 4f
-    fnstcw 64(%rdi)
+    fnstcw 128(%rdi)
     .irp n, 0, 1, 2, 3, 4, 5, 6, 7
-    fstpl 8 * \n(%rdi)
+    fstpt 16 * \n(%rdi)
     .endr
 4:  ret
 

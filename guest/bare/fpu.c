@@ -8,9 +8,9 @@
 #define XCR0_AVX           4u
 #define XCR0_AVX512        0xe0u
 
-_Static_assert(offsetof(struct fpu_image, mxcsr) == 68, "fpu.S");
-_Static_assert(offsetof(struct fpu_image, k) == 72, "fpu.S");
-_Static_assert(offsetof(struct fpu_image, zmm) == 128, "fpu.S");
+_Static_assert(offsetof(struct fpu_image, mxcsr) == 132, "fpu.S");
+_Static_assert(offsetof(struct fpu_image, k) == 136, "fpu.S");
+_Static_assert(offsetof(struct fpu_image, zmm) == 192, "fpu.S");
 
 static uint64_t user_xcr0(void *arg)
 {

@@ -17,6 +17,8 @@ unsigned boot_kind;
 uint64_t boot_rsdp;
 char boot_cmdline[1024];
 
+static bool com1_busy;
+
 extern char image_end[];
 extern uint64_t pdpt[512];
 
@@ -81,11 +83,17 @@ static void text_out(const char *text, size_t length)
         ucall(UCALL_PRINT, (uintptr_t)text, length, 0, 0, 0);
         return;
     }
+    // Keeps lines of several CPUs apart; an interrupt handler on the same CPU must get through all
+    // the same.
+    for (int tries = 0; tries < 10000 && __atomic_test_and_set(&com1_busy, __ATOMIC_ACQUIRE);
+         tries++)
+        pause();
     for (size_t i = 0; i < length; i++) {
         for (int tries = 0; tries < 1000 && !(inb(COM1 + LSR) & LSR_THRE); tries++)
             pause();
         outb(COM1, (uint8_t)text[i]);
     }
+    __atomic_clear(&com1_busy, __ATOMIC_RELEASE);
 }
 
 struct text {

@@ -17,8 +17,9 @@ static uint64_t pattern(uint64_t *state)
 static void image_fill(struct fpu_image *image, uint64_t state)
 {
     for (unsigned i = 0; i < 8; i++) {
-        // A normal double: exponent of 1.0, any mantissa.
-        image->x87[i] = 0x3ff0000000000000 | pattern(&state) >> 12;
+        image->x87[i][0] =
+            pattern(&state) | 1ull << 63; // a normal number: any mantissa, exponent of 1.0
+        image->x87[i][1] = 0x3fff;
         image->k[i] = (uint16_t)pattern(&state);
     }
     image->fcw = (uint16_t)(0x37f ^ (state >> 40 & 3) << 10); // all masked, some rounding mode
@@ -31,8 +32,10 @@ static void image_fill(struct fpu_image *image, uint64_t state)
 static void image_compare(const struct fpu_image *a, const struct fpu_image *b, uint64_t sets)
 {
     if (sets & UCALL_FPU_X87) {
-        for (unsigned i = 0; i < 8; i++)
-            GUEST_ASSERT_EQ(a->x87[i], b->x87[i]);
+        for (unsigned i = 0; i < 8; i++) {
+            GUEST_ASSERT_EQ(a->x87[i][0], b->x87[i][0]);
+            GUEST_ASSERT_EQ(a->x87[i][1], b->x87[i][1]);
+        }
         GUEST_ASSERT_EQ(a->fcw, b->fcw);
     }
     if (sets & UCALL_FPU_SSE)

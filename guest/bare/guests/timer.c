@@ -38,6 +38,24 @@ static void check_local_timer(uint64_t n)
     timer_stop();
 }
 
+static uint64_t user_wait(void *arg)
+{
+    uint64_t goal = *(uint64_t *)arg;
+    while (timer_irqs < goal)
+        pause();
+    return timer_irqs;
+}
+
+static void check_ring3(uint64_t n)
+{
+    uint64_t goal = timer_irqs + n;
+    timer_periodic(VECTOR_TIMER, 1000000);
+    irq_on();
+    GUEST_ASSERT(ring3_run(user_wait, &goal) >= goal);
+    irq_off();
+    timer_stop();
+}
+
 static void check_deadline(uint64_t n)
 {
     uint64_t before = timer_irqs;
@@ -80,9 +98,11 @@ void guest_main(void)
     trap_handler_set(VECTOR_TIMER, on_timer);
     trap_handler_set(VECTOR_PIT, on_pit);
     check_local_timer(n);
+    check_ring3(n);
     if (tsc_deadline_present())
         check_deadline(n);
-    check_pit(n);
+    if (guest_param(UCALL_P_IRQS, 1))
+        check_pit(n);
     check_kvmclock();
     guest_value(UCALL_V_TIMER_IRQS, timer_irqs, 0);
     guest_value(UCALL_V_PIT_IRQS, pit_irqs, 0);
