@@ -33,8 +33,8 @@ enum boot_mode { BOOT_MODE_REAL, BOOT_MODE_PROTECTED32, BOOT_MODE_LONG64 };
 struct boot_entry {
     enum boot_mode mode;
     uint64_t rip, rax, rbx, rsi, rsp;
-    uint64_t cr3; // LONG64: page tables that map the first 4 GiB one to one
-    enum boot_protocol protocol; // what BOOT_AUTO became
+    uint64_t cr3;                      // LONG64: page tables that map the first 4 GiB one to one
+    enum boot_protocol protocol;       // what BOOT_AUTO became
     uint64_t kernel_start, kernel_end; // GPA range of the loaded image
     uint64_t initrd_start, initrd_end; // 0,0 without
 };
