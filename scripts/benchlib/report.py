@@ -81,8 +81,7 @@ def host():
             if line.startswith("model name"):
                 cpu = line.split(":", 1)[1].strip()
                 break
-    with open("/proc/modules") as f:
-        modules = [line.split()[0] for line in f if line.startswith("kvm")]
+    modules = sorted(name for name in os.listdir("/sys/module") if name.startswith("kvm"))
     with open("/proc/loadavg") as f:
         load = f.read().split()[0]
     return {"kernel": platform.release(), "cpu": cpu, "cpus": os.cpu_count(), "kvm_modules": modules,

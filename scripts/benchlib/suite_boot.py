@@ -6,7 +6,8 @@ import subprocess
 import time
 
 from rows import Metric, Row, add
-from vmms import Failed, Ferry, Qemu, bare_guest, bench_program, linux_guest, tsc_khz
+from vmms import (Failed, Ferry, Qemu, bare_guest, bench_program, guest_values, linux_guest,
+                  tsc_khz)
 
 EXITS = 5000
 EXITS_RING = {"ring 0": 0, "ring 3": 3}
@@ -60,11 +61,9 @@ def exits(vmm, ring):
 
 def exits_bare(ring):
     """The same guest under a KVM_RUN loop that does nothing else."""
-    import re
     done = subprocess.run([bench_program("bench_kvm_run"), bare_guest("exits"), exits_append(ring)],
                           capture_output=True, timeout=60, check=True)
-    found = re.findall(rb"value (\w+)\[(\d+)\] = (\d+)", done.stdout)
-    return round_trip({(name.decode(), int(index)): int(value) for name, index, value in found})
+    return round_trip(guest_values(done.stdout))
 
 
 def register():
