@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vector registers in assembly: the C of this directory is compiled for general registers only.
 
+#define YMM_NUMBERS 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+#define ZMM_NUMBERS YMM_NUMBERS, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31
+
     .text
 // void fpu_fill(const struct fpu_image *image, uint64_t sets): loads the sets (enum ucall_fpu).
     .globl fpu_fill
@@ -15,17 +18,17 @@ fpu_fill:
 1:  test $2, %sil
     jz 2f
     ldmxcsr 132(%rdi)
-    .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+    .irp n, YMM_NUMBERS
     movups 192 + 64 * \n(%rdi), %xmm\n
     .endr
 2:  test $4, %sil
     jz 3f
-    .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+    .irp n, YMM_NUMBERS
     vmovups 192 + 64 * \n(%rdi), %ymm\n
     .endr
 3:  test $8, %sil
     jz 4f
-    .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31
+    .irp n, ZMM_NUMBERS
     vmovups 192 + 64 * \n(%rdi), %zmm\n
     .endr
     .irp n, 1, 2, 3, 4, 5, 6, 7
@@ -33,12 +36,13 @@ fpu_fill:
     .endr
 4:  ret
 
-// void fpu_read(struct fpu_image *image, uint64_t sets): the same the other way; x87 registers are popped.
+// void fpu_read(struct fpu_image *image, uint64_t sets): the same the other way; x87 registers are
+// popped.
     .globl fpu_read
 fpu_read:
     test $8, %sil
     jz 1f
-    .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31
+    .irp n, ZMM_NUMBERS
     vmovups %zmm\n, 192 + 64 * \n(%rdi)
     .endr
     .irp n, 1, 2, 3, 4, 5, 6, 7
@@ -46,13 +50,13 @@ fpu_read:
     .endr
 1:  test $4, %sil
     jz 2f
-    .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+    .irp n, YMM_NUMBERS
     vmovups %ymm\n, 192 + 64 * \n(%rdi)
     .endr
 2:  test $2, %sil
     jz 3f
     stmxcsr 132(%rdi)
-    .irp n, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+    .irp n, YMM_NUMBERS
     movups %xmm\n, 192 + 64 * \n(%rdi)
     .endr
 3:  test $1, %sil

@@ -55,8 +55,8 @@ struct ram_range {
 };
 
 #define RAM_RANGE_MAX 64
-extern struct ram_range
-    ram_ranges[RAM_RANGE_MAX]; // usable RAM of the boot memory map, in its order
+// Usable RAM of the boot memory map, in its order.
+extern struct ram_range ram_ranges[RAM_RANGE_MAX];
 extern unsigned ram_range_count;
 extern unsigned boot_kind; // BOOT_LINUX64 or BOOT_PVH
 extern uint64_t boot_rsdp; // 0 if the boot information has none
@@ -93,8 +93,8 @@ struct cpu {
 };
 
 extern struct cpu cpus[CPU_MAX];
-extern unsigned
-    cpu_count; // from MADT, MP table or the parameter `cpus`; CPU 0 is the one that booted
+// From MADT, MP table or the parameter `cpus`; CPU 0 is the one that booted.
+extern unsigned cpu_count;
 
 static inline struct cpu *cpu_self(void)
 {

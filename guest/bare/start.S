@@ -105,8 +105,9 @@ ap_start64:
     call ap_main
     ud2
 
-// uint64_t ring3_enter(uint64_t (*fn)(void *), void *arg, uint64_t rflags): the outermost frame of ring 0 stays
-// on the stack while ring 3 runs; traps use the stack below it (TSS.rsp0, set by the caller of this).
+// uint64_t ring3_enter(uint64_t (*fn)(void *), void *arg, uint64_t rflags): the outermost frame of
+// ring 0 stays on the stack while ring 3 runs; traps use the stack below it (TSS.rsp0, set by the
+// caller of this).
     .text
     .globl ring3_enter
 ring3_enter:
@@ -127,8 +128,8 @@ ring3_enter:
     iretq
 1:  call *%rax
     xor %edi, %edi // RING3_RETURN
-// Ring 3 calls ring 0 by an undefined instruction at a known address: `int n` is not available on every
-// host (it raises #UD under KVM-PVM). RDI = enum ring3_call, RAX = result.
+// Ring 3 calls ring 0 by an undefined instruction at a known address: `int n` is not available on
+// every host (it raises #UD under KVM-PVM). RDI = enum ring3_call, RAX = result.
     .globl ring3_call
 ring3_call:
     ud2
@@ -189,8 +190,7 @@ trap_common:
 trap_stubs:
     .set vector, 0
     .rept 256
-    .if (vector == 8) || ((vector >= 10) && (vector <= 14)) || (vector == 17) || (vector == 21) || (vector == 29) || (vector == 30)
-    .else
+    .if (vector > 31) || !(0x60227d00 >> vector & 1)
     push $0
     .endif
     .byte 0x68 // push imm32: one length for all vectors
@@ -217,7 +217,8 @@ gdt_pointer:
     .word gdt_end - gdt - 1
     .quad gdt
 
-// The first 4 GiB as data, so that entry costs no emulated loop: 2 MiB pages, user, writable, accessed, dirty.
+// The first 4 GiB as data, so that entry costs no emulated loop: 2 MiB pages, user, writable,
+// accessed, dirty.
     .balign 4096
 pml4:
     .quad pdpt + 7

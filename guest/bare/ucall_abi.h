@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-// The contract between the bare-metal test guests and the `ucall` device of a VMM.
-// Included by both sides; plain C, needs only <stdint.h>.
+// The contract between the bare-metal test guests and the `ucall` device of a VMM. Included by both
+// sides; plain C, needs only <stdint.h>.
 //
 // A call: the guest fills a `struct ucall` (64-byte aligned, wholly below 4 GiB, in RAM) and
 // executes a 4-byte `out` of the structure's guest-physical address to UCALL_PORT. The host reads
@@ -11,8 +11,8 @@
 // caller is the vCPU that exits.
 //
 // Detection: a 4-byte `in` from UCALL_PORT gives UCALL_MAGIC when the device is there (a VMM
-// without it gives all ones, and the guest falls back to COM1 and UCALL_EXIT_PORT).
-// Accesses of other sizes: reads give all ones, writes are ignored.
+// without it gives all ones, and the guest falls back to COM1 and UCALL_EXIT_PORT). Accesses of
+// other sizes: reads give all ones, writes are ignored.
 //
 // Hostile guests: an address that is misaligned, outside RAM, or an `nr` the host does not know is
 // a guest error that the host reports; it must not harm the host. For an unknown `nr` with a
@@ -35,16 +35,13 @@ struct ucall {
 
 enum ucall_nr {
     // A point in the guest's life: args[0] stage number, args[1] a value of the guest's choice. The
-    // host may
-    // keep the vCPU in the exit as long as it likes (snapshot, migrate here: the structure is in
-    // RAM and the
-    // pending `out` completes on the next KVM_RUN). result: 0, or a number a test wants the guest
-    // to get.
+    // host may keep the vCPU in the exit as long as it likes (snapshot, migrate here: the structure
+    // is in RAM and the pending `out` completes on the next KVM_RUN). result: 0, or a number a test
+    // wants the guest to get.
     UCALL_SYNC = 1,
     // A failed check: args[0] file name (string), [1] line, [2] expression (string), [3] and [4]
-    // the two
-    // compared values (0 for a plain assertion). The guest then parks this vCPU for good (cli;
-    // hlt).
+    // the two compared values (0 for a plain assertion). The guest then parks this vCPU for good
+    // (cli; hlt).
     UCALL_ASSERT = 2,
     // The guest has finished: args[0] status, 0 = pass. The vCPU is parked afterwards if it is
     // resumed.
@@ -55,8 +52,7 @@ enum ucall_nr {
     // values).
     UCALL_VALUE = 5,
     // Guest asks for a parameter: args[0] enum ucall_param. result: its value, UCALL_NONE if the
-    // host
-    // has none (the guest then looks at its command line, then takes its own default).
+    // host has none (the guest then looks at its command line, then takes its own default).
     UCALL_GET = 6,
     // Pause this vCPU until the host resumes it; the guest goes on behind the `out`. args[0] free.
     UCALL_STOP = 7,
@@ -104,13 +100,12 @@ enum ucall_param {
     X(RANGES, ranges)           /* number of ranges announced by the three below */                \
     X(RANGE_BASE, range_base)   /* [range] first guest-physical address */                         \
     X(RANGE_PAGES, range_pages) /* [range] 4 KiB pages */                                          \
-    X(RANGE_CPU,                                                                                   \
-      range_cpu) /* [range] CPU that writes it; a CPU's ranges follow in walking order */          \
-    X(HEARTBEAT, heartbeat)   /* [cpu] address of a u64 that counts loops */                       \
-    X(GAP, gap)               /* [cpu] address of a struct ucall_gap */                            \
-    X(TIMER_IRQS, timer_irqs) /* local APIC timer interrupts seen */                               \
-    X(PIT_IRQS, pit_irqs)     /* PIT interrupts through the I/O APIC seen */                       \
-    X(KVMCLOCK, kvmclock)     /* 1: the kvmclock page was checked, 0: the MSR is not offered */    \
+    X(RANGE_CPU, range_cpu)     /* [range] its CPU; a CPU's ranges follow in walking order */      \
+    X(HEARTBEAT, heartbeat)     /* [cpu] address of a u64 that counts loops */                     \
+    X(GAP, gap)                 /* [cpu] address of a struct ucall_gap */                          \
+    X(TIMER_IRQS, timer_irqs)   /* local APIC timer interrupts seen */                             \
+    X(PIT_IRQS, pit_irqs)       /* PIT interrupts through the I/O APIC seen */                     \
+    X(KVMCLOCK, kvmclock)       /* 1: the kvmclock page was checked, 0: the MSR is not offered */  \
     X(SERIAL_BYTES, serial_bytes) /* bytes echoed */                                               \
     X(FPU_SETS, fpu_sets)   /* enum ucall_fpu bits: register sets that were loaded and compared */ \
     X(RAM_BYTES, ram_bytes) /* usable RAM in the boot memory map */                                \

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The shortest way to a visible instruction: the third one writes UCALL_FIRST_BYTE to UCALL_FIRST_PORT. Stands alone,
-// without the runtime. The same bytes serve both entries (32-bit PVH and 64-bit).
+// The shortest way to a visible instruction: the third one writes UCALL_FIRST_BYTE to
+// UCALL_FIRST_PORT. Stands alone, without the runtime. The same bytes serve both entries (32-bit
+// PVH and 64-bit).
 #include "../ucall_abi_ports.h"
 
     .section .note.Xen, "a", @note

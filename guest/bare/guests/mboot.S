@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Multiboot 1 image (ELF32): checks the loader's magic, protected mode without paging, and the memory fields of the
-// information structure; prints "mboot ok\n" or "mboot bad\n" on COM1 and exits with 0 or 1.
+// Multiboot 1 image (ELF32): checks the loader's magic, protected mode without paging, and the
+// memory fields of the information structure; prints "mboot ok\n" or "mboot bad\n" on COM1 and
+// exits with 0 or 1.
 #define HEADER_MAGIC 0x1badb002
 #define HEADER_FLAGS 2 // memory information wanted
 #define LOADER_MAGIC 0x2badb002

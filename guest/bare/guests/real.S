@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Boot sector: real mode at 0:0x7c00. Prints "real ok\n" on COM1, then writes 0 to the debug exit port.
+// Boot sector: real mode at 0:0x7c00. Prints "real ok\n" on COM1, then writes 0 to the debug exit
+// port.
     .code16
     .text
     .globl start

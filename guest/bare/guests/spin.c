@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// All CPUs count for ever. Parameter ring=0: in ring 0 instead of ring 3; irqs=0/1;
-// loops: stop there (0 = for ever).
+// All CPUs count for ever. Parameter ring=0: in ring 0 instead of ring 3; irqs=0/1; loops: stop
+// there (0 = for ever).
 #include "../rt.h"
 
 // Own cache line, and page, each: they are written all the time.
