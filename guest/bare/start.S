@@ -190,7 +190,9 @@ trap_common:
 trap_stubs:
     .set vector, 0
     .rept 256
-    .if (vector > 31) || !(0x60227d00 >> vector & 1)
+    .if vector > 31
+    push $0
+    .elseif !(0x60227d00 >> vector & 1)
     push $0
     .endif
     .byte 0x68 // push imm32: one length for all vectors
