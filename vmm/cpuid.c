@@ -589,15 +589,15 @@ static int compare_vendor(const struct kvm_cpuid2 *guest, const struct kvm_cpuid
                             table_reg(tables[i], 0, 0, CPUID_EDX),
                             table_reg(tables[i], 0, 0, CPUID_ECX)};
         memcpy(names[i], words, sizeof(words));
-        for (unsigned c = 0; c < 12; c++) {
-            if (!isprint((unsigned char)names[i][c]))
-                names[i][c] = '?';
-        }
     }
-    if (memcmp(names[0], names[1], 12))
-        return error_set(err, -ENOTSUP, "the guest's CPU is of vendor \"%s\", this host's of \"%s\"",
-                         names[0], names[1]);
-    return 0;
+    if (!memcmp(names[0], names[1], 12))
+        return 0;
+    for (char *c = names[0]; c < names[0] + sizeof(names); c++) {
+        if (*c && !isprint((unsigned char)*c))
+            *c = '?';
+    }
+    return error_set(err, -ENOTSUP, "the guest's CPU is of vendor \"%s\", this host's of \"%s\"",
+                     names[0], names[1]);
 }
 
 int cpuid_compatible(const struct kvm_cpuid2 *guest, const struct kvm_cpuid2 *host,
