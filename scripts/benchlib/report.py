@@ -49,17 +49,18 @@ def number(value):
 
 def table(results):
     """Lines of text; one for each metric and contestant."""
-    lines = [("row", "contestant", "median", "quartiles", "min .. max", "runs", "ferry/peer", "goal")]
+    lines = [("row", "contestant", "median", "quartiles", "min .. max", "runs", "ferry/peer",
+              "goal")]
     for result in results:
         title = f"{result['title']}, {result['unit']}"
         for name, stats in result["contestants"].items():
             ratio = result["ratios"].get(name)
-            goals = result["goals"] if name == "ferry" else []
+            goals = [f"{goal['text']}: {'met' if goal['met'] else 'missed'}"
+                     for goal in result["goals"] if name == "ferry"]
             lines.append((title, name, number(stats["median"]),
                           f"{number(stats['q1'])} .. {number(stats['q3'])}",
                           f"{number(stats['min'])} .. {number(stats['max'])}", str(stats["runs"]),
-                          f"{ratio:.3f}" if ratio is not None else "",
-                          "; ".join(f"{g['text']}: {'met' if g['met'] else 'missed'}" for g in goals)))
+                          f"{ratio:.3f}" if ratio is not None else "", "; ".join(goals)))
             title = ""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
@@ -84,8 +85,9 @@ def host():
     modules = sorted(name for name in os.listdir("/sys/module") if name.startswith("kvm"))
     with open("/proc/loadavg") as f:
         load = f.read().split()[0]
-    return {"kernel": platform.release(), "cpu": cpu, "cpus": os.cpu_count(), "kvm_modules": modules,
-            "load_at_start": float(load), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+    return {"kernel": platform.release(), "cpu": cpu, "cpus": os.cpu_count(),
+            "kvm_modules": modules, "load_at_start": float(load),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
 
 
 def write_json(path, host_facts, versions, rows, results):

@@ -36,7 +36,8 @@ def memory_beyond_ram(vmm):
 def userspace(vmm, cpus):
     with open(linux_guest("cmdline")) as f:
         append = f.read().strip()
-    with vmm.start(linux_guest("vmlinux"), linux_guest("initramfs.cpio"), append, cpus=cpus) as machine:
+    kernel, initrd = linux_guest("vmlinux"), linux_guest("initramfs.cpio")
+    with vmm.start(kernel, initrd, append, cpus=cpus) as machine:
         return {"userspace": machine.wait_console(USERSPACE_LINE, 180) / 1e9}
 
 
@@ -72,16 +73,17 @@ def register():
     def both(measure, *args):
         return {vmm.name: functools.partial(measure, vmm, *args) for vmm in (ferry, qemu)}
 
-    add(Row("boot", "first instruction", "exec of the VMM to the first instruction of a 128 MiB guest's "
-            "kernel image, seen from outside", both(first_instruction),
-            [Metric("first", "exec to first guest instruction", "ms", goal=5, goal_ratio=("qemu", 1 / 8))],
-            runs=20, warmup=2))
+    add(Row("boot", "first instruction", "exec of the VMM to the first instruction of a 128 MiB "
+            "guest's kernel image, seen from outside", both(first_instruction),
+            [Metric("first", "exec to first guest instruction", "ms", goal=5,
+                    goal_ratio=("qemu", 1 / 8))], runs=20, warmup=2))
     add(Row("boot", "memory", "the VMM's memory (PSS) beyond the guest's RAM, one vCPU that sleeps",
             both(memory_beyond_ram),
             [Metric("pss", "VMM memory beyond guest RAM", "MiB", goal=3)], runs=5))
     for cpus in (1, 2):
-        add(Row("boot", f"userspace, {cpus} vCPU", "exec of the VMM to the first user process of the Linux "
-                "guest, 128 MiB, the same kernel, initramfs and command line", both(userspace, cpus),
+        add(Row("boot", f"userspace, {cpus} vCPU", "exec of the VMM to the first user process of "
+                "the Linux guest, 128 MiB, the same kernel, initramfs and command line",
+                both(userspace, cpus),
                 [Metric("userspace", f"boot to userspace, {cpus} vCPU", "s",
                         goal_ratio=("qemu", 0.8))], runs=3))
     for title, ring in EXITS_RING.items():

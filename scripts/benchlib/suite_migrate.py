@@ -14,8 +14,8 @@ DOWNTIME_LIMIT_MS = 300
 # Offsets in struct ucall_gap, guest/bare/ucall_abi.h.
 GAP_LONGEST, GAP_TOTAL, GAP_RESET = 0, 16, 24
 # The guest looks at the TSC all the time, so the longest gap between two looks is the longest time
-# it did not run. `idle` still touches a page now and then. The migration begins once `touched` pages
-# have been written.
+# it did not run. `idle` still touches a page now and then. The migration begins once `touched`
+# pages have been written.
 GUESTS = {
     "idle": {"mib": 1, "rate": 10, "touched": 1},
     "dirtying": {"mib": 256, "rate": 20000, "touched": 256 * 256},
@@ -30,10 +30,8 @@ def image_probe(path):
     """(gpa, bytes) of the start of the guest's text, to find guest memory in a process."""
     with open(path, "rb") as f:
         header = f.read(64)
-        offset, entry_size = struct.unpack_from("<Q", header, 32)[0], struct.unpack_from("<H", header, 54)[0]
-        f.seek(offset)
-        segment = f.read(entry_size)
-        file_offset, _, gpa = struct.unpack_from("<QQQ", segment, 8)
+        f.seek(struct.unpack_from("<Q", header, 32)[0])  # program headers, the first is the text
+        file_offset, _, gpa = struct.unpack_from("<QQQ", f.read(56), 8)
         f.seek(file_offset)
         return gpa, f.read(256)
 
@@ -56,9 +54,9 @@ def migrate(vmm, guest):
             wait_for(lambda: memory.read_u64(gap + GAP_TOTAL) >= GUESTS[guest]["touched"],
                      "the guest to touch its memory")
             memory.write_u64(gap + GAP_RESET, 1)
-            wait_for(lambda: memory.read_u64(gap + GAP_RESET) == 0, "the guest to forget its longest gap")
-        target = vmm.receive(MEMORY_MIB, kernel) if isinstance(vmm, Qemu) else vmm.receive(MEMORY_MIB)
-        with target:
+            wait_for(lambda: memory.read_u64(gap + GAP_RESET) == 0,
+                     "the guest to forget its longest gap")
+        with vmm.receive(MEMORY_MIB, kernel) as target:
             result = vmm.migrate(source, target, DOWNTIME_LIMIT_MS)
             with target.guest_memory(*probe) as memory:
                 before = memory.read_u64(gap + GAP_TOTAL)
@@ -73,8 +71,9 @@ def register():
     vmms = (Ferry(), Qemu())
     for guest in GUESTS:
         what = GUESTS[guest]
-        add(Row("migrate", guest, f"pre-copy of a {MEMORY_MIB} MiB guest that dirties {what['rate']} pages/s of "
-                f"{what['mib']} MiB, over loopback TCP, downtime limit {DOWNTIME_LIMIT_MS} ms",
+        add(Row("migrate", guest, f"pre-copy of a {MEMORY_MIB} MiB guest that dirties "
+                f"{what['rate']} pages/s of {what['mib']} MiB, over loopback TCP, downtime limit "
+                f"{DOWNTIME_LIMIT_MS} ms",
                 {vmm.name: functools.partial(migrate, vmm, guest) for vmm in vmms},
                 [Metric("gap_ms", f"{guest}: longest time the guest did not run", "ms"),
                  Metric("downtime_ms", f"{guest}: downtime the VMM reports", "ms"),

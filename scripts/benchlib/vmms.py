@@ -182,7 +182,7 @@ class Machine:
         mappings = self._mappings()
         ram = [m for m in mappings if m[1] - m[0] >= self.ram_mib << 20]
         if not ram:
-            raise Failed(f"{self.argv[0]}: no mapping of {self.ram_mib} MiB or more is its guest memory")
+            raise Failed(f"{self.argv[0]}: no mapping is as large as {self.ram_mib} MiB of RAM")
         return sum(m[2] for m in mappings) - sum(m[2] for m in ram)
 
     def guest_memory(self, probe_gpa, probe):
@@ -253,8 +253,8 @@ class Ferry:
         machine.name = name
         return machine
 
-    def receive(self, memory):
-        """A machine that waits for a guest; .address is where to send it."""
+    def receive(self, memory, kernel):
+        """A machine that waits for a guest; .address is where to send it. The guest brings all."""
         name, port = self._name(), free_port()
         address = f"tcp:127.0.0.1:{port}"
         argv = [program(FERRY, "ninja -C build"), "receive", "--listen", address, "-n", name,
@@ -276,7 +276,7 @@ class Ferry:
 
 
 def wait_listening(machine, port, timeout=30):
-    """Until somebody listens on the local TCP port; looks, since a connect would be taken as a stream."""
+    """Until somebody listens on the TCP port; a connect to find out would be taken as a stream."""
     wanted = f":{port:04X}"
     limit = time.monotonic() + timeout
     while True:
@@ -288,7 +288,8 @@ def wait_listening(machine, port, timeout=30):
                         return
         if machine.child.poll() is not None or time.monotonic() > limit:
             machine._read(0)
-            raise Failed(f"{machine.argv[0]} does not listen on port {port}: {machine.errors[-300:]!r}")
+            raise Failed(f"{machine.argv[0]} does not listen on port {port}: "
+                         f"{machine.errors[-300:]!r}")
         machine._read(0.01)
 
 
@@ -317,8 +318,7 @@ class Qemu:
                 "-chardev", "file,id=console,path=/dev/stdout", "-serial", "chardev:console",
                 "-device", "isa-debug-exit,iobase=0xf4,iosize=4",
                 "-qmp", f"unix:{directory}/qmp,server=on,wait=off"]
-        if kernel:
-            argv += ["-kernel", kernel, "-append", append]
+        argv += ["-kernel", kernel, "-append", append]
         if initrd:
             argv += ["-initrd", initrd]
         return argv
@@ -341,9 +341,9 @@ class Qemu:
         argv = self._argv(directory, kernel, initrd, append, memory, cpus)
         return self._start(argv, directory, memory, mark)
 
-    def receive(self, memory, kernel, append=""):
+    def receive(self, memory, kernel):
         directory, port = tempfile.mkdtemp(prefix="ferry-bench-"), free_port()
-        argv = self._argv(directory, kernel, None, append, memory, 1)
+        argv = self._argv(directory, kernel, None, "", memory, 1)
         argv += ["-incoming", f"tcp:127.0.0.1:{port}"]
         machine = self._start(argv, directory, memory)
         machine.address = f"tcp:127.0.0.1:{port}"

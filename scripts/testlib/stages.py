@@ -160,7 +160,8 @@ class Stages:
         targets = [path for path in sorted(glob.glob(os.path.join(directory, "fuzz_*")))
                    if os.path.isfile(path) and os.access(path, os.X_OK)
                    and self.wanted(os.path.basename(path))]
-        with proc.progress(f"{len(targets)} fuzzers, {FUZZ_SECONDS[self.long]} s each", os.devnull), \
+        label = f"{len(targets)} fuzzers, {FUZZ_SECONDS[self.long]} s each"
+        with proc.progress(label, os.devnull), \
                 concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(self.fuzz_one, targets))
 
@@ -196,9 +197,11 @@ class Stages:
         for path in sorted(glob.glob(os.path.join(self.root, "tests", "linux", "test_*.py"))):
             module = os.path.splitext(os.path.basename(path))[0]
             with open(path) as f:
-                classes = [node for node in ast.parse(f.read()).body if isinstance(node, ast.ClassDef)]
-            if not self.text or any(self.wanted(f"{module}.{group.name}.{test.name}") for group in classes
-                   for test in group.body if isinstance(test, ast.FunctionDef)):
+                classes = [item for item in ast.parse(f.read()).body
+                           if isinstance(item, ast.ClassDef)]
+            names = [f"{module}.{group.name}.{test.name}" for group in classes
+                     for test in group.body if isinstance(test, ast.FunctionDef)]
+            if not self.text or any(map(self.wanted, names)):
                 found.append(path)
         return found
 
@@ -213,7 +216,7 @@ class Stages:
                     argv = ["nice", "-n", "5", os.path.join(self.root, "guest", "build")]
                     status = proc.finish(proc.start(argv, stdout=out, stderr=subprocess.STDOUT))
                 if status:
-                    self.guest_error = f"guest/build ended with status {status}, see {self.guest_log}"
+                    self.guest_error = f"guest/build: status {status}, see {self.guest_log}"
             except OSError as error:
                 self.guest_error = f"guest/build: {error}"
 
@@ -230,7 +233,8 @@ class Stages:
                 self.tally.add_skipped(os.path.basename(path), "the guest did not build")
             return
         if self.wanted("build guest"):
-            self.tally.add_passed("build guest", note=f"waited {time.monotonic() - begin:.0f} s for it")
+            waited = time.monotonic() - begin
+            self.tally.add_passed("build guest", note=f"waited {waited:.0f} s for it")
         if not os.path.exists(os.path.join(self.build, "ferry")):
             for path in files:
                 self.tally.add_skipped(os.path.basename(path), "ferry did not build")
