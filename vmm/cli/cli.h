@@ -1,0 +1,32 @@
+// SPDX-License-Identifier: Apache-2.0
+// The ferry program. vmm/cli is the top of the house: it alone may use every room.
+#pragma once
+
+#include <stdint.h>
+
+#include "vmm/error.h"
+#include "vmm/exit_status.h"
+
+struct cli_command {
+    const char *name;
+    int (*run)(int argc, char **argv); // argv[0] is the command; returns the exit status
+    const char *help;
+};
+
+int cli_run(int argc, char **argv);
+int cli_check(int argc, char **argv);
+int cli_info(int argc, char **argv);
+int cli_pause(int argc, char **argv);
+int cli_resume(int argc, char **argv);
+int cli_stop(int argc, char **argv);
+int cli_snapshot(int argc, char **argv);
+int cli_restore(int argc, char **argv);
+int cli_migrate(int argc, char **argv);
+int cli_receive(int argc, char **argv);
+int cli_version(int argc, char **argv);
+
+// When main began: the zero of `--mark`.
+extern uint64_t cli_start_ns;
+
+// Prints "ferry: <text>" to stderr; the exit status that fits err->code.
+int cli_fail(const struct error *err);

@@ -1,0 +1,125 @@
+// SPDX-License-Identifier: Apache-2.0
+// Commands that talk to a running VM: info, pause, resume, stop, snapshot.
+#include <errno.h>
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "vmm/cli/cli.h"
+#include "vmm/control.h"
+#include "vmm/util.h"
+
+struct client_args {
+    bool json, powerbutton;
+    char *positional[2];
+};
+
+// Options that several of these commands share; `wanted` positional arguments are required.
+static int parse(int argc, char **argv, const char *usage, int wanted, struct client_args *args,
+                 struct error *err)
+{
+    static const struct option longs[] = {{"json", no_argument, NULL, 'j'},
+                                          {"powerbutton", no_argument, NULL, 'p'},
+                                          {"help", no_argument, NULL, 'h'},
+                                          {0}};
+    *args = (struct client_args) {0};
+    opterr = 0;
+    optind = 0;
+    int c;
+    while ((c = getopt_long(argc, argv, ":jh", longs, NULL)) != -1) {
+        if (c == 'h') {
+            printf("usage: %s\n", usage);
+            return 1;
+        }
+        if (c == 'j')
+            args->json = true;
+        else if (c == 'p' && !strcmp(argv[0], "stop"))
+            args->powerbutton = true;
+        else
+            return error_set(err, -EINVAL, "unknown option '%s'; usage: %s", argv[optind - 1],
+                             usage);
+    }
+    if (argc - optind != wanted)
+        return error_set(err, -EINVAL, "%d arguments, expected %d; usage: %s", argc - optind,
+                         wanted, usage);
+    for (int i = 0; i < wanted; i++)
+        args->positional[i] = argv[optind + i];
+    return 0;
+}
+
+static void print_members(json_t *object)
+{
+    const char *key;
+    json_t *value;
+    json_object_foreach(object, key, value) {
+        autofree char *text = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT);
+        printf("%-14s %s\n", key, json_is_string(value) ? json_string_value(value) : text);
+    }
+}
+
+static int call(const char *cmd, json_t *request, const struct client_args *args)
+{
+    struct error err;
+    char path[108];
+    json_t *result = NULL;
+    int ret = control_path(args->positional[0], path, sizeof(path), &err);
+    if (!ret)
+        ret = control_call(path, cmd, request, &result, NULL, NULL, &err);
+    json_decref(request);
+    if (ret)
+        return cli_fail(&err);
+    if (args->json) {
+        json_dumpf(result, stdout, JSON_INDENT(2));
+        printf("\n");
+    } else {
+        print_members(result);
+    }
+    json_decref(result);
+    return EXIT_OK;
+}
+
+static int simple(int argc, char **argv, const char *usage)
+{
+    struct client_args args;
+    struct error err;
+    int ret = parse(argc, argv, usage, 1, &args, &err);
+    if (ret)
+        return ret > 0 ? EXIT_OK : cli_fail(&err);
+    json_t *request = args.powerbutton ? json_pack("{s:b}", "powerbutton", 1) : json_object();
+    return call(argv[0], request, &args);
+}
+
+int cli_info(int argc, char **argv)
+{
+    return simple(argc, argv, "ferry info NAME [--json]");
+}
+
+int cli_pause(int argc, char **argv)
+{
+    return simple(argc, argv, "ferry pause NAME [--json]");
+}
+
+int cli_resume(int argc, char **argv)
+{
+    return simple(argc, argv, "ferry resume NAME [--json]");
+}
+
+int cli_stop(int argc, char **argv)
+{
+    return simple(argc, argv, "ferry stop NAME [--powerbutton] [--json]");
+}
+
+int cli_snapshot(int argc, char **argv)
+{
+    struct client_args args;
+    struct error err;
+    int ret = parse(argc, argv, "ferry snapshot NAME FILE [--json]", 2, &args, &err);
+    if (ret)
+        return ret > 0 ? EXIT_OK : cli_fail(&err);
+    // The VM's working directory is not ours.
+    autofree char *cwd = args.positional[1][0] == '/' ? NULL : getcwd(NULL, 0);
+    char path[4096];
+    snprintf(path, sizeof(path), "%s%s%s", cwd ? cwd : "", cwd ? "/" : "", args.positional[1]);
+    return call("snapshot", json_pack("{s:s}", "path", path), &args);
+}

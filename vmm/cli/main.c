@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <stdio.h>
+#include <string.h>
+
+#include "vmm/cli/cli.h"
+#include "vmm/util.h"
+
+static const struct cli_command commands[] = {
+    {"run", cli_run, "start a guest"},
+    {"check", cli_check, "what this host can do, with a remedy for each lack"},
+    {"info", cli_info, "describe a running VM"},
+    {"pause", cli_pause, "stop a VM's vCPUs"},
+    {"resume", cli_resume, "let a paused VM go on"},
+    {"stop", cli_stop, "end a VM (--powerbutton asks the guest)"},
+    {"snapshot", cli_snapshot, "save a running VM to a file"},
+    {"restore", cli_restore, "start a VM from a snapshot file"},
+    {"migrate", cli_migrate, "move a running VM to another host"},
+    {"receive", cli_receive, "wait for a VM that migrates here"},
+    {"version", cli_version, "version and build"},
+};
+
+static void help(FILE *out)
+{
+    fprintf(out, "Ferry: small Linux guests on KVM that move while they run.\n\n"
+                 "usage: ferry COMMAND [OPTIONS]     (ferry COMMAND --help for each)\n\n");
+    for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
+        fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].help);
+    fprintf(out, "\nexample: ferry run --kernel vmlinux --initrd initramfs.cpio --memory 128M\n");
+}
+
+int main(int argc, char **argv)
+{
+    cli_start_ns = time_ns();
+    if (argc < 2) {
+        help(stderr);
+        return EXIT_USAGE;
+    }
+    if (!strcmp(argv[1], "help") || !strcmp(argv[1], "--help") || !strcmp(argv[1], "-h")) {
+        help(stdout);
+        return EXIT_OK;
+    }
+    if (!strcmp(argv[1], "--version"))
+        argv[1] = "version";
+    for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
+        if (!strcmp(argv[1], commands[i].name))
+            return commands[i].run(argc - 1, argv + 1);
+    fprintf(stderr, "ferry: unknown command '%s' (ferry help lists them)\n", argv[1]);
+    return EXIT_USAGE;
+}

@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+// migrate, receive, restore: guests that leave and arrive.
+#include <errno.h>
+#include <getopt.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "migrate/receive.h"
+#include "migrate/snapshot.h"
+#include "vmm/cli/cli.h"
+#include "vmm/cli/session.h"
+
+// --- ferry migrate
+
+static const char migrate_usage[] =
+    "ferry migrate NAME tcp:HOST:PORT [OPTIONS]\n\n"
+    "Moves the running VM to a host where `ferry receive` waits. On any failure before the hand-over\n"
+    "the guest goes on here.\n\n"
+    "      --mode MODE        precopy (default), postcopy, hybrid\n"
+    "      --downtime-ms N    longest pause to aim at (default 300)\n"
+    "      --bandwidth SIZE   bytes a second at most, e.g. 100M\n"
+    "      --max-rounds N     pre-copy rounds before --on-stall applies\n"
+    "      --on-stall WHAT    continue, cancel, switch (pause longer), postcopy\n"
+    "  -j, --json             the report as JSON\n"
+    "  -q, --quiet            no progress\n\n"
+    "example: ferry migrate web tcp:10.0.0.2:7000 --downtime-ms 30\n"
+    "also: ferry migrate NAME --status | --cancel | --force-resume";
+
+struct migrate_args {
+    json_t *request;
+    bool json, quiet;
+    const char *command;
+};
+
+static int put_number(json_t *request, const char *key, const char *text, uint64_t unit,
+                      struct error *err)
+{
+    uint64_t value;
+    if (size_parse(text, unit, &value) || value > INT64_MAX)
+        return error_set(err, -EINVAL, "--%s '%s': expected a number", key, text);
+    char name[32];
+    snprintf(name, sizeof(name), "%s", key);
+    for (char *p = name; *p; p++)
+        *p = *p == '-' ? '_' : *p;
+    json_object_set_new(request, name, json_integer((json_int_t)value));
+    return 0;
+}
+
+static int migrate_option(struct migrate_args *a, int c, struct error *err)
+{
+    switch (c) {
+    case 'm':
+        json_object_set_new(a->request, "mode", json_string(optarg));
+        return 0;
+    case 's':
+        json_object_set_new(a->request, "on_stall", json_string(optarg));
+        return 0;
+    case 'd':
+        return put_number(a->request, "downtime-ms", optarg, 1, err);
+    case 'b':
+        return put_number(a->request, "bandwidth", optarg, 1, err);
+    case 'r':
+        return put_number(a->request, "max-rounds", optarg, 1, err);
+    case 'j':
+        a->json = true;
+        return 0;
+    case 'q':
+        a->quiet = true;
+        return 0;
+    case 1:
+        a->command = "migrate-status";
+        return 0;
+    case 2:
+        a->command = "migrate-cancel";
+        return 0;
+    case 3:
+        a->command = "migrate-force-resume";
+        return 0;
+    default:
+        return error_set(err, -EINVAL, "unknown option (ferry migrate --help)");
+    }
+}
+
+static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct error *err)
+{
+    static const struct option longs[] = {
+        {"mode", required_argument, NULL, 'm'},       {"downtime-ms", required_argument, NULL, 'd'},
+        {"bandwidth", required_argument, NULL, 'b'},  {"max-rounds", required_argument, NULL, 'r'},
+        {"on-stall", required_argument, NULL, 's'},   {"json", no_argument, NULL, 'j'},
+        {"quiet", no_argument, NULL, 'q'},            {"help", no_argument, NULL, 'h'},
+        {"status", no_argument, NULL, 1},             {"cancel", no_argument, NULL, 2},
+        {"force-resume", no_argument, NULL, 3},       {0}};
+    opterr = 0;
+    optind = 0;
+    int c;
+    while ((c = getopt_long(argc, argv, ":jqh", longs, NULL)) != -1) {
+        if (c == 'h') {
+            printf("usage: %s\n", migrate_usage);
+            return 1;
+        }
+        if (c == ':' || c == '?')
+            return error_set(err, -EINVAL, "%s '%s' (ferry migrate --help)",
+                             c == ':' ? "no value for" : "unknown option", argv[optind - 1]);
+        int ret = migrate_option(a, c, err);
+        if (ret)
+            return ret;
+    }
+    int wanted = strcmp(a->command, "migrate") ? 1 : 2;
+    if (argc - optind != wanted)
+        return error_set(err, -EINVAL, "expected NAME%s (ferry migrate --help)",
+                         wanted == 2 ? " and tcp:HOST:PORT" : "");
+    if (wanted == 2)
+        json_object_set_new(a->request, "to", json_string(argv[optind + 1]));
+    return 0;
+}
+
+static void show_progress(json_t *event, void *arg)
+{
+    const struct migrate_args *a = arg;
+    if (a->quiet || a->json)
+        return;
+    json_int_t sent = json_integer_value(json_object_get(event, "sent_bytes"));
+    json_int_t left = json_integer_value(json_object_get(event, "remaining_bytes"));
+    json_int_t rate = json_integer_value(json_object_get(event, "bandwidth"));
+    fprintf(stderr, "%-10s round %2lld  sent %6lld MiB  left %6lld MiB  %5lld MiB/s\n",
+            json_string_value(json_object_get(event, "phase")) ?: "?",
+            (long long)json_integer_value(json_object_get(event, "round")),
+            (long long)(sent >> 20), (long long)(left >> 20), (long long)(rate >> 20));
+}
+
+static void print_report(json_t *report, int indent)
+{
+    const char *key;
+    json_t *value;
+    json_object_foreach(report, key, value) {
+        if (json_is_object(value)) {
+            printf("%*s%s\n", indent, "", key);
+            print_report(value, indent + 2);
+        } else {
+            autofree char *text = json_dumps(value, JSON_ENCODE_ANY);
+            printf("%*s%-*s %s\n", indent, "", 20 - indent, key,
+                   json_is_string(value) ? json_string_value(value) : text);
+        }
+    }
+}
+
+int cli_migrate(int argc, char **argv)
+{
+    struct migrate_args args = {.request = json_object(), .command = "migrate"};
+    struct error err = {0};
+    char path[108];
+    json_t *report = NULL;
+    int ret = migrate_parse(&args, argc, argv, &err);
+    if (!ret)
+        ret = control_path(argv[optind], path, sizeof(path), &err);
+    if (!ret)
+        ret = control_call(path, args.command, args.request, &report, show_progress, &args, &err);
+    json_decref(args.request);
+    if (ret)
+        return ret > 0 ? EXIT_OK : cli_fail(&err);
+    if (args.json) {
+        json_dumpf(report, stdout, JSON_INDENT(2));
+        printf("\n");
+    } else {
+        print_report(report, 0);
+    }
+    json_decref(report);
+    return EXIT_OK;
+}
+
+// --- ferry receive, ferry restore
+
+// Both end alike: a VM that came from a stream runs in this process.
+static int run_arrived(struct session *s, int ret, struct error *err)
+{
+    int status = ret ? cli_fail(err) : session_run(s);
+    session_destroy(s);
+    return status;
+}
+
+static const char receive_usage[] =
+    "ferry receive --listen tcp:HOST:PORT [OPTIONS]\n\n"
+    "Waits for one VM, takes it over and runs it here. The guest's hardware comes with it.\n"
+    "example: ferry receive --listen tcp:0.0.0.0:7000 --name web --console unix:/tmp/web.console";
+
+static int name_or_default(struct vm_options *o, struct error *err)
+{
+    char name[32];
+    snprintf(name, sizeof(name), "ferry-%d", (int)getpid());
+    return o->name ? 0 : options_set(o, FOR_ALL, "name", name, err);
+}

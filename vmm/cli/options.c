@@ -1,0 +1,394 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vmm/cli/options.h"
+
+#include <errno.h>
+#include <getopt.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { OPTIONS_MAX = 40, CONFIG_FILE_MAX = 1024 * 1024 };
+
+struct option_row {
+    const char *name;
+    char brief;        // short form, 0 = none
+    unsigned commands; // FOR_...
+    bool machine;      // part of what the guest sees: travels with a migration
+    const char *arg;   // NULL: a switch
+    const char *help;
+    int (*set)(struct vm_options *o, const char *value, struct error *err);
+    size_t text; // offset of the char * that keeps the value as given, 0 = not kept
+};
+
+static int set_text(char **slot, const char *value, struct error *err)
+{
+    char *copy = strdup(value);
+    if (!copy)
+        return error_set(err, -ENOMEM, "no memory for '%.40s'", value);
+    free(*slot);
+    *slot = copy;
+    return 0;
+}
+
+static int set_bool(bool *slot, const char *value, struct error *err)
+{
+    if (strcmp(value, "true") && strcmp(value, "false"))
+        return error_set(err, -EINVAL, "'%s': expected true or false", value);
+    *slot = !strcmp(value, "true");
+    return 0;
+}
+
+static int set_nothing(struct vm_options *o, const char *value, struct error *err)
+{
+    return 0; // its text is kept; that is all
+}
+
+static int set_cpus(struct vm_options *o, const char *value, struct error *err)
+{
+    char *end;
+    errno = 0;
+    unsigned long n = strtoul(value, &end, 10);
+    if (*value < '0' || *value > '9' || *end || errno || !n || n > VM_MAX_VCPUS)
+        return error_set(err, -EINVAL, "'%s': expected a number of vCPUs from 1 to %d", value,
+                         VM_MAX_VCPUS);
+    o->vm.cpus = (unsigned)n;
+    return 0;
+}
+
+static int set_memory(struct vm_options *o, const char *value, struct error *err)
+{
+    uint64_t bytes;
+    if (size_parse(value, MiB, &bytes) || bytes < RAM_MIN || bytes > RAM_MAX)
+        return error_set(err, -EINVAL,
+                         "'%s': expected a size from %lluM to %lluG, e.g. 128M or 2G (a plain "
+                         "number counts MiB)",
+                         value, RAM_MIN / MiB, RAM_MAX / GiB);
+    if (bytes % PAGE_SIZE)
+        return error_set(err, -EINVAL, "'%s': expected a multiple of 4 KiB", value);
+    o->vm.ram.size = bytes;
+    return 0;
+}
+
+static int set_backing(struct vm_options *o, const char *value, struct error *err)
+{
+    static const struct {
+        const char *name;
+        enum ram_backing backing;
+        bool thp;
+    } kinds[] = {{"anonymous", RAM_ANONYMOUS, false},
+                 {"thp", RAM_ANONYMOUS, true},
+                 {"memfd", RAM_MEMFD, false},
+                 {"hugetlb", RAM_HUGETLB, false}};
+    for (size_t i = 0; i < ARRAY_SIZE(kinds); i++) {
+        if (strcmp(value, kinds[i].name))
+            continue;
+        o->vm.ram.backing = kinds[i].backing;
+        o->vm.ram.thp = kinds[i].thp;
+        return 0;
+    }
+    return error_set(err, -EINVAL, "'%s': expected anonymous, thp, memfd or hugetlb", value);
+}
+
+static int set_cpu(struct vm_options *o, const char *value, struct error *err)
+{
+    return cpu_model_parse(value, &o->vm.cpu, err);
+}
+
+static int set_boot(struct vm_options *o, const char *value, struct error *err)
+{
+    return boot_protocol_parse(value, &o->boot.protocol, err);
+}
+
+static int set_console(struct vm_options *o, const char *value, struct error *err)
+{
+    return console_parse(value, &o->console, err);
+}
+
+static int set_log(struct vm_options *o, const char *value, struct error *err)
+{
+    static const char *const levels[] = {"error", "warn", "info", "debug"};
+    for (size_t i = 0; i < ARRAY_SIZE(levels); i++)
+        if (!strcmp(value, levels[i])) {
+            o->vm.log_level = (enum log_level)i;
+            return 0;
+        }
+    return error_set(err, -EINVAL, "'%s': expected error, warn, info or debug", value);
+}
+
+#define SWITCH(member)                                                                             \
+    static int set_##member(struct vm_options *o, const char *value, struct error *err)            \
+    {                                                                                              \
+        return set_bool(&o->member, value, err);                                                   \
+    }
+SWITCH(dry_run)
+SWITCH(mark)
+SWITCH(ucall)
+SWITCH(debug_exit)
+SWITCH(control)
+#undef SWITCH
+
+static int set_trace(struct vm_options *o, const char *value, struct error *err)
+{
+    return set_bool(&o->vm.trace, value, err);
+}
+
+static int set_config(struct vm_options *o, const char *value, struct error *err)
+{
+    return options_load(o, FOR_RUN, value, err);
+}
+
+#define TEXT(member) offsetof(struct vm_options, member)
+
+static const struct option_row rows[] = {
+    {"kernel", 'k', FOR_RUN, false, "FILE", "vmlinux, bzImage, PVH or multiboot ELF, raw image",
+     set_nothing, TEXT(kernel)},
+    {"initrd", 'i', FOR_RUN, false, "FILE", "initial RAM disk", set_nothing, TEXT(initrd)},
+    {"append", 'a', FOR_RUN, false, "TEXT", "kernel command line", set_nothing, TEXT(append)},
+    {"boot", 'b', FOR_RUN, false, "PROTOCOL",
+     "auto (default), linux64, pvh, bzimage (the guest unpacks itself), multiboot, real", set_boot,
+     0},
+    {"cpus", 'c', FOR_RUN, true, "N", "vCPUs, 1 to 64 (default 1)", set_cpus, 0},
+    {"memory", 'm', FOR_RUN, true, "SIZE", "guest memory, e.g. 128M, 2G (default 128M)", set_memory,
+     TEXT(memory)},
+    {"cpu", 'C', FOR_RUN, true, "MODEL", "host, or host,-FLAG,... to hide features", set_cpu,
+     TEXT(cpu)},
+    {"backing", 'B', FOR_ALL, false, "KIND",
+     "guest memory from: anonymous (default), thp, memfd, hugetlb", set_backing, 0},
+    {"numa", 'N', FOR_ALL, false, "POLICY", "bind:NODES, interleave:NODES or preferred:NODE",
+     set_nothing, TEXT(numa)},
+    {"console", 'o', FOR_ALL, false, "WHERE",
+     "stdio (default), file:PATH, pty[:LINK], unix:PATH, fd:N, null", set_console, 0},
+    {"name", 'n', FOR_ALL, false, "NAME", "name of the VM and its control socket (default ferry-PID)",
+     set_nothing, TEXT(name)},
+    {"listen", 'l', FOR_RECEIVE, false, "ADDRESS", "tcp:HOST:PORT to wait on", set_nothing,
+     TEXT(listen)},
+    {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
+     set_control, 0},
+    {"trace", 't', FOR_ALL, false, NULL, "print each exit, and a table of them at the end",
+     set_trace, 0},
+    {"log", 0, FOR_ALL, false, "LEVEL", "error, warn, info (default), debug", set_log, 0},
+    {"ucall", 0, FOR_RUN, true, NULL, "answer the test guests of guest/bare", set_ucall, 0},
+    {"debug-exit", 0, FOR_RUN, true, NULL, "let the guest end the VM through port 0xf4",
+     set_debug_exit, 0},
+    {"mark", 0, FOR_RUN, false, NULL, "print when the guest writes to port 0xe84 first", set_mark,
+     0},
+    {"dry-run", 0, FOR_RUN, false, NULL, "check everything, print the configuration, start nothing",
+     set_dry_run, 0},
+    {"config", 0, FOR_RUN, false, "FILE", "JSON object with these options' names as keys",
+     set_config, 0},
+};
+
+void options_init(struct vm_options *o)
+{
+    *o = (struct vm_options) {.control = true};
+    o->vm.cpus = 1;
+    o->vm.ram.size = 128 * MiB;
+    o->vm.log_level = LOG_INFO;
+    console_parse("stdio", &o->console, NULL);
+}
+
+void options_free(struct vm_options *o)
+{
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
+        if (rows[i].text)
+            free(*(char **)((char *)o + rows[i].text));
+    *o = (struct vm_options) {0};
+}
+
+static int row_apply(struct vm_options *o, const struct option_row *row, const char *value,
+                     struct error *err)
+{
+    int ret = row->set(o, value, err);
+    if (!ret && row->text)
+        ret = set_text((char **)((char *)o + row->text), value, err);
+    return ret;
+}
+
+int options_set(struct vm_options *o, unsigned command, const char *name, const char *value,
+                struct error *err)
+{
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
+        if (!strcmp(rows[i].name, name) && (rows[i].commands & command)) {
+            int ret = row_apply(o, &rows[i], value, err);
+            return ret ? error_prefix(err, "%s", name) : 0;
+        }
+    return error_set(err, -EINVAL, "unknown option '%s'", name);
+}
+
+// --- command line
+
+static void help(unsigned command, const char *usage)
+{
+    printf("usage: %s\n\n", usage);
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+        if (!(rows[i].commands & command))
+            continue;
+        char left[40];
+        snprintf(left, sizeof(left), "--%s%s%s", rows[i].name, rows[i].arg ? " " : "",
+                 rows[i].arg ? rows[i].arg : "");
+        if (rows[i].brief)
+            printf("  -%c, %-20s %s\n", rows[i].brief, left, rows[i].help);
+        else
+            printf("      %-20s %s\n", left, rows[i].help);
+    }
+    printf("  -h, %-20s %s\n", "--help", "this text");
+}
+
+static unsigned getopt_tables(unsigned command, struct option *longs, char *shorts)
+{
+    unsigned n = 0;
+    *shorts++ = ':'; // we word the errors ourselves
+    for (unsigned i = 0; i < ARRAY_SIZE(rows); i++) {
+        if (!(rows[i].commands & command))
+            continue;
+        longs[n++] = (struct option) {rows[i].name, rows[i].arg ? required_argument : no_argument,
+                                      NULL, 256 + (int)i};
+        if (rows[i].brief) {
+            *shorts++ = rows[i].brief;
+            if (rows[i].arg)
+                *shorts++ = ':';
+        }
+    }
+    longs[n++] = (struct option) {"help", no_argument, NULL, 'h'};
+    *shorts++ = 'h';
+    *shorts = 0;
+    longs[n] = (struct option) {0};
+    return n;
+}
+
+static const struct option_row *row_of(int c)
+{
+    if (c >= 256)
+        return &rows[c - 256];
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
+        if (rows[i].brief == c)
+            return &rows[i];
+    return NULL;
+}
+
+int options_parse(struct vm_options *o, unsigned command, int argc, char **argv, const char *usage,
+                  char **positional, int max, struct error *err)
+{
+    struct option longs[OPTIONS_MAX];
+    char shorts[2 * OPTIONS_MAX];
+    getopt_tables(command, longs, shorts);
+    opterr = 0;
+    optind = 0;
+    int c;
+    while ((c = getopt_long(argc, argv, shorts, longs, NULL)) != -1) {
+        if (c == 'h') {
+            help(command, usage);
+            return 1;
+        }
+        if (c == ':')
+            return error_set(err, -EINVAL, "%s needs a value (ferry %s --help)", argv[optind - 1],
+                             argv[0]);
+        if (c == '?')
+            return error_set(err, -EINVAL, "unknown option '%s' (ferry %s --help)",
+                             argv[optind - 1], argv[0]);
+        const struct option_row *row = row_of(c);
+        int ret = row_apply(o, row, row->arg ? optarg : "true", err);
+        if (ret)
+            return error_prefix(err, "--%s", row->name);
+    }
+    for (int i = 0; optind < argc; i++, optind++) {
+        if (i >= max)
+            return error_set(err, -EINVAL, "unexpected argument '%s' (ferry %s --help)",
+                             argv[optind], argv[0]);
+        positional[i] = argv[optind];
+    }
+    return 0;
+}
+
+// --- JSON
+
+static int json_option(struct vm_options *o, unsigned command, const char *key, json_t *value,
+                       struct error *err)
+{
+    char number[32];
+    if (json_is_string(value))
+        return options_set(o, command, key, json_string_value(value), err);
+    if (json_is_boolean(value))
+        return options_set(o, command, key, json_is_true(value) ? "true" : "false", err);
+    if (json_is_integer(value)) {
+        snprintf(number, sizeof(number), "%lld", (long long)json_integer_value(value));
+        return options_set(o, command, key, number, err);
+    }
+    return error_set(err, -EINVAL, "%s: expected a string, an integer, true or false", key);
+}
+
+int options_load(struct vm_options *o, unsigned command, const char *path, struct error *err)
+{
+    json_error_t jerr;
+    json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, &jerr);
+    if (!root)
+        return jerr.line < 0 ? error_set(err, -ENOENT, "%s: %s", path, jerr.text)
+                             : error_set(err, -EINVAL, "%s:%d:%d: %s", path, jerr.line,
+                                         jerr.column, jerr.text);
+    int ret = 0;
+    const char *key;
+    json_t *value;
+    if (!json_is_object(root))
+        ret = error_set(err, -EINVAL, "expected a JSON object");
+    json_object_foreach(root, key, value) {
+        if (!strcmp(key, "config"))
+            ret = error_set(err, -EINVAL, "a config file cannot name another");
+        if (!ret)
+            ret = json_option(o, command, key, value, err);
+    }
+    json_decref(root);
+    return ret ? error_prefix(err, "%s", path) : 0;
+}
+
+static json_t *machine_json(const struct vm_options *o)
+{
+    return json_pack("{s:i, s:s, s:s, s:b, s:b}", "cpus", (int)o->vm.cpus, "memory",
+                     o->memory ? o->memory : "128M", "cpu", o->cpu ? o->cpu : "host", "ucall",
+                     (int)o->ucall, "debug-exit", (int)o->debug_exit);
+}
+
+char *options_describe(const struct vm_options *o)
+{
+    json_t *json = machine_json(o);
+    char *text = json_dumps(json, JSON_COMPACT);
+    json_decref(json);
+    return text;
+}
+
+int options_machine(struct vm_options *o, const char *text, struct error *err)
+{
+    json_error_t jerr;
+    json_t *root = json_loads(text, JSON_REJECT_DUPLICATES, &jerr);
+    if (!json_is_object(root)) {
+        json_decref(root);
+        return error_set(err, -EBADMSG, "machine description is not a JSON object: %.200s", text);
+    }
+    int ret = 0;
+    for (size_t i = 0; i < ARRAY_SIZE(rows) && !ret; i++) {
+        json_t *value = rows[i].machine ? json_object_get(root, rows[i].name) : NULL;
+        if (value)
+            ret = json_option(o, FOR_RUN, rows[i].name, value, err);
+    }
+    const char *key;
+    json_t *value;
+    json_object_foreach(root, key, value) {
+        bool known = false;
+        for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
+            known |= rows[i].machine && !strcmp(rows[i].name, key);
+        if (!known && !ret)
+            ret = error_set(err, -ENOTSUP, "'%s' is not known here", key);
+    }
+    json_decref(root);
+    return ret ? error_prefix(err, "machine description") : 0;
+}
+
+json_t *options_json(const struct vm_options *o)
+{
+    json_t *json = machine_json(o);
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+        const char *text = rows[i].text ? *(char *const *)((const char *)o + rows[i].text) : NULL;
+        if (text)
+            json_object_set_new(json, rows[i].name, json_string(text));
+    }
+    json_object_set_new(json, "boot", json_string(boot_protocol_name(o->boot.protocol)));
+    return json;
+}

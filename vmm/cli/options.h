@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// The options of `run`, `receive` and `restore`: one table gives the flags, the help text and the
+// keys of --config files. A flag and a key of the same name take the same values.
+#pragma once
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <stdio.h>
+
+#include "devices/console.h"
+#include "vmm/boot/boot.h"
+#include "vmm/error.h"
+#include "vmm/vm.h"
+
+// Which command offers an option.
+enum { FOR_RUN = 1, FOR_RECEIVE = 2, FOR_RESTORE = 4, FOR_ALL = 7 };
+
+struct vm_options {
+    struct vm_config vm;
+    struct boot_config boot;
+    struct console_config console;
+    char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
+    char *kernel, *initrd, *append, *numa, *listen;
+    bool dry_run, mark, ucall, debug_exit, control;
+};
+
+void options_init(struct vm_options *o);
+void options_free(struct vm_options *o);
+
+// Parses argv (argv[0] is the command). Fills `positional` (up to `max`; more is an error).
+// Returns 0, or 1 when --help was printed, or a usage error.
+int options_parse(struct vm_options *o, unsigned command, int argc, char **argv,
+                  const char *usage, char **positional, int max, struct error *err);
+
+// One option by its name, as from a config file.
+int options_set(struct vm_options *o, unsigned command, const char *name, const char *value,
+                struct error *err);
+int options_load(struct vm_options *o, unsigned command, const char *path, struct error *err);
+
+// The machine the guest sees, as JSON text that options_machine takes back on another host.
+char *options_describe(const struct vm_options *o);
+int options_machine(struct vm_options *o, const char *json, struct error *err);
+
+// Everything as a config file would say it (for --dry-run).
+json_t *options_json(const struct vm_options *o);

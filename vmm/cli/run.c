@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "vmm/cli/cli.h"
+#include "vmm/cli/session.h"
+
+static const char usage[] =
+    "ferry run --kernel FILE [OPTIONS]\n\n"
+    "Boots a guest. The console's escape key is Ctrl-] (then q quits, p presses the power button).\n"
+    "example: ferry run -k vmlinux -i initramfs.cpio -c 2 -m 256M -a \"console=ttyS0 quiet\"";
+
+static int default_name(struct vm_options *o, struct error *err)
+{
+    char name[32];
+    snprintf(name, sizeof(name), "ferry-%d", (int)getpid());
+    return o->name ? 0 : options_set(o, FOR_ALL, "name", name, err);
+}
+
+static int dry_run(struct session *s)
+{
+    json_t *json = options_json(s->options);
+    json_dumpf(json, stdout, JSON_INDENT(2));
+    printf("\n");
+    json_decref(json);
+    return EXIT_OK;
+}
+
+static int start(struct session *s, struct error *err)
+{
+    int ret = session_listen(s, err);
+    if (!ret)
+        ret = vm_start(s->vm, err);
+    if (!ret)
+        vm_resume(s->vm);
+    return ret;
+}
+
+int cli_run(int argc, char **argv)
+{
+    struct vm_options options;
+    struct session session;
+    struct error err = {0};
+    options_init(&options);
+    int ret = options_parse(&options, FOR_RUN, argc, argv, usage, NULL, 0, &err);
+    if (!ret && !options.kernel)
+        ret = error_set(&err, -EINVAL, "--kernel FILE is needed (ferry run --help)");
+    if (!ret)
+        ret = default_name(&options, &err);
+    if (ret) {
+        options_free(&options);
+        return ret > 0 ? EXIT_OK : cli_fail(&err);
+    }
+
+    int status;
+    ret = session_init(&session, &options, &err);
+    if (!ret)
+        ret = session_build(&session, &err);
+    if (!ret && options.dry_run) {
+        status = dry_run(&session);
+    } else {
+        if (!ret)
+            ret = start(&session, &err);
+        if (!ret)
+            status = session_run(&session);
+    }
+    session_destroy(&session);
+    options_free(&options);
+    return ret ? cli_fail(&err) : status;
+}

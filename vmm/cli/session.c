@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vmm/cli/session.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/signalfd.h>
+
+#include "migrate/commands.h"
+#include "vmm/cli/cli.h"
+
+static void signal_ready(struct loop_watch *watch, uint32_t revents)
+{
+    struct session *s = container_of(watch, struct session, signals);
+    struct signalfd_siginfo info;
+    if (read(s->signal_fd, &info, sizeof(info)) != sizeof(info))
+        return;
+    if (s->vm)
+        vm_request_stop(s->vm, VM_STOP_HOST, 0, "signal %s", strsignal((int)info.ssi_signo));
+    else
+        loop_stop(s->loop);
+}
+
+static int signals_watch(struct session *s, struct error *err)
+{
+    signal(SIGPIPE, SIG_IGN); // a reader that goes away is an error value, not a death
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGTERM);
+    sigaddset(&set, SIGINT);
+    sigaddset(&set, SIGHUP);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    s->signal_fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
+    if (s->signal_fd < 0)
+        return error_errno(err, "signalfd");
+    return loop_watch(s->loop, &s->signals, s->signal_fd, POLLIN, signal_ready, err);
+}
+
+int session_init(struct session *s, struct vm_options *options, struct error *err)
+{
+    *s = (struct session) {.options = options, .signal_fd = -1};
+    int ret = loop_create(&s->loop, err);
+    if (!ret)
+        ret = signals_watch(s, err);
+    if (ret)
+        session_destroy(s);
+    return ret;
+}
+
+static void stopped(struct vm *vm, void *arg)
+{
+    loop_stop(vm->loop);
+}
+
+static void console_command(void *arg, enum console_command command)
+{
+    struct session *s = arg;
+    if (command == CONSOLE_QUIT)
+        vm_request_stop(s->vm, VM_STOP_HOST, 0, "the console's escape key");
+    else if (command == CONSOLE_POWER)
+        board_power_button(&s->board);
+}
+
+static int kernel_load(struct session *s, struct error *err)
+{
+    struct vm_options *o = s->options;
+    struct boot_entry entry;
+    o->boot.kernel = o->kernel;
+    o->boot.initrd = o->initrd;
+    o->boot.cmdline = o->append ? o->append : "";
+    o->boot.rsdp = s->board.rsdp;
+    int ret = boot_load(&s->vm->ram, &o->boot, &entry, err);
+    return ret ? ret : vm_set_entry(s->vm, &entry, err);
+}
+
+int session_build(struct session *s, struct error *err)
+{
+    struct vm_options *o = s->options;
+    o->vm.name = o->name;
+    o->vm.ram.numa = o->numa;
+    int ret = vm_create(&s->vm, &o->vm, s->loop, err);
+    if (ret)
+        return ret;
+    s->vm->on_stop = stopped;
+    struct board_config board = {.console = &o->console,
+                                 .ucall = o->ucall,
+                                 .debug_exit = o->debug_exit,
+                                 .mark = o->mark,
+                                 .start_ns = cli_start_ns};
+    ret = board_create(s->vm, &board, &s->board, err);
+    if (ret)
+        return ret;
+    console_on_command(s->board.console, console_command, s);
+    return o->kernel ? kernel_load(s, err) : 0;
+}
+
+static int describe(void *context, struct vm *vm, char **json, struct error *err)
+{
+    struct session *s = context;
+    *json = options_describe(s->options);
+    return *json ? 0 : error_set(err, -ENOMEM, "no memory for the machine description");
+}
+
+static int create_vm(void *context, const char *json, struct vm **vm, struct error *err)
+{
+    struct session *s = context;
+    int ret = options_machine(s->options, json, err);
+    if (!ret)
+        ret = session_build(s, err);
+    *vm = s->vm;
+    return ret;
+}
+
+static void destroy_vm(void *context, struct vm *vm)
+{
+    session_drop(context);
+}
+
+void session_hooks(struct session *s, struct migrate_hooks *hooks)
+{
+    *hooks = (struct migrate_hooks) {
+        .context = s, .describe = describe, .create_vm = create_vm, .destroy_vm = destroy_vm};
+}
+
+int session_listen(struct session *s, struct error *err)
+{
+    char path[108];
+    if (!s->options->control)
+        return 0;
+    int ret = control_create(&s->control, s->vm, err);
+    if (!ret)
+        ret = session_commands_add(s, err);
+    session_hooks(s, &s->hooks);
+    if (!ret)
+        ret = migrate_commands_create(&s->migrate, s->vm, s->control, &s->hooks, err);
+    if (!ret)
+        ret = control_path(s->vm->name, path, sizeof(path), err);
+    return ret ? ret : control_listen(s->control, path, err);
+}
+
+int session_busy(const struct session *s, struct error *err)
+{
+    return s->migrate && migrate_commands_busy(s->migrate)
+               ? error_set(err, -EBUSY, "VM %s is being migrated or saved", s->vm->name)
+               : 0;
+}
+
+static void report_stop(const struct vm *vm)
+{
+    const struct vm_stop *stop = &vm->stop;
+    if (stop->kind == VM_STOP_DEBUG_EXIT)
+        fprintf(stderr, "ferry: %s: debug exit %u\n", vm->name, stop->value);
+    else if (stop->kind != VM_STOP_POWEROFF || vm->log.level >= LOG_INFO)
+        fprintf(stderr, "ferry: %s: %s%s%s\n", vm->name, vm_stop_name(stop->kind),
+                *stop->text ? ": " : "", stop->text);
+}
+
+int session_run(struct session *s)
+{
+    struct error err = {0};
+    int ret = loop_run(s->loop, &err);
+    if (ret)
+        vm_request_stop(s->vm, VM_STOP_ERROR, 0, "%s", err.text);
+    else
+        vm_request_stop(s->vm, VM_STOP_HOST, 0, "stopped");
+    struct vm_stop stop = s->vm->stop;
+    if (s->migrate)
+        migrate_commands_wait(s->migrate);
+    board_flush(&s->board); // what the guest wrote last
+    console_restore(s->board.console);
+    report_stop(s->vm);
+    if (s->vm->trace)
+        trace_table(s->vm->trace, stderr);
+    return vm_stop_status(&stop);
+}
+
+void session_drop(struct session *s)
+{
+    migrate_commands_destroy(s->migrate);
+    s->migrate = NULL;
+    control_destroy(s->control);
+    s->control = NULL;
+    struct console *console = s->board.console;
+    vm_destroy(s->vm);
+    s->vm = NULL;
+    s->board = (struct board) {0};
+    s->console = console ? console : s->console;
+}
+
+void session_destroy(struct session *s)
+{
+    session_drop(s);
+    if (s->signal_fd >= 0)
+        close(s->signal_fd);
+    loop_destroy(s->loop);
+    console_close(s->console);
+    *s = (struct session) {.signal_fd = -1};
+}

@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// A whole machine of this process: event loop, VM, board, control socket; from creation to the
+// last word about how it ended.
+#pragma once
+
+#include "devices/board.h"
+#include "migrate/commands.h"
+#include "vmm/cli/options.h"
+#include "vmm/control.h"
+#include "vmm/loop.h"
+#include "vmm/vm.h"
+
+struct session {
+    struct vm_options *options; // the caller's
+    struct loop *loop;
+    struct vm *vm;
+    struct board board;
+    struct console *console; // the board's; outlives the VM, is closed after the loop
+    struct control *control;
+    struct migrate_commands *migrate;
+    struct migrate_hooks hooks;
+    struct loop_watch signals;
+    int signal_fd;
+};
+
+// Loop and signals only; the VM comes by session_build, or from a stream through session_hooks.
+int session_init(struct session *s, struct vm_options *options, struct error *err);
+// Creates VM and board. With options->kernel set, loads it and sets the boot entry.
+int session_build(struct session *s, struct error *err);
+// How migrate/ describes, builds and drops this session's VM.
+void session_hooks(struct session *s, struct migrate_hooks *hooks);
+// Opens the control socket with every command this program has.
+int session_listen(struct session *s, struct error *err);
+// Runs the loop until the VM stops; prints how it ended; the exit status.
+int session_run(struct session *s);
+void session_drop(struct session *s); // the VM and what belongs to it
+void session_destroy(struct session *s);
+
+// -EBUSY while a migration or snapshot has the VM's running in hand.
+int session_busy(const struct session *s, struct error *err);
+int session_commands_add(struct session *s, struct error *err); // vmm/cli/commands.c
