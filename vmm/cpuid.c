@@ -101,7 +101,7 @@ static int model_word(struct cpu_model *model, const char *word, size_t len, str
 
 int cpu_model_parse(const char *text, struct cpu_model *model, struct error *err)
 {
-    *model = (struct cpu_model){0};
+    *model = (struct cpu_model) {0};
     size_t len = strcspn(text, ",");
     if (len != 4 || strncmp(text, "host", 4))
         return error_set(err, -EINVAL, "CPU model \"%.*s\": only \"host\" is known",
@@ -294,9 +294,8 @@ static int topology_amd(struct kvm_cpuid2 *out, const struct cpuid_target *t, st
         return 0;
     // EBX: one thread a core, core id. ECX: one node, number 0.
     return table_set(out,
-                     &(struct kvm_cpuid_entry2){.function = 0x8000001e,
-                                                .eax = t->apic_id,
-                                                .ebx = t->apic_id & 0xff},
+                     &(struct kvm_cpuid_entry2) {
+                         .function = 0x8000001e, .eax = t->apic_id, .ebx = t->apic_id & 0xff},
                      err);
 }
 
@@ -393,16 +392,17 @@ static void features_remove(struct kvm_cpuid2 *out, const struct cpu_model *mode
     xsave_limit(out, allowed);
 }
 
-// design/kvm-hosts.md: ring 0 is emulated there, without cmpxchg16b and invpcid, and a vmcall spins.
+// design/kvm-hosts.md: ring 0 is emulated there, without cmpxchg16b and invpcid, and a vmcall
+// spins.
 static void features_software_backend(struct kvm_cpuid2 *out)
 {
     static const struct {
         uint32_t leaf;
         uint8_t reg, bit;
     } lacking[] = {
-        {1, CPUID_ECX, 13}, // cx16
-        {1, CPUID_ECX, 17}, // pcid
-        {7, CPUID_EBX, 10}, // invpcid
+        {1, CPUID_ECX, 13},          // cx16
+        {1, CPUID_ECX, 17},          // pcid
+        {7, CPUID_EBX, 10},          // invpcid
         {0x40000001, CPUID_EAX, 7},  // pv-unhalt: KVM_HC_KICK_CPU
         {0x40000001, CPUID_EAX, 9},  // pv-tlb-flush
         {0x40000001, CPUID_EAX, 11}, // pv-ipi: KVM_HC_SEND_IPI
@@ -424,7 +424,7 @@ static int leaves_kvm(struct kvm_cpuid2 *out, const struct cpuid_target *t, stru
     memcpy(&base.edx, signature + 8, 4);
     int ret = table_set(out, &base, err);
     if (!ret && !entry_find(out, LEAF_KVM + 1, 0))
-        ret = table_set(out, &(struct kvm_cpuid_entry2){.function = LEAF_KVM + 1}, err);
+        ret = table_set(out, &(struct kvm_cpuid_entry2) {.function = LEAF_KVM + 1}, err);
     return ret;
 }
 
@@ -433,19 +433,17 @@ static int leaves_tsc(struct kvm_cpuid2 *out, const struct cpuid_target *t, stru
     if (!t->tsc_khz)
         return 0;
     int ret = table_set(out,
-                        &(struct kvm_cpuid_entry2){.function = LEAF_KVM_TIMING,
-                                                   .eax = t->tsc_khz,
-                                                   .ebx = APIC_BUS_KHZ},
+                        &(struct kvm_cpuid_entry2) {
+                            .function = LEAF_KVM_TIMING, .eax = t->tsc_khz, .ebx = APIC_BUS_KHZ},
                         err);
     // Intel only. The "crystal" also drives the APIC timer, hence KVM's 1 GHz and not 24 MHz.
     if (ret || table_vendor(out) != VENDOR_INTEL || entry_find(out, 0, 0)->eax < 0x15)
         return ret;
-    return table_set(out,
-                     &(struct kvm_cpuid_entry2){.function = 0x15,
-                                                .eax = APIC_BUS_KHZ,
-                                                .ebx = t->tsc_khz,
-                                                .ecx = APIC_BUS_KHZ * 1000u},
-                     err);
+    return table_set(
+        out,
+        &(struct kvm_cpuid_entry2) {
+            .function = 0x15, .eax = APIC_BUS_KHZ, .ebx = t->tsc_khz, .ecx = APIC_BUS_KHZ * 1000u},
+        err);
 }
 
 static int build_check(const struct kvm_cpuid2 *supported, const struct cpuid_target *t,
@@ -545,8 +543,8 @@ static const char *bit_name(uint32_t leaf, uint32_t subleaf, unsigned reg, unsig
 static void compare_register(const struct kvm_cpuid2 *guest, const struct kvm_cpuid2 *host,
                              uint32_t leaf, uint32_t subleaf, unsigned reg, struct lack *lack)
 {
-    uint32_t missing = table_reg(guest, leaf, subleaf, reg) &
-                       ~table_reg(host, leaf, subleaf, reg) & ~register_ignored(leaf, subleaf, reg);
+    uint32_t missing = table_reg(guest, leaf, subleaf, reg) & ~table_reg(host, leaf, subleaf, reg) &
+                       ~register_ignored(leaf, subleaf, reg);
     static const char *const regs[] = {"eax", "ebx", "ecx", "edx"};
     for (unsigned bit = 0; bit < 32; bit++) {
         if (!(missing & BIT(bit)))
@@ -563,10 +561,10 @@ static void compare_register(const struct kvm_cpuid2 *guest, const struct kvm_cp
 static void compare_xsave(const struct kvm_cpuid2 *guest, const struct kvm_cpuid2 *host,
                           struct lack *lack)
 {
-    uint64_t used = table_reg(guest, 0xd, 0, CPUID_EAX) |
-                    (uint64_t)table_reg(guest, 0xd, 0, CPUID_EDX) << 32;
-    uint64_t here = table_reg(host, 0xd, 0, CPUID_EAX) |
-                    (uint64_t)table_reg(host, 0xd, 0, CPUID_EDX) << 32;
+    uint64_t used =
+        table_reg(guest, 0xd, 0, CPUID_EAX) | (uint64_t)table_reg(guest, 0xd, 0, CPUID_EDX) << 32;
+    uint64_t here =
+        table_reg(host, 0xd, 0, CPUID_EAX) | (uint64_t)table_reg(host, 0xd, 0, CPUID_EDX) << 32;
     for (unsigned i = 0; i < 64; i++) {
         if (!(used >> i & 1))
             continue;

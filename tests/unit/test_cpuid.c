@@ -102,7 +102,7 @@ static struct kvm_cpuid_entry2 answer(const struct kvm_cpuid2 *t, uint32_t leaf,
         if (e->function == leaf && (e->index == subleaf || !(e->flags & 1)))
             return *e;
     }
-    return (struct kvm_cpuid_entry2){0};
+    return (struct kvm_cpuid_entry2) {0};
 }
 
 static bool has(const struct kvm_cpuid2 *t, const char *name)
@@ -158,7 +158,7 @@ START_TEST(topology_amd_any_count)
     amd(&in);
     for (unsigned id = 0; id < cpus; id++) {
         struct kvm_cpuid2 *t =
-            build(&out, &in.head, "host", (struct cpuid_target){.cpus = cpus, .apic_id = id});
+            build(&out, &in.head, "host", (struct cpuid_target) {.cpus = cpus, .apic_id = id});
         struct kvm_cpuid_entry2 e = answer(t, 1, 0);
         ck_assert_uint_eq(e.ebx >> 24, id);
         ck_assert_uint_eq(e.ebx >> 16 & 0xff, cpus);
@@ -194,7 +194,7 @@ START_TEST(topology_intel_any_count)
     intel(&in);
     for (unsigned id = 0; id < cpus; id++) {
         struct kvm_cpuid2 *t =
-            build(&out, &in.head, "host", (struct cpuid_target){.cpus = cpus, .apic_id = id});
+            build(&out, &in.head, "host", (struct cpuid_target) {.cpus = cpus, .apic_id = id});
         struct kvm_cpuid_entry2 e = answer(t, 1, 0);
         ck_assert_uint_eq(e.ebx >> 24, id);
         ck_assert_uint_eq(e.ebx >> 16 & 0xff, reserved);
@@ -216,7 +216,7 @@ END_TEST
 START_TEST(hypervisor_leaves)
 {
     union table in, out;
-    struct kvm_cpuid2 *t = build(&out, intel(&in), "host", (struct cpuid_target){.cpus = 1});
+    struct kvm_cpuid2 *t = build(&out, intel(&in), "host", (struct cpuid_target) {.cpus = 1});
     struct kvm_cpuid_entry2 e = answer(t, 0x40000000, 0);
     ck_assert_int_eq(memcmp(&e.ebx, "KVMKVMKVM\0\0\0", 12), 0);
     ck_assert_uint_eq(e.eax, 0x40000001);
@@ -227,7 +227,7 @@ START_TEST(hypervisor_leaves)
     ck_assert_uint_eq(answer(t, 0x40000001, 0).eax, 0);
 
     t = build(&out, intel(&in), "host",
-              (struct cpuid_target){.cpus = 1, .tsc_khz = 2596128, .tsc_deadline = true});
+              (struct cpuid_target) {.cpus = 1, .tsc_khz = 2596128, .tsc_deadline = true});
     ck_assert(has(t, "tsc-deadline"));
     ck_assert_uint_eq(answer(t, 0x40000000, 0).eax, 0x40000010);
     ck_assert_uint_eq(answer(t, 0x40000010, 0).eax, 2596128);
@@ -235,7 +235,7 @@ START_TEST(hypervisor_leaves)
     e = answer(t, 0x15, 0);
     ck_assert_uint_eq((uint64_t)e.ecx * e.ebx / e.eax, 2596128000ull);
 
-    t = build(&out, amd(&in), "host", (struct cpuid_target){.cpus = 1, .tsc_khz = 2596128});
+    t = build(&out, amd(&in), "host", (struct cpuid_target) {.cpus = 1, .tsc_khz = 2596128});
     ck_assert_uint_eq(answer(t, 0x15, 0).eax, 0);
     ck_assert_uint_eq(answer(t, 0x40000001, 0).eax, 0x01037efb);
 }
@@ -246,15 +246,21 @@ START_TEST(software_backend_hides_hypercalls)
     union table in, out;
     struct cpuid_target target = {.cpus = 2, .software_backend = true};
     struct kvm_cpuid2 *t = build(&out, amd(&in), "host", target);
-    static const char *const gone[] = {"cx16",         "pcid",        "invpcid",
-                                       "kvm-pv-unhalt", "kvm-pv-ipi", "kvm-pv-tlb-flush",
-                                       "kvm-pv-sched-yield", "kvm-map-gpa-range",
+    static const char *const gone[] = {"cx16",
+                                       "pcid",
+                                       "invpcid",
+                                       "kvm-pv-unhalt",
+                                       "kvm-pv-ipi",
+                                       "kvm-pv-tlb-flush",
+                                       "kvm-pv-sched-yield",
+                                       "kvm-map-gpa-range",
                                        "kvm-migration-control"};
     for (unsigned i = 0; i < ARRAY_SIZE(gone); i++) {
         ck_assert_msg(!has(t, gone[i]), "%s is still there", gone[i]);
     }
-    static const char *const kept[] = {"kvm-clock", "kvm-steal-time", "kvm-pv-eoi", "x2apic",
-                                       "tsc_deadline_timer", "kvm-clock-stable", "xsave"};
+    static const char *const kept[] = {"kvm-clock", "kvm-steal-time",     "kvm-pv-eoi",
+                                       "x2apic",    "tsc_deadline_timer", "kvm-clock-stable",
+                                       "xsave"};
     for (unsigned i = 0; i < ARRAY_SIZE(kept); i++) {
         ck_assert_msg(has(t, kept[i]), "%s is gone", kept[i]);
     }
@@ -378,7 +384,7 @@ START_TEST(compatible)
     build(&guest, &in.head, "host", target);
     ck_assert_msg(cpuid_compatible(&guest.head, &in.head, &err) == 0, "%s", err.text);
     // Topology, APIC id and the guest's own switches are not features.
-    build(&host, &in.head, "host", (struct cpuid_target){.cpus = 1});
+    build(&host, &in.head, "host", (struct cpuid_target) {.cpus = 1});
     ck_assert_int_eq(cpuid_compatible(&guest.head, &host.head, &err), 0);
     // A smaller guest on a bigger host: yes. The reverse names what is missing.
     build(&host, &in.head, "host,-avx512f,-rdseed", target);
@@ -427,7 +433,7 @@ START_TEST(bad_tables)
     ck_assert_int_eq(cpuid_compatible(&in.head, &out.head, &err), -EINVAL);
     // A table without room for the added leaves.
     for (unsigned i = ARRAY_SIZE(amd_rows); i < CPUID_MAX_ENTRIES; i++)
-        in.head.entries[i] = (struct kvm_cpuid_entry2){.function = 0x20000000 + i};
+        in.head.entries[i] = (struct kvm_cpuid_entry2) {.function = 0x20000000 + i};
     in.head.nent = CPUID_MAX_ENTRIES;
     for (unsigned i = 0; i < CPUID_MAX_ENTRIES; i++) {
         if (in.head.entries[i].function == 0x80000026)
@@ -435,9 +441,9 @@ START_TEST(bad_tables)
     }
     ck_assert_int_eq(cpuid_build(&in.head, &model, &target, &out.head, &err), -E2BIG);
     amd(&in);
-    target = (struct cpuid_target){.cpus = 2, .apic_id = 2};
+    target = (struct cpuid_target) {.cpus = 2, .apic_id = 2};
     ck_assert_int_eq(cpuid_build(&in.head, &model, &target, &out.head, &err), -EINVAL);
-    target = (struct cpuid_target){.cpus = 0};
+    target = (struct cpuid_target) {.cpus = 0};
     ck_assert_int_eq(cpuid_build(&in.head, &model, &target, &out.head, &err), -EINVAL);
     // An empty saved table claims nothing but its vendor.
     table_of(&in, amd_rows, 1);
