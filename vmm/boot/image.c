@@ -88,6 +88,17 @@ int image_read(const struct image *img, uint64_t offset, void *data, uint64_t le
     return 0;
 }
 
+// Makes the pages there in one call instead of one fault each; only a matter of speed.
+static void populate(uint8_t *start, uint64_t len)
+{
+#ifdef MADV_POPULATE_WRITE
+    uintptr_t from = align_down((uintptr_t)start, PAGE_SIZE);
+    madvise((void *)from, align_up((uintptr_t)start + len, PAGE_SIZE) - from, MADV_POPULATE_WRITE);
+#else
+    (void)start, (void)len;
+#endif
+}
+
 // Reads the parts of the file that are not holes: neither the page cache nor guest RAM is touched
 // for the rest. File systems without SEEK_DATA report one part.
 static int file_read_sparse(const struct image *img, uint64_t offset, uint8_t *to, uint64_t len,
@@ -103,6 +114,7 @@ static int file_read_sparse(const struct image *img, uint64_t offset, uint8_t *t
         uint64_t stop = hole <= data || (uint64_t)hole > end ? end : (uint64_t)hole;
         if (start >= end)
             return 0;
+        populate(to + (start - offset), stop - start);
         int ret = file_read(img, start, to + (start - offset), stop - start, err);
         if (ret)
             return ret;
