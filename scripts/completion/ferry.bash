@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+# bash completion for ferry. Commands and options are read from `ferry help` and
+# `ferry COMMAND --help`, so that this file cannot go stale.
+_ferry_commands()
+{
+    "$1" help 2>/dev/null | sed -n 's/^  \([a-z]\{2,\}\)  *.*/\1/p'
+}
+
+_ferry_options()
+{
+    "$1" "$2" --help 2>/dev/null | grep -oE -- '(^| )--[a-z-]+' | tr -d ' ' | sort -u
+}
+
+_ferry_vms()
+{
+    local dir=${FERRY_RUN_DIR:-}
+    [ -n "$dir" ] || { [ "$(id -u)" = 0 ] && dir=/run/ferry; } || dir=${XDG_RUNTIME_DIR:-/run}/ferry
+    local socket
+    for socket in "$dir"/*.sock; do
+        [ -S "$socket" ] && basename "$socket" .sock
+    done
+}
+
+_ferry()
+{
+    local word=${COMP_WORDS[COMP_CWORD]} previous=${COMP_WORDS[COMP_CWORD - 1]}
+    local ferry=${COMP_WORDS[0]} command=${COMP_WORDS[1]} choices=""
+    COMPREPLY=()
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        choices=$(_ferry_commands "$ferry")
+    else
+        case $previous in
+        --kernel | -k | --initrd | -i | --config)
+            mapfile -t COMPREPLY < <(compgen -f -- "$word")
+            return
+            ;;
+        --boot | -b) choices="auto linux64 pvh bzimage multiboot real" ;;
+        --backing | -B) choices="anonymous thp memfd hugetlb" ;;
+        --console | -o) choices="stdio null pty file: unix: fd:" ;;
+        --log) choices="error warn info debug" ;;
+        --control) choices="true false" ;;
+        --mode) choices="precopy postcopy hybrid" ;;
+        --on-stall) choices="continue cancel switch postcopy" ;;
+        *)
+            case $word:$command in
+            -*) choices=$(_ferry_options "$ferry" "$command") ;;
+            *:info | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
+            esac
+            ;;
+        esac
+    fi
+    mapfile -t COMPREPLY < <(compgen -W "$choices" -- "$word")
+    if [ ${#COMPREPLY[@]} -eq 0 ] && [ -n "$word" ]; then
+        mapfile -t COMPREPLY < <(compgen -f -- "$word")
+    fi
+}
+
+complete -F _ferry ferry
