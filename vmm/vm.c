@@ -46,6 +46,11 @@ static int kvm_vm_create(struct vm *vm, struct error *err)
     vm->fd = ioctl(vm->kvm_fd, KVM_CREATE_VM, 0);
     if (vm->fd < 0)
         return error_errno(err, "KVM_CREATE_VM");
+    // RAM first: the interrupt controllers register devices on KVM's buses, whose clean-up would make
+    // the memory slot wait for an RCU grace period (several ms instead of 0.1).
+    int ret = ram_attach(&vm->ram, vm->fd, err);
+    if (ret)
+        return ret;
     // Where VT-x keeps its real-mode helpers; other back ends ignore both.
     uint64_t identity = LAYOUT_IDENTITY_PT;
     if (ioctl(vm->fd, KVM_SET_IDENTITY_MAP_ADDR, &identity))
@@ -116,8 +121,6 @@ static int vm_build(struct vm *vm, struct error *err)
         ret = kvm_vm_create(vm, err);
     if (!ret)
         ret = host_cpuid_read(vm, err);
-    if (!ret)
-        ret = ram_attach(&vm->ram, vm->fd, err);
     if (!ret)
         ret = vm_kernel_state_create(vm, err);
     if (!ret)
