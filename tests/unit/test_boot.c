@@ -208,8 +208,8 @@ START_TEST(elf_fields)
     expect_bad_fields(elf, bad, ARRAY_SIZE(bad), BOOT_LINUX64, 32 * MiB);
 
     static const struct bad_field bad_pvh[] = {
-        {NOTE_AT + 0x20, 4, 6, "no PVH entry"},              // another type
-        {NOTE_AT + 0x24, 4, 0x00554e47, "no PVH entry"},     // another owner
+        {NOTE_AT + 0x20, 4, 6, "no PVH entry"},          // another type
+        {NOTE_AT + 0x24, 4, 0x00554e47, "no PVH entry"}, // another owner
         {NOTE_AT + 0x28, 4, 0x100000, "PVH entry 0x100000 lies in no executable segment"},
         {NOTE_AT + 0x28, 4, DATA_GPA, "lies in no executable segment"},
     };
@@ -444,7 +444,7 @@ START_TEST(protocol_names)
 {
     struct error err = {0};
     for (int i = BOOT_AUTO; i <= BOOT_REAL; i++) {
-        enum boot_protocol p = (enum boot_protocol)-1;
+        enum boot_protocol p = (enum boot_protocol) - 1;
         ck_assert_int_eq(boot_protocol_parse(boot_protocol_name((enum boot_protocol)i), &p, &err),
                          0);
         ck_assert_int_eq(p, i);

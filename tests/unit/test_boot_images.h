@@ -141,10 +141,12 @@ static inline struct bytes elf64_make(void)
     h.e_ident[EI_VERSION] = EV_CURRENT;
     memcpy(b.data, &h, sizeof(h));
     // The virtual addresses are a kernel's: they must not matter.
-    elf64_segment(b, 0, &(Elf64_Phdr) {PT_LOAD, PF_R | PF_X, 0x1000, 0xffffffff81000000, TEXT_GPA,
-                                       TEXT_SIZE, 0x3000, 0x1000});
-    elf64_segment(b, 1, &(Elf64_Phdr) {PT_LOAD, PF_R | PF_W, 0x4000, 0, DATA_GPA, DATA_SIZE,
-                                       DATA_MEM, 0x1000});
+    elf64_segment(b, 0,
+                  &(Elf64_Phdr) {PT_LOAD, PF_R | PF_X, 0x1000, 0xffffffff81000000, TEXT_GPA,
+                                 TEXT_SIZE, 0x3000, 0x1000});
+    elf64_segment(
+        b, 1,
+        &(Elf64_Phdr) {PT_LOAD, PF_R | PF_W, 0x4000, 0, DATA_GPA, DATA_SIZE, DATA_MEM, 0x1000});
     elf64_segment(b, 2, &(Elf64_Phdr) {PT_NOTE, PF_R, NOTE_AT, 0, 0, 0x2c, 0x2c, 4});
     for (size_t i = 0; i < TEXT_SIZE; i++)
         b.data[0x1000 + i] = (uint8_t)(i * 7 + 1);
@@ -211,14 +213,23 @@ static inline size_t pack_lz4(uint8_t *out, size_t room, struct bytes in)
 
 static inline size_t pack_gzip(uint8_t *out, size_t room, struct bytes in)
 {
-    z_stream z = {.next_in = in.data,
-                  .avail_in = (uInt)in.len,
-                  .next_out = out,
-                  .avail_out = (uInt)room};
+    z_stream z = {
+        .next_in = in.data, .avail_in = (uInt)in.len, .next_out = out, .avail_out = (uInt)room};
     ck_assert_int_eq(deflateInit2(&z, 1, Z_DEFLATED, 31, 8, Z_DEFAULT_STRATEGY), Z_OK);
     ck_assert_int_eq(deflate(&z, Z_FINISH), Z_STREAM_END);
     deflateEnd(&z);
     return z.total_out;
+}
+
+// With a checksum, as the zstd command does.
+static inline size_t pack_zstd(uint8_t *out, size_t room, struct bytes in)
+{
+    ZSTD_CCtx *z = ZSTD_createCCtx();
+    ck_assert(!ZSTD_isError(ZSTD_CCtx_setParameter(z, ZSTD_c_checksumFlag, 1)));
+    size_t n = ZSTD_compress2(z, out, room, in.data, in.len);
+    ck_assert(!ZSTD_isError(n));
+    ZSTD_freeCCtx(z);
+    return n;
 }
 
 // As Linux's build makes a payload: the stream, then its unpacked size where it has none inside.
@@ -231,16 +242,15 @@ static inline struct bytes payload_make(struct bytes in, enum packing packing)
         n = pack_gzip(out.data, room, in);
         break;
     case PACK_XZ:
-        ck_assert_int_eq(lzma_easy_buffer_encode(0, LZMA_CHECK_CRC32, NULL, in.data, in.len,
-                                                 out.data, &n, room),
-                         LZMA_OK);
+        ck_assert_int_eq(
+            lzma_easy_buffer_encode(0, LZMA_CHECK_CRC32, NULL, in.data, in.len, out.data, &n, room),
+            LZMA_OK);
         break;
     case PACK_LZ4:
         n = pack_lz4(out.data, room, in);
         break;
     case PACK_ZSTD:
-        n = ZSTD_compress(out.data, room, in.data, in.len, 1);
-        ck_assert(!ZSTD_isError(n));
+        n = pack_zstd(out.data, room, in);
         break;
     }
     uint32_t size = (uint32_t)in.len;
