@@ -2,6 +2,7 @@
 // Control commands about the VM as a whole. (Those of migration and snapshots: migrate/commands.c.)
 #include <errno.h>
 
+#include "devices/platform.h"
 #include "vmm/cli/session.h"
 #include "vmm/vcpu.h"
 
@@ -22,7 +23,7 @@ static void cmd_info(struct vm *vm, json_t *args, struct control_request *req, v
     json_t *info = json_pack("{s:s, s:s, s:i, s:I, s:o}", "name", vm->name, "state",
                              phase_name(vm), "pid", (int)getpid(), "memory_bytes",
                              (json_int_t)vm->ram.size, "vcpus", vcpus);
-    const char *console = console_path(s->board.console);
+    const char *console = console_path(s->console);
     if (console)
         json_object_set_new(info, "console", json_string(console));
     control_reply_ok(req, info);
@@ -57,7 +58,7 @@ static void cmd_stop(struct vm *vm, json_t *args, struct control_request *req, v
 {
     struct session *s = context;
     if (json_is_true(json_object_get(args, "powerbutton"))) {
-        board_power_button(&s->board);
+        power_button(s->board.power);
         control_reply_ok(req, NULL);
         return;
     }

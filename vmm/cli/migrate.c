@@ -1,17 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// migrate, receive, restore: guests that leave and arrive.
+// ferry migrate: asks a running VM to leave, and shows how it goes.
 #include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "migrate/receive.h"
-#include "migrate/snapshot.h"
 #include "vmm/cli/cli.h"
-#include "vmm/cli/session.h"
-
-// --- ferry migrate
+#include "vmm/control.h"
+#include "vmm/util.h"
 
 static const char migrate_usage[] =
     "ferry migrate NAME tcp:HOST:PORT [OPTIONS]\n\n"
@@ -167,26 +164,4 @@ int cli_migrate(int argc, char **argv)
     }
     json_decref(report);
     return EXIT_OK;
-}
-
-// --- ferry receive, ferry restore
-
-// Both end alike: a VM that came from a stream runs in this process.
-static int run_arrived(struct session *s, int ret, struct error *err)
-{
-    int status = ret ? cli_fail(err) : session_run(s);
-    session_destroy(s);
-    return status;
-}
-
-static const char receive_usage[] =
-    "ferry receive --listen tcp:HOST:PORT [OPTIONS]\n\n"
-    "Waits for one VM, takes it over and runs it here. The guest's hardware comes with it.\n"
-    "example: ferry receive --listen tcp:0.0.0.0:7000 --name web --console unix:/tmp/web.console";
-
-static int name_or_default(struct vm_options *o, struct error *err)
-{
-    char name[32];
-    snprintf(name, sizeof(name), "ferry-%d", (int)getpid());
-    return o->name ? 0 : options_set(o, FOR_ALL, "name", name, err);
 }

@@ -11,13 +11,6 @@ static const char usage[] =
     "Boots a guest. The console's escape key is Ctrl-] (then q quits, p presses the power button).\n"
     "example: ferry run -k vmlinux -i initramfs.cpio -c 2 -m 256M -a \"console=ttyS0 quiet\"";
 
-static int default_name(struct vm_options *o, struct error *err)
-{
-    char name[32];
-    snprintf(name, sizeof(name), "ferry-%d", (int)getpid());
-    return o->name ? 0 : options_set(o, FOR_ALL, "name", name, err);
-}
-
 static int dry_run(struct session *s)
 {
     json_t *json = options_json(s->options);
@@ -47,7 +40,7 @@ int cli_run(int argc, char **argv)
     if (!ret && !options.kernel)
         ret = error_set(&err, -EINVAL, "--kernel FILE is needed (ferry run --help)");
     if (!ret)
-        ret = default_name(&options, &err);
+        ret = session_default_name(&options, &err);
     if (ret) {
         options_free(&options);
         return ret > 0 ? EXIT_OK : cli_fail(&err);

@@ -8,7 +8,9 @@
 #include <string.h>
 #include <sys/signalfd.h>
 
-#include "migrate/commands.h"
+#include "devices/platform.h"
+#include "devices/ucall.h"
+#include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 
 static void signal_ready(struct loop_watch *watch, uint32_t revents)
@@ -18,9 +20,9 @@ static void signal_ready(struct loop_watch *watch, uint32_t revents)
     if (read(s->signal_fd, &info, sizeof(info)) != sizeof(info))
         return;
     if (s->vm)
-        vm_request_stop(s->vm, VM_STOP_HOST, 0, "signal %s", strsignal((int)info.ssi_signo));
-    else
-        loop_stop(s->loop);
+        vm_request_stop(s->vm, VM_STOP_HOST, 0, "signal: %s", strsignal((int)info.ssi_signo));
+    if (s->arrival)
+        arrival_cancel(s->arrival);
 }
 
 static int signals_watch(struct session *s, struct error *err)
@@ -54,15 +56,6 @@ static void stopped(struct vm *vm, void *arg)
     loop_stop(vm->loop);
 }
 
-static void console_command(void *arg, enum console_command command)
-{
-    struct session *s = arg;
-    if (command == CONSOLE_QUIT)
-        vm_request_stop(s->vm, VM_STOP_HOST, 0, "the console's escape key");
-    else if (command == CONSOLE_POWER)
-        board_power_button(&s->board);
-}
-
 static int kernel_load(struct session *s, struct error *err)
 {
     struct vm_options *o = s->options;
@@ -84,15 +77,18 @@ int session_build(struct session *s, struct error *err)
     if (ret)
         return ret;
     s->vm->on_stop = stopped;
-    struct board_config board = {.console = &o->console,
-                                 .ucall = o->ucall,
-                                 .debug_exit = o->debug_exit,
-                                 .mark = o->mark,
-                                 .start_ns = cli_start_ns};
+    ret = console_open(&s->console, &o->console, s->loop, err);
+    if (ret)
+        return ret;
+    static const struct ucall_config ucall = {0}; // defaults only
+    const struct mark_config mark = {.start_ns = cli_start_ns, .fd = STDERR_FILENO};
+    const struct board_config board = {.console = s->console,
+                                       .ucall = o->ucall ? &ucall : NULL,
+                                       .debug_exit = o->debug_exit,
+                                       .mark = o->mark ? &mark : NULL};
     ret = board_create(s->vm, &board, &s->board, err);
     if (ret)
         return ret;
-    console_on_command(s->board.console, console_command, s);
     return o->kernel ? kernel_load(s, err) : 0;
 }
 
@@ -124,6 +120,13 @@ void session_hooks(struct session *s, struct migrate_hooks *hooks)
         .context = s, .describe = describe, .create_vm = create_vm, .destroy_vm = destroy_vm};
 }
 
+int session_default_name(struct vm_options *o, struct error *err)
+{
+    char name[32];
+    snprintf(name, sizeof(name), "ferry-%d", (int)getpid());
+    return o->name ? 0 : options_set(o, FOR_ALL, "name", name, err);
+}
+
 int session_listen(struct session *s, struct error *err)
 {
     char path[108];
@@ -147,13 +150,12 @@ int session_busy(const struct session *s, struct error *err)
                : 0;
 }
 
-static void report_stop(const struct vm *vm)
+static void report_stop(const char *name, const struct vm_stop *stop, enum log_level level)
 {
-    const struct vm_stop *stop = &vm->stop;
     if (stop->kind == VM_STOP_DEBUG_EXIT)
-        fprintf(stderr, "ferry: %s: debug exit %u\n", vm->name, stop->value);
-    else if (stop->kind != VM_STOP_POWEROFF || vm->log.level >= LOG_INFO)
-        fprintf(stderr, "ferry: %s: %s%s%s\n", vm->name, vm_stop_name(stop->kind),
+        fprintf(stderr, "ferry: %s: debug exit %u\n", name, stop->value);
+    else if (stop->kind != VM_STOP_POWEROFF || level >= LOG_INFO)
+        fprintf(stderr, "ferry: %s: %s%s%s\n", name, vm_stop_name(stop->kind),
                 *stop->text ? ": " : "", stop->text);
 }
 
@@ -161,18 +163,23 @@ int session_run(struct session *s)
 {
     struct error err = {0};
     int ret = loop_run(s->loop, &err);
-    if (ret)
+    if (ret && s->vm)
         vm_request_stop(s->vm, VM_STOP_ERROR, 0, "%s", err.text);
-    else
-        vm_request_stop(s->vm, VM_STOP_HOST, 0, "stopped");
+    if (s->arrival)
+        arrival_settle(s->arrival);
+    if (!s->vm)
+        return EXIT_FAILED; // an arrival that failed: its error says why
     struct vm_stop stop = s->vm->stop;
-    if (s->migrate)
-        migrate_commands_wait(s->migrate);
-    board_flush(&s->board); // what the guest wrote last
-    console_restore(s->board.console);
-    report_stop(s->vm);
-    if (s->vm->trace)
-        trace_table(s->vm->trace, stderr);
+    // The terminal is as it was before anything more is said.
+    struct trace *trace = s->vm->trace;
+    s->vm->trace = NULL;
+    session_drop(s);
+    console_close(s->console);
+    s->console = NULL;
+    report_stop(s->options->name, &stop, s->options->vm.log_level);
+    if (trace)
+        trace_table(trace, stderr);
+    trace_destroy(trace);
     return vm_stop_status(&stop);
 }
 
@@ -182,11 +189,9 @@ void session_drop(struct session *s)
     s->migrate = NULL;
     control_destroy(s->control);
     s->control = NULL;
-    struct console *console = s->board.console;
     vm_destroy(s->vm);
     s->vm = NULL;
     s->board = (struct board) {0};
-    s->console = console ? console : s->console;
 }
 
 void session_destroy(struct session *s)
@@ -195,6 +200,6 @@ void session_destroy(struct session *s)
     if (s->signal_fd >= 0)
         close(s->signal_fd);
     loop_destroy(s->loop);
-    console_close(s->console);
+    console_close(s->console); // after the loop, which may still hold its polls
     *s = (struct session) {.signal_fd = -1};
 }

@@ -19,10 +19,13 @@ struct session {
     struct control *control;
     struct migrate_commands *migrate;
     struct migrate_hooks hooks;
+    struct arrival *arrival; // `ferry receive`: the guest that comes in, NULL otherwise
     struct loop_watch signals;
     int signal_fd;
 };
 
+// Without --name: ferry-PID.
+int session_default_name(struct vm_options *o, struct error *err);
 // Loop and signals only; the VM comes by session_build, or from a stream through session_hooks.
 int session_init(struct session *s, struct vm_options *options, struct error *err);
 // Creates VM and board. With options->kernel set, loads it and sets the boot entry.

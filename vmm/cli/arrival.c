@@ -1,0 +1,263 @@
+// SPDX-License-Identifier: Apache-2.0
+// ferry receive and ferry restore: a VM that comes from a stream or a file.
+#include "vmm/cli/arrival.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stdio.h>
+
+#include "migrate/channel.h"
+#include "migrate/receive.h"
+#include "migrate/snapshot.h"
+#include "vmm/cli/cli.h"
+#include "vmm/cli/session.h"
+
+struct arrival {
+    struct session *session;
+    struct receive *receive;
+    pthread_t thread;
+    struct loop_call done_call;
+    bool started, done;
+    struct vm *vm; // what receive_run gave
+    int ret;
+    struct error err;
+};
+
+// --- the receiving thread asks the loop's thread to build, announce and drop the VM
+
+struct errand {
+    struct loop_call call;
+    struct arrival *arrival;
+    int (*fn)(struct errand *errand);
+    const char *json;
+    struct vm *vm;
+    struct error *err;
+    int ret;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    bool finished;
+};
+
+static void errand_run(void *arg)
+{
+    struct errand *e = arg;
+    int ret = e->fn(e);
+    pthread_mutex_lock(&e->lock);
+    e->ret = ret;
+    e->finished = true;
+    pthread_cond_signal(&e->changed);
+    pthread_mutex_unlock(&e->lock);
+}
+
+static int errand_wait(struct errand *e)
+{
+    pthread_mutex_init(&e->lock, NULL);
+    pthread_cond_init(&e->changed, NULL);
+    e->call = (struct loop_call) {errand_run, e, NULL};
+    loop_call(e->arrival->session->loop, &e->call);
+    pthread_mutex_lock(&e->lock);
+    while (!e->finished)
+        pthread_cond_wait(&e->changed, &e->lock);
+    pthread_mutex_unlock(&e->lock);
+    pthread_cond_destroy(&e->changed);
+    pthread_mutex_destroy(&e->lock);
+    return e->ret;
+}
+
+static int build(struct errand *e)
+{
+    struct migrate_hooks *hooks = &e->arrival->session->hooks;
+    return hooks->create_vm(hooks->context, e->json, &e->vm, e->err);
+}
+
+static int create_vm(void *context, const char *json, struct vm **vm, struct error *err)
+{
+    struct errand e = {.arrival = context, .fn = build, .json = json, .err = err};
+    int ret = errand_wait(&e);
+    *vm = e.vm;
+    return ret;
+}
+
+static int drop(struct errand *e)
+{
+    session_drop(e->arrival->session);
+    return 0;
+}
+
+static void destroy_vm(void *context, struct vm *vm)
+{
+    struct errand e = {.arrival = context, .fn = drop};
+    errand_wait(&e);
+}
+
+static int announce(struct errand *e)
+{
+    struct session *s = e->arrival->session;
+    struct error err;
+    log_write(&s->vm->log, LOG_INFO, "arrived, runs here");
+    // A guest that runs is worth more than its control socket.
+    if (session_listen(s, &err))
+        log_write(&s->vm->log, LOG_ERROR, "no control socket: %s", err.text);
+    return 0;
+}
+
+static void arrived(void *context, struct vm *vm)
+{
+    struct errand e = {.arrival = context, .fn = announce};
+    errand_wait(&e);
+}
+
+// --- the receiving thread
+
+static void receive_done(void *arg)
+{
+    struct arrival *a = arg;
+    a->done = true;
+    if (a->ret && a->vm)
+        log_write(&a->vm->log, LOG_ERROR,
+                  "%s; the guest is kept, paused, without the pages that never came", a->err.text);
+    else if (a->ret)
+        loop_stop(a->session->loop);
+}
+
+static void *receive_main(void *arg)
+{
+    struct arrival *a = arg;
+    struct receive_report report;
+    a->ret = receive_run(a->receive, &a->vm, &report, &a->err);
+    a->done_call = (struct loop_call) {receive_done, a, NULL};
+    loop_call(a->session->loop, &a->done_call);
+    return NULL;
+}
+
+void arrival_cancel(struct arrival *a)
+{
+    if (a->receive)
+        receive_cancel(a->receive);
+}
+
+void arrival_settle(struct arrival *a)
+{
+    arrival_cancel(a);
+    while (a->started && !a->done)
+        if (loop_turn(a->session->loop, true, NULL))
+            break;
+    if (a->started)
+        pthread_join(a->thread, NULL);
+    a->started = false;
+    receive_free(a->receive); // before the VM goes whose pages it may still serve
+    a->receive = NULL;
+}
+
+static int arrival_start(struct arrival *a, int listen_fd, const struct migrate_hooks *hooks,
+                         struct error *err)
+{
+    struct receive_params params;
+    receive_params_default(&params);
+    int ret = receive_create(&a->receive, listen_fd, hooks, &params, err);
+    if (ret)
+        return ret;
+    a->session->arrival = a;
+    ret = pthread_create(&a->thread, NULL, receive_main, a);
+    if (ret)
+        return error_set(err, -ret, "cannot start the receiving thread");
+    a->started = true;
+    return 0;
+}
+
+static int receive_session(struct session *s, struct arrival *a, struct error *err)
+{
+    autoclose int listen_fd = channel_listen(s->options->listen, err);
+    if (listen_fd < 0)
+        return listen_fd;
+    a->session = s;
+    session_hooks(s, &s->hooks);
+    const struct migrate_hooks hooks = {.context = a,
+                                        .describe = s->hooks.describe,
+                                        .create_vm = create_vm,
+                                        .destroy_vm = destroy_vm,
+                                        .arrived = arrived};
+    int ret = arrival_start(a, listen_fd, &hooks, err);
+    if (ret)
+        return ret;
+    fprintf(stderr, "ferry: waiting for a guest on %s\n", s->options->listen);
+    ret = session_run(s);
+    if (!a->ret || a->vm)
+        return ret;
+    *err = a->err;
+    return a->ret;
+}
+
+static const char receive_usage[] =
+    "ferry receive --listen tcp:HOST:PORT [OPTIONS]\n\n"
+    "Waits for one VM, takes it over and runs it here. The guest's hardware comes with it.\n"
+    "example: ferry receive --listen tcp:0.0.0.0:7000 --name web --console unix:/tmp/web.console";
+
+int cli_receive(int argc, char **argv)
+{
+    struct vm_options options;
+    struct session session;
+    struct arrival arrival = {0};
+    struct error err = {0};
+    options_init(&options);
+    int ret = options_parse(&options, FOR_RECEIVE, argc, argv, receive_usage, NULL, 0, &err);
+    if (!ret && !options.listen)
+        ret = error_set(&err, -EINVAL, "--listen ADDRESS is needed (ferry receive --help)");
+    if (!ret)
+        ret = session_default_name(&options, &err);
+    if (ret) {
+        options_free(&options);
+        return ret > 0 ? EXIT_OK : cli_fail(&err);
+    }
+    ret = session_init(&session, &options, &err);
+    if (!ret)
+        ret = receive_session(&session, &arrival, &err);
+    if (arrival.receive)
+        arrival_settle(&arrival);
+    session_destroy(&session);
+    options_free(&options);
+    return ret < 0 ? cli_fail(&err) : ret;
+}
+
+// --- restore
+
+static const char restore_usage[] =
+    "ferry restore FILE [OPTIONS]\n\n"
+    "Continues the guest that `ferry snapshot` saved to FILE. Its hardware comes with it.\n"
+    "example: ferry restore web.snapshot --name web2";
+
+static int restore_session(struct session *s, const char *path, struct error *err)
+{
+    session_hooks(s, &s->hooks);
+    int ret = snapshot_load(path, &s->hooks, &s->vm, err);
+    if (!ret)
+        ret = session_listen(s, err);
+    if (ret)
+        return ret;
+    vm_resume(s->vm);
+    return session_run(s);
+}
+
+int cli_restore(int argc, char **argv)
+{
+    struct vm_options options;
+    struct session session;
+    struct error err = {0};
+    char *path = NULL;
+    options_init(&options);
+    int ret = options_parse(&options, FOR_RESTORE, argc, argv, restore_usage, &path, 1, &err);
+    if (!ret && !path)
+        ret = error_set(&err, -EINVAL, "FILE is needed (ferry restore --help)");
+    if (!ret)
+        ret = session_default_name(&options, &err);
+    if (ret) {
+        options_free(&options);
+        return ret > 0 ? EXIT_OK : cli_fail(&err);
+    }
+    ret = session_init(&session, &options, &err);
+    if (!ret)
+        ret = restore_session(&session, path, &err);
+    session_destroy(&session);
+    options_free(&options);
+    return ret < 0 ? cli_fail(&err) : ret;
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// A guest on its way into this process: `ferry receive`. It is taken in by a thread of its own, while
+// the main thread runs the event loop, so that its console and control socket live from the moment
+// it runs here, which in post-copy is long before the last page has come.
+#pragma once
+
+struct arrival;
+
+// Loop thread. Gives up, unless the guest is already ours.
+void arrival_cancel(struct arrival *a);
+// Loop thread, the loop has ended: waits for the thread, serving what it still asks for.
+void arrival_settle(struct arrival *a);
