@@ -33,6 +33,8 @@ START_TEST(elf32)
     ck_assert_uint_eq(entry.kernel_end, ELF32_GPA + 0x4000);
     ck_assert_mem_eq(ram_at(&ram, ELF32_GPA, 0x1000), elf.data + 0x1000, 0x1000);
 
+    ck_assert_uint_eq(ram_get(&ram, LAYOUT_GDT + 0x10, 8), 0x00cf9b000000ffff);
+    ck_assert_uint_eq(ram_get(&ram, LAYOUT_GDT + 0x18, 8), 0x00cf93000000ffff);
     uint64_t info = LAYOUT_MULTIBOOT;
     ck_assert_uint_eq(ram_get(&ram, info, 4), 0x24d); // memory, cmdline, modules, map, name
     ck_assert_uint_eq(ram_get(&ram, info + 4, 4), 639);
@@ -205,11 +207,11 @@ START_TEST(real)
     ck_assert_uint_eq(ram_get(&ram, LAYOUT_EBDA, 1), 0);
 
     config.cmdline = "x";
-    expect_error(load_bytes(&ram, &config, raw, &entry, &err), &err, "'real' takes none");
+    expect_error(load_bytes(&ram, &config, raw, &entry, &err), &err, "--boot real takes none");
     config.cmdline = "";
     struct image kernel = image_from_memory("kernel test", raw.data, 512);
     expect_error(boot_load_images(&ram, &config, &kernel, &kernel, &entry, &err), &err,
-                 "'real' takes no initrd");
+                 "--boot real takes no initrd");
     ram_destroy(&ram);
     free(raw.data);
 }

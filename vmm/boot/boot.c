@@ -91,7 +91,7 @@ static int unknown_image(const struct image *img, struct error *err)
         err, -ENOEXEC,
         "%s: not a kernel Ferry knows: it starts with%s (of %llu bytes); accepted are "
         "a bzImage, an ELF vmlinux, an ELF with a PVH note or a multiboot header, and, "
-        "when boot protocol 'real' is asked for, a raw image",
+        "with --boot real, a raw image",
         img->name, hex, (unsigned long long)img->size);
 }
 

@@ -150,8 +150,8 @@ int bzimage_unpack(const struct bzimage *bz, const struct ram *ram, struct unpac
     const struct image *img = bz->img;
     if (!bz->payload_length)
         return error_set(err, -ENOEXEC,
-                         "%s: payload_length 0: the bzImage has no payload to unpack; 'bzimage' as "
-                         "boot protocol lets the guest do it",
+                         "%s: payload_length 0: the bzImage has no payload to unpack; --boot "
+                         "bzimage lets the guest do it",
                          img->name);
     if (!range_within(bz->payload_offset, bz->payload_length, bz->protected_size))
         return error_set(

@@ -126,20 +126,14 @@ static int page_tables_write(struct ram *ram)
     return 0;
 }
 
-// Selectors as the protocol wants them: __BOOT_CS = 0x10, __BOOT_DS = 0x18; flat, accessed bit set.
-static int gdt_write(struct ram *ram)
-{
-    static const uint64_t gdt[] = {0, 0, 0x00af9b000000ffff, 0x00cf93000000ffff};
-    return ram_write(ram, LAYOUT_GDT, gdt, sizeof(gdt));
-}
-
 int linux64_prepare(const struct load *load, const struct bzimage *bz, uint64_t rip,
                     struct error *err)
 {
     int ret = boot_place_parameters(load, err);
     if (ret)
         return ret;
-    if (zero_page_write(load, bz) || page_tables_write(load->ram) || gdt_write(load->ram))
+    if (zero_page_write(load, bz) || page_tables_write(load->ram) ||
+        boot_place_gdt(load->ram, true))
         return error_set(err, -EFAULT, "boot information: no RAM below 64 KiB");
     struct boot_entry *entry = load->entry;
     entry->mode = BOOT_MODE_LONG64;

@@ -69,6 +69,9 @@ enum { BOOT_MEMORY_MAX = 8 };
 unsigned boot_memory_map(const struct ram *ram, struct boot_memory map[BOOT_MEMORY_MAX]);
 // End of RAM below 4 GiB.
 uint64_t boot_low_end(const struct ram *ram);
+// Flat segments at LAYOUT_GDT, accessed bit set: code at selector 0x10, data at 0x18 (Linux's
+// __BOOT_CS and __BOOT_DS; the other protocols leave the choice to us). 0 or -EFAULT.
+int boot_place_gdt(struct ram *ram, bool long_mode);
 // Writes the command line to LAYOUT_CMDLINE.
 int boot_place_cmdline(const struct load *load, struct error *err);
 // Loads the initrd, if any, as high as it may lie and clear of the kernel; sets entry->initrd_*.

@@ -187,8 +187,8 @@ int multiboot_load(const struct load *load, struct error *err)
         ret = boot_place_parameters(load, err);
     if (ret)
         return ret;
-    if (block_write(load))
-        return error_set(err, -EFAULT, "boot information: no RAM at %#x", LAYOUT_MULTIBOOT);
+    if (block_write(load) || boot_place_gdt(load->ram, false))
+        return error_set(err, -EFAULT, "boot information: no RAM below 128 KiB");
     struct boot_entry *entry = load->entry;
     entry->protocol = BOOT_MULTIBOOT;
     entry->mode = BOOT_MODE_PROTECTED32;

@@ -33,6 +33,13 @@ unsigned boot_memory_map(const struct ram *ram, struct boot_memory map[BOOT_MEMO
     return n;
 }
 
+int boot_place_gdt(struct ram *ram, bool long_mode)
+{
+    const uint64_t code = long_mode ? 0x00af9b000000ffff : 0x00cf9b000000ffff;
+    const uint64_t gdt[] = {0, 0, code, 0x00cf93000000ffff};
+    return ram_write(ram, LAYOUT_GDT, gdt, sizeof(gdt));
+}
+
 int boot_place_cmdline(const struct load *load, struct error *err)
 {
     const char *text = load->config->cmdline ? load->config->cmdline : "";

@@ -70,8 +70,8 @@ int pvh_load(const struct elf *elf, const struct load *load, struct error *err)
         ret = boot_place_parameters(load, err);
     if (ret)
         return ret;
-    if (block_write(load))
-        return error_set(err, -EFAULT, "boot information: no RAM at %#x", LAYOUT_PVH_INFO);
+    if (block_write(load) || boot_place_gdt(load->ram, false))
+        return error_set(err, -EFAULT, "boot information: no RAM below 64 KiB");
     struct boot_entry *entry = load->entry;
     entry->protocol = BOOT_PVH;
     entry->mode = BOOT_MODE_PROTECTED32;

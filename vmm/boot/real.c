@@ -14,10 +14,9 @@ int real_load(const struct load *load, struct error *err)
                          img->name, (unsigned long long)img->size, (unsigned long long)max,
                          LAYOUT_REAL_IMAGE, LAYOUT_EBDA);
     if (load->initrd)
-        return error_set(err, -EINVAL, "%s: boot protocol 'real' takes no initrd",
-                         load->initrd->name);
+        return error_set(err, -EINVAL, "%s: --boot real takes no initrd", load->initrd->name);
     if (load->config->cmdline && load->config->cmdline[0])
-        return error_set(err, -EINVAL, "command line \"%.64s\": boot protocol 'real' takes none",
+        return error_set(err, -EINVAL, "command line \"%.64s\": --boot real takes none",
                          load->config->cmdline);
     int ret = image_read_ram(img, 0, load->ram, LAYOUT_REAL_IMAGE, img->size, err);
     if (ret)

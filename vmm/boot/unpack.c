@@ -148,8 +148,8 @@ static int format_check(const struct format *f, const char *name, const uint8_t 
     if (!f->run)
         return error_set(
             err, -ENOTSUP,
-            "%s: payload is packed with %s: gzip, xz, lz4 and zstd are supported; boot "
-            "protocol 'bzimage' lets the guest unpack it",
+            "%s: payload is packed with %s: gzip, xz, lz4 and zstd are supported; --boot "
+            "bzimage lets the guest unpack it",
             name, f->name);
     if (len < f->magic_len + 4u)
         return error_set(err, -ENOEXEC, "%s: %s payload of %zu bytes is too short", name, f->name,
