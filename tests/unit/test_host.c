@@ -109,7 +109,7 @@ START_TEST(kvm_device)
     f = good();
     f.software_backend = true;
     f.backend = "kvm_pvm";
-    expect(&f, "back end", HOST_WARN, "emulates", true);
+    expect(&f, "back end", HOST_WARN, "emulated", true);
 }
 END_TEST
 
