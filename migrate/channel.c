@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "migrate/channel.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+// How far a writer may run ahead of the bandwidth limit after an idle time.
+#define BURST_NS 20000000ull
+
+// Waits for `events`; 0, -ECANCELED, -ETIMEDOUT.
+static int wait_fd(int fd, short events, int cancel_fd, unsigned timeout_ms, const char *name,
+                   struct error *err)
+{
+    uint64_t end = time_ns() + timeout_ms * 1000000ull;
+    for (;;) {
+        struct pollfd p[2] = {{.fd = fd, .events = events}, {.fd = cancel_fd, .events = POLLIN}};
+        uint64_t now = time_ns();
+        int left = !timeout_ms ? -1 : now >= end ? 0 : (int)((end - now + 999999) / 1000000);
+        int n = poll(p, 2, left);
+        if (n < 0 && errno != EINTR)
+            return error_errno(err, "%s: poll", name);
+        if (n > 0 && p[1].revents)
+            return error_set(err, -ECANCELED, "%s: cancelled", name);
+        if (n > 0)
+            return 0;
+        if (!n && !left)
+            return error_set(err, -ETIMEDOUT, "%s: nothing moved for %u ms", name, timeout_ms);
+    }
+}
+
+static unsigned iov_advance(struct iovec **iov, unsigned nr, size_t n)
+{
+    while (nr && n >= (*iov)->iov_len) {
+        n -= (*iov)->iov_len;
+        (*iov)++;
+        nr--;
+    }
+    if (nr) {
+        (*iov)->iov_base = (char *)(*iov)->iov_base + n;
+        (*iov)->iov_len -= n;
+    }
+    return nr;
+}
+
+static int channel_readv(struct wire *w, struct iovec *iov, unsigned nr, struct error *err)
+{
+    struct channel *c = container_of(w, struct channel, wire);
+    nr = iov_advance(&iov, nr, 0);
+    while (nr) {
+        struct msghdr m = {.msg_iov = iov, .msg_iovlen = nr};
+        ssize_t n = recvmsg(c->fd, &m, MSG_DONTWAIT);
+        if (n > 0) {
+            w->in += (uint64_t)n;
+            nr = iov_advance(&iov, nr, (size_t)n);
+            continue;
+        }
+        if (!n)
+            return error_set(err, -ENODATA, "%s: closed by the other side after %llu bytes",
+                             c->name, (unsigned long long)w->in);
+        if (errno == EINTR)
+            continue;
+        if (errno != EAGAIN)
+            return error_errno(err, "%s: reading", c->name);
+        int ret = wait_fd(c->fd, POLLIN, c->cancel_fd, c->timeout_ms, c->name, err);
+        if (ret)
+            return ret;
+    }
+    return 0;
+}
+
+// Leaky bucket: each write moves the moment before which the next one must wait.
+static int limit_wait(struct channel *c, size_t bytes, struct error *err)
+{
+    uint64_t rate = c->limit ? atomic_load_explicit(c->limit, memory_order_relaxed) : 0;
+    if (!rate)
+        return 0;
+    uint64_t now = time_ns();
+    if (c->earliest_ns + BURST_NS < now)
+        c->earliest_ns = now - BURST_NS;
+    while (now < c->earliest_ns) {
+        uint64_t ms = (c->earliest_ns - now + 999999) / 1000000;
+        struct pollfd p = {.fd = c->cancel_fd, .events = POLLIN};
+        // Short waits, so that a lifted limit takes effect soon.
+        if (poll(&p, 1, ms > 100 ? 100 : (int)ms) > 0)
+            return error_set(err, -ECANCELED, "%s: cancelled", c->name);
+        now = time_ns();
+        rate = atomic_load_explicit(c->limit, memory_order_relaxed);
+        if (!rate)
+            break;
+    }
+    if (rate)
+        c->earliest_ns += (uint64_t)((unsigned __int128)bytes * 1000000000u / rate);
+    return 0;
+}
+
+static int channel_writev(struct wire *w, struct iovec *iov, unsigned nr, struct error *err)
+{
+    struct channel *c = container_of(w, struct channel, wire);
+    size_t bytes = 0;
+    for (unsigned i = 0; i < nr; i++)
+        bytes += iov[i].iov_len;
+    int ret = limit_wait(c, bytes, err);
+    nr = iov_advance(&iov, nr, 0);
+    while (!ret && nr) {
+        struct msghdr m = {.msg_iov = iov, .msg_iovlen = nr};
+        ssize_t n = sendmsg(c->fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (n >= 0) {
+            w->out += (uint64_t)n;
+            nr = iov_advance(&iov, nr, (size_t)n);
+        } else if (errno == EAGAIN) {
+            ret = wait_fd(c->fd, POLLOUT, c->cancel_fd, c->timeout_ms, c->name, err);
+        } else if (errno != EINTR) {
+            return error_errno(err, "%s: writing", c->name);
+        }
+    }
+    return ret;
+}
+
+void channel_init(struct channel *c, int fd, int cancel_fd, unsigned timeout_ms, const char *name)
+{
+    *c = (struct channel) {.fd = fd, .cancel_fd = cancel_fd, .timeout_ms = timeout_ms};
+    snprintf(c->name, sizeof(c->name), "%s", name);
+    c->wire = (struct wire) {.name = c->name, .readv = channel_readv, .writev = channel_writev};
+    int one = 1;
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one)); // fails on unix sockets: no matter
+}
+
+void channel_close(struct channel *c)
+{
+    if (c->fd >= 0)
+        close(c->fd);
+    c->fd = -1;
+}
+
+void channel_shutdown(struct channel *c)
+{
+    if (c->fd >= 0)
+        shutdown(c->fd, SHUT_RDWR);
+}
+
+// --- addresses
+
+static int address_bad(const char *address, struct error *err)
+{
+    return error_set(err, -EINVAL, "address '%s': expected tcp:HOST:PORT, unix:PATH or fd:N",
+                     address);
+}
+
+static int tcp_split(const char *address, char *host, size_t size, const char **port,
+                     struct error *err)
+{
+    const char *text = address + strlen("tcp:");
+    const char *colon = strrchr(text, ':');
+    if (!colon || !colon[1] || (size_t)(colon - text) >= size)
+        return address_bad(address, err);
+    const char *end = colon;
+    if (*text == '[' && end > text && end[-1] == ']') {
+        text++;
+        end--;
+    }
+    memcpy(host, text, (size_t)(end - text));
+    host[end - text] = 0;
+    *port = colon + 1;
+    return 0;
+}
+
+static int tcp_resolve(const char *address, bool passive, struct addrinfo **out, struct error *err)
+{
+    char host[256];
+    const char *port = NULL;
+    int ret = tcp_split(address, host, sizeof(host), &port, err);
+    if (ret)
+        return ret;
+    struct addrinfo hints = {.ai_family = AF_UNSPEC,
+                             .ai_socktype = SOCK_STREAM,
+                             .ai_flags = (passive ? AI_PASSIVE : 0) | AI_NUMERICSERV};
+    ret = getaddrinfo(*host ? host : NULL, port, &hints, out);
+    if (ret)
+        return error_set(err, -EHOSTUNREACH, "address '%s': %s", address, gai_strerror(ret));
+    return 0;
+}
+
+static int unix_address(const char *address, struct sockaddr_un *sun, struct error *err)
+{
+    const char *path = address + strlen("unix:");
+    *sun = (struct sockaddr_un) {.sun_family = AF_UNIX};
+    if (!*path || strlen(path) >= sizeof(sun->sun_path))
+        return error_set(err, -EINVAL, "address '%s': path empty or longer than %zu bytes", address,
+                         sizeof(sun->sun_path) - 1);
+    strcpy(sun->sun_path, path);
+    return 0;
+}
+
+static int fd_address(const char *address, int *fd, struct error *err)
+{
+    char *end;
+    errno = 0;
+    long n = strtol(address + strlen("fd:"), &end, 10);
+    if (errno || end == address + strlen("fd:") || *end || n < 0 || n > INT32_MAX)
+        return address_bad(address, err);
+    if (fcntl((int)n, F_GETFD) < 0)
+        return error_errno(err, "address '%s'", address);
+    *fd = (int)n;
+    return 0;
+}
+
+static int connect_one(const struct sockaddr *sa, socklen_t len, int cancel_fd, unsigned timeout_ms,
+                       const char *address, int *out, struct error *err)
+{
+    autoclose int fd = socket(sa->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return error_errno(err, "socket");
+    if (connect(fd, sa, len) < 0) {
+        if (errno != EINPROGRESS)
+            return error_errno(err, "connecting to %s", address);
+        int ret = wait_fd(fd, POLLOUT, cancel_fd, timeout_ms, address, err);
+        if (ret)
+            return ret;
+        int failure = 0;
+        socklen_t n = sizeof(failure);
+        getsockopt(fd, SOL_SOCKET, SO_ERROR, &failure, &n);
+        if (failure) {
+            errno = failure;
+            return error_errno(err, "connecting to %s", address);
+        }
+    }
+    *out = take_fd(&fd);
+    return 0;
+}
+
+static int connect_any(const char *address, int cancel_fd, unsigned timeout_ms, int *fd,
+                       struct error *err)
+{
+    if (!strncmp(address, "unix:", 5)) {
+        struct sockaddr_un sun;
+        int ret = unix_address(address, &sun, err);
+        return ret ? ret
+                   : connect_one((struct sockaddr *)&sun, sizeof(sun), cancel_fd, timeout_ms,
+                                 address, fd, err);
+    }
+    if (!strncmp(address, "fd:", 3)) {
+        int given;
+        int ret = fd_address(address, &given, err);
+        if (ret)
+            return ret;
+        *fd = fcntl(given, F_DUPFD_CLOEXEC, 0);
+        return *fd < 0 ? error_errno(err, "address '%s'", address) : 0;
+    }
+    if (strncmp(address, "tcp:", 4))
+        return address_bad(address, err);
+    struct addrinfo *list;
+    int ret = tcp_resolve(address, false, &list, err);
+    if (ret)
+        return ret;
+    ret = -EHOSTUNREACH;
+    for (struct addrinfo *a = list; a && ret && ret != -ECANCELED; a = a->ai_next)
+        ret = connect_one(a->ai_addr, a->ai_addrlen, cancel_fd, timeout_ms, address, fd, err);
+    freeaddrinfo(list);
+    return ret;
+}
+
+int channel_connect(struct channel *c, const char *address, int cancel_fd, unsigned timeout_ms,
+                    struct error *err)
+{
+    int fd = -1;
+    c->fd = -1;
+    int ret = connect_any(address, cancel_fd, timeout_ms, &fd, err);
+    if (ret)
+        return ret;
+    char name[sizeof(c->name)];
+    snprintf(name, sizeof(name), "connection to %s", address);
+    channel_init(c, fd, cancel_fd, timeout_ms, name);
+    return 0;
+}
+
+static int listen_one(const struct sockaddr *sa, socklen_t len, const char *address, int *out,
+                      struct error *err)
+{
+    autoclose int fd = socket(sa->sa_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0)
+        return error_errno(err, "socket");
+    int one = 1;
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+    if (bind(fd, sa, len) < 0)
+        return error_errno(err, "listening on %s", address);
+    if (listen(fd, 16) < 0)
+        return error_errno(err, "listening on %s", address);
+    *out = take_fd(&fd);
+    return 0;
+}
+
+static void bound_address(int fd, const char *address, char *bound, size_t size)
+{
+    struct sockaddr_storage ss;
+    socklen_t len = sizeof(ss);
+    char host[128], port[16];
+    if (!bound)
+        return;
+    if (strncmp(address, "tcp:", 4) || getsockname(fd, (struct sockaddr *)&ss, &len) ||
+        getnameinfo((struct sockaddr *)&ss, len, host, sizeof(host), port, sizeof(port),
+                    NI_NUMERICHOST | NI_NUMERICSERV))
+        snprintf(bound, size, "%s", address);
+    else
+        snprintf(bound, size, ss.ss_family == AF_INET6 ? "tcp:[%s]:%s" : "tcp:%s:%s", host, port);
+}
+
+int channel_listen(const char *address, int *fd, char *bound, size_t size, struct error *err)
+{
+    int ret;
+    if (!strncmp(address, "unix:", 5)) {
+        struct sockaddr_un sun;
+        ret = unix_address(address, &sun, err);
+        if (!ret)
+            ret = listen_one((struct sockaddr *)&sun, sizeof(sun), address, fd, err);
+    } else if (!strncmp(address, "fd:", 3)) {
+        ret = fd_address(address, fd, err);
+        if (!ret && fcntl(*fd, F_SETFL, fcntl(*fd, F_GETFL) | O_NONBLOCK) < 0)
+            ret = error_errno(err, "address '%s'", address);
+    } else if (!strncmp(address, "tcp:", 4)) {
+        struct addrinfo *list;
+        ret = tcp_resolve(address, true, &list, err);
+        if (ret)
+            return ret;
+        ret = -EADDRNOTAVAIL;
+        for (struct addrinfo *a = list; a && ret; a = a->ai_next)
+            ret = listen_one(a->ai_addr, a->ai_addrlen, address, fd, err);
+        freeaddrinfo(list);
+    } else {
+        ret = address_bad(address, err);
+    }
+    if (!ret)
+        bound_address(*fd, address, bound, size);
+    return ret;
+}
+
+int channel_accept(struct channel *c, int listen_fd, int cancel_fd, unsigned wait_ms,
+                   unsigned timeout_ms, struct error *err)
+{
+    c->fd = -1;
+    for (;;) {
+        int ret = wait_fd(listen_fd, POLLIN, cancel_fd, wait_ms, "waiting for a migration", err);
+        if (ret)
+            return ret;
+        struct sockaddr_storage ss;
+        socklen_t len = sizeof(ss);
+        int fd = accept4(listen_fd, (struct sockaddr *)&ss, &len, SOCK_CLOEXEC | SOCK_NONBLOCK);
+        if (fd < 0 && (errno == EAGAIN || errno == EINTR || errno == ECONNABORTED))
+            continue;
+        if (fd < 0)
+            return error_errno(err, "accepting a connection");
+        char host[96], port[16], name[sizeof(c->name)];
+        if (ss.ss_family == AF_UNIX ||
+            getnameinfo((struct sockaddr *)&ss, len, host, sizeof(host), port, sizeof(port),
+                        NI_NUMERICHOST | NI_NUMERICSERV))
+            snprintf(name, sizeof(name), "local connection");
+        else
+            snprintf(name, sizeof(name), "connection from %s port %s", host, port);
+        channel_init(c, fd, cancel_fd, timeout_ms, name);
+        return 0;
+    }
+}
+
+void channel_abort(struct channel *c, const struct error *why)
+{
+    if (c->fd < 0)
+        return;
+    size_t len = strnlen(why->text, WIRE_TEXT_MAX);
+    c->timeout_ms = 1000;
+    c->cancel_fd = -1; // the reason may be a cancel: it must still be said
+    c->limit = NULL;
+    wire_put(&c->wire, WIRE_ABORT, 0, why->text, len, NULL, 0, NULL);
+}

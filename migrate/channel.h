@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// A migration connection: a stream socket with a time-out on every wait, a way to interrupt it and
+// a bandwidth limit.
+//
+// Addresses: "tcp:HOST:PORT" (IPv6 as tcp:[::1]:7000), "unix:PATH", "fd:N".
+#pragma once
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "migrate/wire.h"
+#include "vmm/error.h"
+
+enum {
+    CHANNEL_HANDSHAKE_MS = 30 * 1000, // default time-out until the machine is agreed on
+    CHANNEL_IDLE_MS = 60 * 1000,      // default time-out without any byte later
+};
+
+struct channel {
+    struct wire wire;
+    int fd;
+    int cancel_fd;       // readable = give up with -ECANCELED; -1 = none
+    unsigned timeout_ms; // without any progress
+    char name[160];
+    // Bandwidth limit in bytes/s, 0 = none; may change while in use. NULL = none.
+    const _Atomic uint64_t *limit;
+    uint64_t earliest_ns; // when the limit allows the next write
+};
+
+// Takes over fd (made non-blocking, TCP_NODELAY where it is TCP).
+void channel_init(struct channel *c, int fd, int cancel_fd, unsigned timeout_ms, const char *name);
+void channel_close(struct channel *c); // fd becomes -1; harmless when it is
+
+// Wakes whoever waits on the channel, in any thread; later calls fail.
+void channel_shutdown(struct channel *c);
+
+int channel_connect(struct channel *c, const char *address, int cancel_fd, unsigned timeout_ms,
+                    struct error *err);
+// A listening socket. `bound` (may be NULL, else of `size` bytes) gets the address with the real port.
+int channel_listen(const char *address, int *fd, char *bound, size_t size, struct error *err);
+// Waits for a connection; timeout_ms 0 = for ever. -ECANCELED, -ETIMEDOUT.
+int channel_accept(struct channel *c, int listen_fd, int cancel_fd, unsigned wait_ms,
+                   unsigned timeout_ms, struct error *err);
+
+// Sends ABORT with the error's text; best effort, does not wait for long.
+void channel_abort(struct channel *c, const struct error *why);

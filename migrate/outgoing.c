@@ -1,0 +1,468 @@
+// SPDX-License-Identifier: Apache-2.0
+// The source's side of a migration from hello to bye.
+#include <errno.h>
+#include <poll.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/random.h>
+
+#include "migrate/bitmap.h"
+#include "migrate/crc32c.h"
+#include "migrate/machine.h"
+#include "migrate/outgoing.h"
+
+enum {
+    ASK_TIMEOUT_MS = 5000, // for one question
+    ASK_PAUSE_MS = 200,    // between two
+};
+
+// --- parameters, progress
+
+void migrate_params_default(struct migrate_params *params)
+{
+    *params = (struct migrate_params) {
+        .mode = MIGRATE_PRECOPY,
+        .downtime_ns = 300000000,
+        .max_rounds = 30,
+        .on_stall = STALL_CONTINUE,
+        .handshake_ms = CHANNEL_HANDSHAKE_MS,
+        .idle_ms = CHANNEL_IDLE_MS,
+        .ask_ms = 30 * 1000,
+    };
+}
+
+const char *migrate_phase_name(enum migrate_phase phase)
+{
+    static const char *const names[] = {"idle",    "connecting", "rounds", "switching",
+                                        "pushing", "asking",     "done",   "failed"};
+    return names[phase];
+}
+
+static const char *const mode_names[] = {"precopy", "postcopy", "hybrid"};
+
+const char *migrate_mode_name(enum migrate_mode mode)
+{
+    return mode_names[mode];
+}
+
+int migrate_mode_parse(const char *text, enum migrate_mode *mode, struct error *err)
+{
+    for (unsigned i = 0; i < ARRAY_SIZE(mode_names); i++)
+        if (!strcmp(text, mode_names[i])) {
+            *mode = (enum migrate_mode)i;
+            return 0;
+        }
+    return error_set(err, -EINVAL, "migration mode '%s': expected precopy, postcopy or hybrid",
+                     text);
+}
+
+int migrate_stall_parse(const char *text, enum migrate_stall *stall, struct error *err)
+{
+    static const char *const names[] = {"continue", "cancel", "switch", "postcopy"};
+    for (unsigned i = 0; i < ARRAY_SIZE(names); i++)
+        if (!strcmp(text, names[i])) {
+            *stall = (enum migrate_stall)i;
+            return 0;
+        }
+    return error_set(err, -EINVAL, "on-stall '%s': expected continue, cancel, switch or postcopy",
+                     text);
+}
+
+int migration_init(struct migration *m, struct error *err)
+{
+    *m = (struct migration) {.cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+    if (m->cancel_fd < 0)
+        return error_errno(err, "eventfd");
+    pthread_mutex_init(&m->lock, NULL);
+    return 0;
+}
+
+void migration_free(struct migration *m)
+{
+    if (m->cancel_fd >= 0)
+        close(m->cancel_fd);
+    m->cancel_fd = -1;
+    pthread_mutex_destroy(&m->lock);
+}
+
+void migration_cancel(struct migration *m)
+{
+    atomic_store(&m->cancelled, true);
+    eventfd_write(m->cancel_fd, 1);
+}
+
+void migration_get(struct migration *m, struct migrate_progress *progress)
+{
+    pthread_mutex_lock(&m->lock);
+    *progress = m->progress;
+    pthread_mutex_unlock(&m->lock);
+}
+
+void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t remaining)
+{
+    struct migration *m = out->m;
+    struct migrate_progress copy;
+    pthread_mutex_lock(&m->lock);
+    m->progress.phase = phase;
+    m->progress.round = out->report->rounds;
+    m->progress.total_bytes = out->vm->ram.size;
+    m->progress.sent_bytes = out->main.wire.out;
+    m->progress.remaining_bytes = remaining;
+    copy = m->progress;
+    pthread_mutex_unlock(&m->lock);
+    if (m->on_progress)
+        m->on_progress(&copy, m->on_progress_arg);
+}
+
+int outgoing_check_cancel(struct outgoing *out, struct error *err)
+{
+    return atomic_load(&out->m->cancelled) ? error_set(err, -ECANCELED, "migration cancelled") : 0;
+}
+
+// --- handshake
+
+static int say_hello(struct outgoing *out, struct channel *c, enum wire_connection kind,
+                     struct error *err)
+{
+    struct wire_hello hello, answer;
+    wire_hello_fill(&hello, kind, out->report->id);
+    uint64_t start = time_ns();
+    int ret = wire_put(&c->wire, WIRE_HELLO, 0, &hello, sizeof(hello), NULL, 0, err);
+    if (!ret)
+        ret = wire_expect(&c->wire, &out->record, WIRE_HELLO, err);
+    if (!ret)
+        ret = wire_hello_parse(&out->record, &answer, err);
+    if (ret)
+        return ret;
+    out->rtt_ns = time_ns() - start;
+    unsigned version;
+    if (memcmp(answer.id, hello.id, WIRE_ID_LEN) || answer.kind != kind)
+        return error_set(err, -EPROTO, "%s: answers for another migration", c->name);
+    return wire_version_choose(WIRE_OLDEST, WIRE_VERSION, answer.version, answer.version, &version,
+                               err);
+}
+
+static bool may_postcopy(const struct migrate_params *p)
+{
+    return p->mode != MIGRATE_PRECOPY || p->on_stall == STALL_POSTCOPY;
+}
+
+static int send_machine(struct outgoing *out, struct error *err)
+{
+    struct machine machine;
+    int ret = machine_describe(out->vm, out->params->hooks, &machine, err);
+    if (ret)
+        return ret;
+    machine.flags = may_postcopy(out->params) ? WIRE_MACHINE_POSTCOPY : 0;
+    autofree void *meta = NULL;
+    size_t len;
+    ret = machine_encode(&machine, &meta, &len, err);
+    machine_free(&machine);
+    return ret ? ret : wire_put(&out->main.wire, WIRE_MACHINE, 0, meta, len, NULL, 0, err);
+}
+
+static int handshake(struct outgoing *out, struct error *err)
+{
+    const struct migrate_params *p = out->params;
+    int cancel = out->m->cancel_fd;
+    int ret = channel_connect(&out->main, p->to, cancel, p->handshake_ms, err);
+    if (!ret)
+        ret = say_hello(out, &out->main, WIRE_MAIN, err);
+    if (!ret)
+        ret = send_machine(out, err);
+    if (!ret)
+        ret = wire_expect(&out->main.wire, &out->record, WIRE_READY, err);
+    if (!ret && may_postcopy(p)) {
+        ret = channel_connect(&out->demand, p->to, cancel, p->handshake_ms, err);
+        if (!ret)
+            ret = say_hello(out, &out->demand, WIRE_DEMAND, err);
+    }
+    out->main.timeout_ms = p->idle_ms;
+    out->main.limit = &out->m->bandwidth;
+    return ret;
+}
+
+// --- the switch
+
+// The state is saved before the last dirty-log sync: whatever saving writes into guest memory is
+// then still sent.
+static int stop_and_save(struct outgoing *out, struct error *err)
+{
+    struct migrate_downtime *d = &out->report->downtime;
+    uint64_t t0 = time_ns();
+    enum owner_action action;
+    out->was_running = !vm_paused(out->vm);
+    int ret = owner_source_step(&out->owner, SOURCE_EV_STOP, &action);
+    if (!ret)
+        ret = vm_pause(out->vm, err);
+    uint64_t t1 = time_ns();
+    d->stop = t1 - t0;
+    if (!ret)
+        ret = vm_save(out->vm, &out->state.stream, err);
+    d->save = time_ns() - t1;
+    out->report->state_bytes = out->state.len;
+    if (!ret && out->logging)
+        ret = ram_dirty_sync(&out->vm->ram, out->todo, NULL, err);
+    return ret;
+}
+
+static int send_rest(struct outgoing *out, bool postcopy, struct error *err)
+{
+    uint64_t start = time_ns(), stale = bitmap_count(out->todo, out->vm->ram.pages);
+    struct wire_prepare prepare = {.flags = (postcopy ? WIRE_PREPARE_POSTCOPY : 0u) |
+                                            (out->was_running ? 0u : WIRE_PREPARE_STAY_PAUSED),
+                                   .stale = postcopy ? stale : 0};
+    int ret = postcopy ? postcopy_begin(out, err) : precopy_pass(out, err);
+    out->report->discarded_pages = prepare.stale;
+    out->report->downtime.last_pages = time_ns() - start;
+    if (ret)
+        return ret;
+    struct iovec blob = {out->state.data, out->state.len};
+    struct wire_state state = {.len = (uint32_t)out->state.len,
+                               .crc = crc32c(0, out->state.data, out->state.len)};
+    ret = wire_put(&out->main.wire, WIRE_STATE, 0, &state, sizeof(state), &blob, 1, err);
+    return ret ? ret
+               : wire_put(&out->main.wire, WIRE_PREPARE, 0, &prepare, sizeof(prepare), NULL, 0,
+                          err);
+}
+
+static int wait_prepared(struct outgoing *out, struct error *err)
+{
+    struct migrate_downtime *d = &out->report->downtime;
+    struct wire_times times;
+    enum owner_action action;
+    uint64_t start = time_ns();
+    int ret = wire_expect(&out->main.wire, &out->record, WIRE_PREPARED, err);
+    if (!ret)
+        ret = outgoing_check_cancel(out, err); // the last moment a cancel has effect
+    if (ret)
+        return ret;
+    wire_fixed(&out->record, &times, sizeof(times));
+    uint64_t waited = time_ns() - start;
+    d->load = times.load_ns < waited ? times.load_ns : waited;
+    d->transfer = waited - d->load;
+    ret = owner_source_step(&out->owner, SOURCE_EV_PREPARED, &action);
+    return ret ? error_set(err, ret, "PREPARED in state %s", owner_source_name(out->owner)) : 0;
+}
+
+static int commit(struct outgoing *out, struct error *err)
+{
+    struct wire_commit commit;
+    enum owner_action action;
+    uint64_t start = time_ns();
+    memcpy(commit.id, out->report->id, WIRE_ID_LEN);
+    // The state changes before the first byte leaves.
+    int ret = owner_source_step(&out->owner, SOURCE_EV_COMMIT, &action);
+    if (ret || action != OWNER_SEND)
+        return error_set(err, -EPROTO, "COMMIT in state %s", owner_source_name(out->owner));
+    out->main.cancel_fd = -1; // too late for the user to change their mind
+    out->main.limit = NULL;
+    ret = wire_put(&out->main.wire, WIRE_COMMIT, 0, &commit, sizeof(commit), NULL, 0, err);
+    if (!ret)
+        ret = wire_expect(&out->main.wire, &out->record, WIRE_RUNNING, err);
+    if (ret)
+        return ret;
+    out->report->downtime.resume = time_ns() - start;
+    return owner_source_step(&out->owner, SOURCE_EV_ACK, &action);
+}
+
+static int hand_over(struct outgoing *out, bool postcopy, struct error *err)
+{
+    uint64_t start = time_ns();
+    outgoing_progress(out, MIGRATE_SWITCHING, 0);
+    int ret = stop_and_save(out, err);
+    if (!ret)
+        ret = send_rest(out, postcopy, err);
+    if (!ret)
+        ret = wait_prepared(out, err);
+    if (!ret)
+        ret = commit(out, err);
+    out->report->downtime.total = time_ns() - start;
+    return ret;
+}
+
+// --- when it goes wrong
+
+// One question over a fresh connection. SOURCE_EV_NO_ANSWER also for "never heard of it": another
+// process may listen there while the one that got COMMIT still runs the guest.
+static enum owner_source_event ask_once(struct outgoing *out, struct error *err)
+{
+    struct channel c;
+    struct wire_answer answer = {0};
+    if (!channel_connect(&c, out->params->to, -1, ASK_TIMEOUT_MS, err)) {
+        struct wire_hello hello;
+        wire_hello_fill(&hello, WIRE_QUERY, out->report->id);
+        if (!wire_put(&c.wire, WIRE_HELLO, 0, &hello, sizeof(hello), NULL, 0, err) &&
+            !wire_expect(&c.wire, &out->record, WIRE_ANSWER, err)) {
+            wire_fixed(&out->record, &answer, sizeof(answer));
+            if (answer.answer == WIRE_ANSWER_UNKNOWN)
+                error_set(err, -ENOENT, "whoever listens at %s does not know this migration",
+                          out->params->to);
+        }
+        channel_close(&c);
+    }
+    return answer.answer == WIRE_ANSWER_YES  ? SOURCE_EV_YES
+           : answer.answer == WIRE_ANSWER_NO ? SOURCE_EV_NO
+                                             : SOURCE_EV_NO_ANSWER;
+}
+
+// Returns the action of the last step.
+static enum owner_action ask(struct outgoing *out, struct error *err)
+{
+    enum owner_action action = OWNER_HOLD;
+    uint64_t end = time_ns() + out->params->ask_ms * 1000000ull;
+    struct pollfd cancel = {.fd = out->m->cancel_fd, .events = POLLIN};
+    outgoing_progress(out, MIGRATE_ASKING, 0);
+    do { // at least once, also when the user has tried to cancel
+        struct error why = {0};
+        enum owner_source_event event = ask_once(out, &why);
+        owner_source_step(&out->owner, event, &action);
+        if (event == SOURCE_EV_NO)
+            error_set(err, -ECONNABORTED,
+                      "the link broke at the switch; the destination says it will not run the "
+                      "guest, so it goes on here");
+        if (event == SOURCE_EV_NO_ANSWER) {
+            error_set(err, -EOWNERDEAD,
+                      "the link broke after the destination was told to run the guest, and it "
+                      "cannot be asked whether it does (%s). The guest stays paused here. If it "
+                      "does not run there: ferry migrate --force-resume %s",
+                      why.text, out->vm->name);
+            poll(&cancel, 1, ASK_PAUSE_MS);
+        }
+    } while (action == OWNER_HOLD && time_ns() < end && !atomic_load(&out->m->cancelled));
+    return action;
+}
+
+static void resume_here(struct outgoing *out)
+{
+    if (out->was_running)
+        vm_resume(out->vm);
+}
+
+// Before COMMIT: the guest goes on here. After it: ask.
+static int failed(struct outgoing *out, int ret, struct error *err)
+{
+    enum owner_action action;
+    enum owner_source_event event = ret == -ECANCELED   ? SOURCE_EV_CANCEL
+                                    : ret == -EREMOTEIO ? SOURCE_EV_REFUSED
+                                                        : SOURCE_EV_LOST;
+    if (out->owner == SOURCE_COMMITTING && event == SOURCE_EV_CANCEL)
+        event = SOURCE_EV_LOST; // a connection given up is a connection lost
+    owner_source_step(&out->owner, event, &action);
+    if (action == OWNER_ASK) {
+        channel_close(&out->main);
+        action = ask(out, err);
+        ret = action == OWNER_RELEASE ? 0 : err->code;
+    } else if (out->owner == SOURCE_RUNNING) {
+        channel_abort(&out->main, err);
+    }
+    if (action == OWNER_RESUME)
+        resume_here(out);
+    return ret;
+}
+
+// --- all of it
+
+static int outgoing_alloc(struct outgoing *out, struct error *err)
+{
+    out->batch = malloc(sizeof(*out->batch));
+    out->todo = calloc(ram_bitmap_words(&out->vm->ram), 8);
+    page_presence_init(&out->presence);
+    stream_mem_writer(&out->state, "guest state", WIRE_STATE_MAX);
+    if (!out->batch || !out->todo)
+        return error_set(err, -ENOMEM, "no memory for a migration");
+    if (getrandom(out->report->id, WIRE_ID_LEN, 0) != WIRE_ID_LEN)
+        return error_errno(err, "getrandom");
+    return 0;
+}
+
+static void outgoing_release(struct outgoing *out)
+{
+    postcopy_end(out);
+    out->report->wire_bytes = out->main.wire.out + out->demand.wire.out;
+    channel_close(&out->main);
+    channel_close(&out->demand);
+    if (out->logging)
+        ram_dirty_stop(&out->vm->ram, NULL);
+    wire_record_free(&out->record);
+    stream_mem_free(&out->state);
+    page_presence_free(&out->presence);
+    free(out->todo);
+    free(out->batch);
+}
+
+// Post-copy broken in the middle: the destination owns the guest, the pages left are here.
+static int push_pages(struct outgoing *out, struct error *err)
+{
+    if (!out->postcopy)
+        return 0;
+    struct error why = {0};
+    int ret = out->main.fd < 0 ? error_set(&why, -ENOTCONN, "the connection was lost")
+                               : postcopy_push(out, &why);
+    if (!ret)
+        return 0;
+    return error_set(err, ret,
+                     "post-copy broke off: %s. The guest belongs to %s and waits there for %llu "
+                     "pages that are still here; both sides stay paused",
+                     why.text, out->params->to,
+                     (unsigned long long)bitmap_count(out->todo, out->vm->ram.pages));
+}
+
+static int migrate_run(struct outgoing *out, struct error *err)
+{
+    bool postcopy = false;
+    int ret = outgoing_alloc(out, err);
+    if (!ret) {
+        outgoing_progress(out, MIGRATE_CONNECTING, out->vm->ram.size);
+        ret = handshake(out, err);
+    }
+    if (!ret)
+        ret = precopy_rounds(out, &postcopy, err);
+    if (!ret && postcopy && out->report->rounds)
+        out->report->mode = MIGRATE_HYBRID;
+    if (!ret)
+        ret = hand_over(out, postcopy, err);
+    if (ret)
+        ret = failed(out, ret, err);
+    if (!ret)
+        ret = push_pages(out, err);
+    if (!ret && out->main.fd >= 0)
+        wire_put(&out->main.wire, WIRE_BYE, 0, NULL, 0, NULL, 0, NULL);
+    return ret;
+}
+
+int migrate_out(struct vm *vm, const struct migrate_params *params, struct migration *m,
+                struct migrate_report *report, struct error *err)
+{
+    struct error local;
+    err = err ? err : &local; // failed() returns its code
+    *report = (struct migrate_report) {.mode = params->mode};
+    struct outgoing out = {.vm = vm,
+                           .params = params,
+                           .m = m,
+                           .report = report,
+                           .main = {.fd = -1},
+                           .demand = {.fd = -1},
+                           .presence = {.pagemap_fd = -1}};
+    uint64_t start = time_ns();
+    atomic_store(&m->bandwidth, params->bandwidth);
+    atomic_store(&m->downtime_ns, params->downtime_ns);
+    int ret = migrate_run(&out, err);
+    report->total_ns = time_ns() - start;
+    report->owner = out.owner;
+    outgoing_release(&out);
+    outgoing_progress(&out, ret ? MIGRATE_FAILED : MIGRATE_DONE, 0);
+    return ret;
+}
+
+int migrate_force_resume(struct vm *vm, struct migrate_report *report, struct error *err)
+{
+    enum owner_action action;
+    int ret = owner_source_step(&report->owner, SOURCE_EV_FORCE, &action);
+    if (ret)
+        return error_set(err, ret, "no migration is in doubt (the source is in state %s)",
+                         owner_source_name(report->owner));
+    vm_resume(vm);
+    return 0;
+}

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+// The source's side of one migration, shared by outgoing.c, precopy.c and postcopy_source.c.
+#pragma once
+
+#include "migrate/channel.h"
+#include "migrate/migrate.h"
+#include "migrate/pages.h"
+#include "vmm/stream.h"
+#include "vmm/vm.h"
+
+struct postcopy_source;
+
+struct outgoing {
+    struct vm *vm;
+    const struct migrate_params *params;
+    struct migration *m;
+    struct migrate_report *report;
+    struct channel main, demand; // fd -1 when closed
+    struct wire_record record;
+    enum owner_source owner;
+    bool was_running; // the guest ran before the switch
+    bool logging;     // the dirty log is ours
+    uint64_t *todo;   // pages still to send
+    struct page_batch *batch;
+    struct page_presence presence;
+    uint64_t bandwidth; // estimate, bytes/s
+    uint64_t write_ns;  // spent writing pages in this round
+    uint64_t rtt_ns;    // measured in the handshake
+    struct stream_mem state;
+    struct postcopy_source *postcopy; // NULL unless the switch is a post-copy
+};
+
+void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t remaining);
+// Error -ECANCELED when the user has cancelled.
+int outgoing_check_cancel(struct outgoing *out, struct error *err);
+
+// Sends what `todo` has, in one pass upwards. Paces progress reports.
+int precopy_pass(struct outgoing *out, struct error *err);
+// Rounds until the guest may be stopped. `*postcopy` says how the switch is to be done.
+int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err);
+
+// The guest is paused and `todo` has what the destination lacks: says so (DISCARD) and starts to serve
+// its page requests.
+int postcopy_begin(struct outgoing *out, struct error *err);
+// The guest runs there: pushes everything and waits until the destination has it all.
+int postcopy_push(struct outgoing *out, struct error *err);
+// Stops serving. Harmless when nothing was begun.
+void postcopy_end(struct outgoing *out);

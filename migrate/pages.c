@@ -1,0 +1,311 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "migrate/pages.h"
+
+#include <emmintrin.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include "migrate/bitmap.h"
+#include "migrate/crc32c.h"
+
+// pagemap bits (Documentation/admin-guide/mm/pagemap.rst)
+#define PAGEMAP_PRESENT (1ull << 63)
+#define PAGEMAP_SWAPPED (1ull << 62)
+
+#define TAKE_LOOK_MAX (64 * 1024)
+
+bool page_is_zero(const void *page)
+{
+    const __m128i *p = page;
+    const __m128i zero = _mm_setzero_si128();
+    for (size_t i = 0; i < PAGE_SIZE / sizeof(*p); i += 8) {
+        __m128i a = _mm_or_si128(_mm_load_si128(p + i), _mm_load_si128(p + i + 1));
+        __m128i b = _mm_or_si128(_mm_load_si128(p + i + 2), _mm_load_si128(p + i + 3));
+        __m128i c = _mm_or_si128(_mm_load_si128(p + i + 4), _mm_load_si128(p + i + 5));
+        __m128i d = _mm_or_si128(_mm_load_si128(p + i + 6), _mm_load_si128(p + i + 7));
+        __m128i all = _mm_or_si128(_mm_or_si128(a, b), _mm_or_si128(c, d));
+        if (_mm_movemask_epi8(_mm_cmpeq_epi8(all, zero)) != 0xffff)
+            return false;
+    }
+    return true;
+}
+
+uint64_t ram_contiguous(const struct ram *ram, uint64_t page)
+{
+    for (unsigned i = 0; i < ram->nr_regions; i++) {
+        const struct ram_region *r = &ram->regions[i];
+        uint64_t pages = r->size / PAGE_SIZE;
+        if (page >= r->first_page && page - r->first_page < pages)
+            return pages - (page - r->first_page);
+    }
+    return 0;
+}
+
+int ram_drop(struct ram *ram, uint64_t first, uint64_t count, struct error *err)
+{
+    while (count) {
+        uint64_t n = ram_contiguous(ram, first);
+        n = n < count ? n : count;
+        uint8_t *hva = ram_page(ram, first);
+        int ret = ram->memfd < 0
+                      ? madvise(hva, n * PAGE_SIZE, MADV_DONTNEED)
+                      : fallocate(ram->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                  hva - ram->map, (off_t)(n * PAGE_SIZE));
+        if (ret)
+            return error_errno(err, "giving back %llu pages from page %llu on",
+                               (unsigned long long)n, (unsigned long long)first);
+        first += n;
+        count -= n;
+    }
+    return 0;
+}
+
+// --- presence
+
+void page_presence_init(struct page_presence *p)
+{
+    *p = (struct page_presence) {.pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC)};
+}
+
+void page_presence_free(struct page_presence *p)
+{
+    if (p->pagemap_fd >= 0)
+        close(p->pagemap_fd);
+    p->pagemap_fd = -1;
+}
+
+static void presence_load_anonymous(struct page_presence *p, const uint8_t *hva)
+{
+    uint64_t entries[512];
+    ssize_t len = (ssize_t)(p->count * 8);
+    if (pread(p->pagemap_fd, entries, (size_t)len,
+              (off_t)((uintptr_t)hva / PAGE_SIZE * 8)) != len)
+        return;
+    for (uint64_t i = 0; i < p->count; i++)
+        if (!(entries[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED)))
+            bitmap_set(p->absent, i);
+}
+
+// A page of a memfd may be in the file without being mapped here, so the file is asked for holes.
+static void presence_load_memfd(struct page_presence *p, const struct ram *ram, const uint8_t *hva)
+{
+    off_t start = hva - ram->map, end = start + (off_t)(p->count * PAGE_SIZE);
+    for (off_t at = start; at < end;) {
+        off_t data = lseek(ram->memfd, at, SEEK_DATA);
+        if (data < 0 && errno != ENXIO)
+            return;
+        if (data < 0 || data > end)
+            data = end;
+        bitmap_fill(p->absent, (uint64_t)(at - start) / PAGE_SIZE,
+                    (uint64_t)(data - at) / PAGE_SIZE, true);
+        if (data >= end)
+            return;
+        at = lseek(ram->memfd, data, SEEK_HOLE);
+        if (at < 0)
+            return;
+    }
+}
+
+// Exact in one direction only: an absent page is zero. A page touched after the question is in the
+// dirty log.
+static bool page_absent(struct page_presence *p, const struct ram *ram, uint64_t page)
+{
+    if (page < p->first || page - p->first >= p->count) {
+        uint64_t n = ram_contiguous(ram, page);
+        p->first = page;
+        p->count = n < 512 ? n : 512;
+        memset(p->absent, 0, sizeof(p->absent));
+        if (ram->memfd >= 0)
+            presence_load_memfd(p, ram, ram_page(ram, page));
+        else if (p->pagemap_fd >= 0)
+            presence_load_anonymous(p, ram_page(ram, page));
+    }
+    return bitmap_test(p->absent, page - p->first);
+}
+
+// --- sending
+
+void page_batch_reset(struct page_batch *b, struct ram *ram)
+{
+    b->ram = ram;
+    b->nr_runs = b->nr_data = b->nr_iov = 0;
+    b->nr_zero = 0;
+}
+
+bool page_batch_add(struct page_batch *b, uint64_t page, bool zero)
+{
+    uint32_t kind = zero ? WIRE_RUN_ZERO : WIRE_RUN_DATA;
+    struct wire_run *last = b->nr_runs ? &b->runs[b->nr_runs - 1] : NULL;
+    bool extends = last && last->kind == kind && last->first + last->count == page &&
+                   last->count < UINT32_MAX;
+    if ((!extends && b->nr_runs == WIRE_RUNS_MAX) || (!zero && b->nr_data == WIRE_BATCH_PAGES))
+        return false;
+    if (extends)
+        last->count++;
+    else
+        b->runs[b->nr_runs++] = (struct wire_run) {.first = page, .count = 1, .kind = kind};
+    if (zero) {
+        b->nr_zero++;
+        return true;
+    }
+    uint8_t *hva = ram_page(b->ram, page);
+    struct iovec *iov = b->nr_iov ? &b->iov[b->nr_iov - 1] : NULL;
+    b->sums[b->nr_data++] = page_sum(hva);
+    if (extends && iov && (uint8_t *)iov->iov_base + iov->iov_len == hva)
+        iov->iov_len += PAGE_SIZE;
+    else
+        b->iov[b->nr_iov++] = (struct iovec) {hva, PAGE_SIZE};
+    return true;
+}
+
+void page_batch_take(struct page_batch *b, uint64_t *todo, uint64_t *cursor, unsigned max_data,
+                     struct page_presence *presence)
+{
+    struct ram *ram = b->ram;
+    for (unsigned looked = 0; b->nr_data < max_data && looked < TAKE_LOOK_MAX; looked++) {
+        uint64_t page = bitmap_find(todo, ram->pages, *cursor, true);
+        *cursor = page;
+        if (page == ram->pages)
+            return;
+        bool zero = (presence && page_absent(presence, ram, page)) ||
+                    page_is_zero(ram_page(ram, page));
+        if (!page_batch_add(b, page, zero))
+            return;
+        bitmap_clear(todo, page);
+        *cursor = page + 1;
+    }
+}
+
+int page_batch_put(struct page_batch *b, struct wire *w, unsigned align, struct error *err)
+{
+    if (!b->nr_runs)
+        return 0;
+    struct wire_pages head = {.nr_runs = b->nr_runs, .nr_data = b->nr_data};
+    size_t runs = b->nr_runs * sizeof(b->runs[0]), sums = b->nr_data * sizeof(b->sums[0]);
+    size_t len = sizeof(head) + runs + sums;
+    if (align && b->nr_data) {
+        uint64_t at = w->out + WIRE_HEADER_LEN + len;
+        head.pad = (uint32_t)(align_up(at, align) - at);
+    }
+    memcpy(b->meta, &head, sizeof(head));
+    memcpy(b->meta + sizeof(head), b->runs, runs);
+    memcpy(b->meta + sizeof(head) + runs, b->sums, sums);
+    memset(b->meta + len, 0, head.pad);
+    return wire_put(w, WIRE_PAGES, 0, b->meta, len + head.pad, b->iov, b->nr_iov, err);
+}
+
+// --- receiving
+
+int page_intake_init(struct page_intake *in, struct ram *ram, struct error *err)
+{
+    size_t words = ram_bitmap_words(ram);
+    *in = (struct page_intake) {.ram = ram};
+    in->seen = calloc(words, 8);
+    in->touched = calloc(words, 8);
+    in->damaged = calloc(words, 8);
+    if (!in->seen || !in->touched || !in->damaged) {
+        page_intake_free(in);
+        return error_set(err, -ENOMEM, "no memory for the page maps of %llu pages",
+                         (unsigned long long)ram->pages);
+    }
+    // Whatever was placed while the VM was built goes: its memory comes whole from the other side.
+    int ret = ram_drop(ram, 0, ram->pages, err);
+    if (ret)
+        page_intake_free(in);
+    return ret;
+}
+
+void page_intake_free(struct page_intake *in)
+{
+    free(in->seen);
+    free(in->touched);
+    free(in->damaged);
+    in->seen = in->touched = in->damaged = NULL;
+}
+
+static int mark_seen(struct page_intake *in, const struct wire_run *run, struct error *err)
+{
+    uint64_t end = run->first + run->count;
+    if (in->once) {
+        uint64_t twice = bitmap_find(in->seen, end, run->first, true);
+        if (twice != end)
+            return error_set(err, -EPROTO, "page %llu (address 0x%llx) comes twice",
+                             (unsigned long long)twice,
+                             (unsigned long long)ram_page_gpa(in->ram, twice));
+    }
+    for (uint64_t p = run->first; p < end; p++) {
+        in->nr_seen += !bitmap_test(in->seen, p);
+        bitmap_set(in->seen, p);
+    }
+    return 0;
+}
+
+static void take_zero(struct page_intake *in, const struct wire_run *run)
+{
+    uint64_t end = run->first + run->count;
+    in->nr_zero += run->count;
+    for (uint64_t p = run->first; (p = bitmap_find(in->touched, end, p, true)) < end; p++) {
+        memset(ram_page(in->ram, p), 0, PAGE_SIZE);
+        bitmap_clear(in->touched, p);
+        in->nr_damaged -= bitmap_test(in->damaged, p);
+        bitmap_clear(in->damaged, p);
+    }
+}
+
+static int check_data(struct page_intake *in, const struct wire_pages_view *view,
+                      const struct wire_run *run, unsigned sum, const struct wire *w,
+                      struct error *err)
+{
+    for (uint64_t i = 0; i < run->count; i++) {
+        uint64_t page = run->first + i;
+        bool good = page_sum(ram_page(in->ram, page)) ==
+                    wire_pages_sum(view, sum + (unsigned)i);
+        if (!good && in->once)
+            return error_set(err, -EBADMSG, "%s: page %llu (address 0x%llx) does not match its sum",
+                             w->name, (unsigned long long)page,
+                             (unsigned long long)ram_page_gpa(in->ram, page));
+        in->nr_damaged += !good;
+        in->nr_damaged -= bitmap_test(in->damaged, page);
+        if (good)
+            bitmap_clear(in->damaged, page);
+        else
+            bitmap_set(in->damaged, page);
+    }
+    return 0;
+}
+
+int page_intake_record(struct page_intake *in, struct wire *w, const struct wire_record *record,
+                       struct error *err)
+{
+    struct wire_pages_view view;
+    struct iovec iov[WIRE_RUNS_MAX + 2]; // a run is cut in two at most once: at the hole
+    unsigned n = 0, sum = 0;
+    int ret = wire_pages_parse(record, in->ram->pages, &view, err);
+    for (unsigned i = 0; !ret && i < view.head.nr_runs; i++) {
+        struct wire_run run = wire_pages_run(&view, i);
+        ret = mark_seen(in, &run, err);
+        if (!ret && run.kind == WIRE_RUN_ZERO)
+            take_zero(in, &run);
+        for (uint64_t p = 0; !ret && run.kind == WIRE_RUN_DATA && p < run.count;) {
+            uint64_t here = ram_contiguous(in->ram, run.first + p);
+            here = here < run.count - p ? here : run.count - p;
+            iov[n++] = (struct iovec) {ram_page(in->ram, run.first + p), here * PAGE_SIZE};
+            bitmap_fill(in->touched, run.first + p, here, true);
+            p += here;
+        }
+    }
+    if (!ret && n)
+        ret = w->readv(w, iov, n, err);
+    for (unsigned i = 0; !ret && i < view.head.nr_runs; i++) {
+        struct wire_run run = wire_pages_run(&view, i);
+        if (run.kind != WIRE_RUN_DATA)
+            continue;
+        ret = check_data(in, &view, &run, sum, w, err);
+        sum += run.count;
+        in->nr_data += run.count;
+    }
+    return ret;
+}

@@ -1,0 +1,443 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "migrate/postcopy_dest.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <time.h>
+
+#include "migrate/bitmap.h"
+#include "migrate/crc32c.h"
+#include "migrate/pages.h"
+
+enum { FAULT_BATCH = 32 }; // faults taken from the kernel at once
+
+struct postcopy_dest {
+    struct ram *ram;
+    struct channel *demand;
+    int uffd;
+    int stop_fd;
+    pthread_t fault_thread, demand_thread;
+    bool fault_started, demand_started;
+
+    pthread_mutex_t lock; // guards what follows
+    pthread_cond_t changed;
+    uint64_t *have;  // content is here: placed, or zero and placed at the first touch
+    uint64_t *asked; // requested, not yet here
+    uint64_t missing, arrived;
+    uint64_t faults, requested;
+    int failure; // of the fault or the demand thread
+    struct error err;
+};
+
+int userfault_open(int *fd, struct error *err)
+{
+    autoclose int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    *fd = device >= 0 ? ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK) : -1;
+    if (*fd < 0)
+        *fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (*fd < 0 && errno == EPERM)
+        return error_set(err, -EPERM,
+                         "post-copy needs userfaultfd for kernel accesses: allow access to "
+                         "/dev/userfaultfd, or CAP_SYS_PTRACE, or sysctl "
+                         "vm.unprivileged_userfaultfd=1");
+    if (*fd < 0)
+        return error_errno(err, "post-copy: userfaultfd");
+    struct uffdio_api api = {.api = UFFD_API};
+    if (ioctl(*fd, UFFDIO_API, &api)) {
+        error_errno(err, "post-copy: UFFDIO_API");
+        int ret = -errno;
+        close(*fd);
+        *fd = -1;
+        return ret;
+    }
+    return 0;
+}
+
+// --- placing
+
+static int wake(struct postcopy_dest *pd, uint64_t hva, uint64_t len, struct error *err)
+{
+    struct uffdio_range range = {.start = hva, .len = len};
+    return ioctl(pd->uffd, UFFDIO_WAKE, &range) ? error_errno(err, "UFFDIO_WAKE") : 0;
+}
+
+static int place_data(struct postcopy_dest *pd, uint8_t *hva, const uint8_t *from, uint64_t len,
+                      struct error *err)
+{
+    while (len) {
+        struct uffdio_copy copy = {.dst = (uintptr_t)hva, .src = (uintptr_t)from, .len = len};
+        uint64_t done = len;
+        if (ioctl(pd->uffd, UFFDIO_COPY, &copy)) {
+            if (errno == EAGAIN) { // a part, or nothing because the mappings are changing
+                done = copy.copy > 0 ? (uint64_t)copy.copy : 0;
+            } else if (errno == EEXIST) {
+                done = PAGE_SIZE;
+                int ret = wake(pd, (uintptr_t)hva, done, err);
+                if (ret)
+                    return ret;
+            } else {
+                return error_errno(err, "UFFDIO_COPY of %llu bytes", (unsigned long long)len);
+            }
+        }
+        hva += done;
+        from += done;
+        len -= done;
+    }
+    return 0;
+}
+
+static int place_zero(struct postcopy_dest *pd, uint64_t page, struct error *err)
+{
+    for (;;) {
+        struct uffdio_zeropage zero = {
+            .range = {.start = (uintptr_t)ram_page(pd->ram, page), .len = PAGE_SIZE}};
+        if (!ioctl(pd->uffd, UFFDIO_ZEROPAGE, &zero))
+            return 0;
+        if (errno == EEXIST)
+            return wake(pd, zero.range.start, PAGE_SIZE, err);
+        if (errno != EAGAIN)
+            return error_errno(err, "UFFDIO_ZEROPAGE");
+    }
+}
+
+// Under the lock.
+static void arrived(struct postcopy_dest *pd, uint64_t page)
+{
+    if (!bitmap_test(pd->have, page)) {
+        bitmap_set(pd->have, page);
+        pd->missing--;
+        pd->arrived++;
+    }
+    bitmap_clear(pd->asked, page);
+}
+
+// Zero pages are placed when they are touched; whoever waits for one already gets it now.
+static int take_zero_run(struct postcopy_dest *pd, const struct wire_run *run, struct error *err)
+{
+    int ret = 0;
+    pthread_mutex_lock(&pd->lock);
+    for (uint64_t p = run->first; !ret && p < run->first + run->count; p++) {
+        if (bitmap_test(pd->asked, p))
+            ret = place_zero(pd, p, err);
+        arrived(pd, p);
+    }
+    pthread_mutex_unlock(&pd->lock);
+    return ret;
+}
+
+static int take_data_run(struct postcopy_dest *pd, const struct wire_run *run, const uint8_t *data,
+                         struct error *err)
+{
+    for (uint64_t p = 0; p < run->count;) {
+        uint64_t n = ram_contiguous(pd->ram, run->first + p);
+        n = n < run->count - p ? n : run->count - p;
+        int ret = place_data(pd, ram_page(pd->ram, run->first + p), data + p * PAGE_SIZE,
+                             n * PAGE_SIZE, err);
+        if (ret)
+            return ret;
+        p += n;
+    }
+    pthread_mutex_lock(&pd->lock);
+    for (uint64_t p = run->first; p < run->first + run->count; p++)
+        arrived(pd, p);
+    pthread_mutex_unlock(&pd->lock);
+    return 0;
+}
+
+static int check_run(struct postcopy_dest *pd, const struct wire_run *run, struct error *err)
+{
+    pthread_mutex_lock(&pd->lock);
+    uint64_t end = run->first + run->count;
+    uint64_t twice = bitmap_find(pd->have, end, run->first, true);
+    pthread_mutex_unlock(&pd->lock);
+    if (twice != end)
+        return error_set(err, -EPROTO, "page %llu sent though the guest has it already",
+                         (unsigned long long)twice);
+    return 0;
+}
+
+int postcopy_dest_place(struct postcopy_dest *pd, struct wire *w, const struct wire_record *record,
+                        void *buffer, struct error *err)
+{
+    struct wire_pages_view view;
+    int ret = wire_pages_parse(record, pd->ram->pages, &view, err);
+    if (!ret)
+        ret = wire_read(w, buffer, view.head.nr_data * PAGE_SIZE, err);
+    const uint8_t *data = buffer;
+    for (uint32_t i = 0; !ret && i < view.head.nr_data; i++)
+        if (page_sum(data + i * PAGE_SIZE) != wire_pages_sum(&view, i))
+            ret = error_set(err, -EBADMSG, "%s: page data damaged", w->name);
+    for (uint32_t i = 0; !ret && i < view.head.nr_runs; i++) {
+        struct wire_run run = wire_pages_run(&view, i);
+        ret = check_run(pd, &run, err);
+        if (ret)
+            break;
+        if (run.kind == WIRE_RUN_ZERO) {
+            ret = take_zero_run(pd, &run, err);
+        } else {
+            ret = take_data_run(pd, &run, data, err);
+            data += run.count * PAGE_SIZE;
+        }
+    }
+    pthread_mutex_lock(&pd->lock);
+    pthread_cond_broadcast(&pd->changed);
+    pthread_mutex_unlock(&pd->lock);
+    return ret;
+}
+
+// --- faults
+
+static void dest_failed(struct postcopy_dest *pd, int ret, const struct error *err)
+{
+    pthread_mutex_lock(&pd->lock);
+    if (!pd->failure) {
+        pd->failure = ret;
+        pd->err = *err;
+    }
+    pthread_cond_broadcast(&pd->changed);
+    pthread_mutex_unlock(&pd->lock);
+}
+
+// Decides what a fault needs: nothing (asked already), its zero page, or a request (appended).
+static int fault_sort(struct postcopy_dest *pd, uint64_t page, uint64_t *want, unsigned *nr,
+                      struct error *err)
+{
+    pthread_mutex_lock(&pd->lock);
+    bool have = bitmap_test(pd->have, page);
+    pd->faults++;
+    if (!have && !bitmap_test(pd->asked, page)) {
+        bitmap_set(pd->asked, page);
+        pd->requested++;
+        want[(*nr)++] = page;
+    }
+    pthread_mutex_unlock(&pd->lock);
+    // A page that was placed meanwhile answers EEXIST, and who waits is woken.
+    return have ? place_zero(pd, page, err) : 0;
+}
+
+static int faults_take(struct postcopy_dest *pd, struct error *err)
+{
+    struct uffd_msg msgs[FAULT_BATCH];
+    struct {
+        struct wire_want head;
+        uint64_t pages[FAULT_BATCH];
+    } want = {0};
+    ssize_t len = read(pd->uffd, msgs, sizeof(msgs));
+    if (len < 0)
+        return errno == EAGAIN || errno == EINTR ? 0 : error_errno(err, "reading userfaultfd");
+    for (size_t i = 0; i < (size_t)len / sizeof(msgs[0]); i++) {
+        uint64_t page;
+        const void *hva = (const void *)(uintptr_t)msgs[i].arg.pagefault.address;
+        if (msgs[i].event != UFFD_EVENT_PAGEFAULT || !ram_hva_page(pd->ram, hva, &page))
+            continue;
+        int ret = fault_sort(pd, page, want.pages, &want.head.nr, err);
+        if (ret)
+            return ret;
+    }
+    if (!want.head.nr)
+        return 0;
+    return wire_put(&pd->demand->wire, WIRE_WANT, 0, &want,
+                    sizeof(want.head) + want.head.nr * sizeof(want.pages[0]), NULL, 0, err);
+}
+
+static void *fault_main(void *arg)
+{
+    struct postcopy_dest *pd = arg;
+    struct error err = {0};
+    int ret = 0;
+    while (!ret) {
+        struct pollfd p[2] = {{.fd = pd->uffd, .events = POLLIN},
+                              {.fd = pd->stop_fd, .events = POLLIN}};
+        if (poll(p, 2, -1) < 0 && errno != EINTR)
+            ret = error_errno(&err, "poll");
+        else if (p[1].revents)
+            break;
+        else if (p[0].revents)
+            ret = faults_take(pd, &err);
+    }
+    if (ret)
+        dest_failed(pd, ret, &err);
+    return NULL;
+}
+
+static void *demand_main(void *arg)
+{
+    struct postcopy_dest *pd = arg;
+    struct wire_record record = {0};
+    struct error err = {0};
+    void *buffer = malloc(WIRE_BATCH_PAGES * PAGE_SIZE);
+    int ret = buffer ? 0 : error_set(&err, -ENOMEM, "no memory to receive pages");
+    while (!ret) {
+        ret = wire_expect(&pd->demand->wire, &record, WIRE_PAGES, &err);
+        if (!ret)
+            ret = postcopy_dest_place(pd, &pd->demand->wire, &record, buffer, &err);
+    }
+    dest_failed(pd, ret, &err); // also the ordinary end: nobody looks at it then
+    free(buffer);
+    wire_record_free(&record);
+    return NULL;
+}
+
+// --- life
+
+static int guard(struct postcopy_dest *pd, struct error *err)
+{
+    struct ram *ram = pd->ram;
+    ram_for_each_region (ram, r) {
+        struct uffdio_register reg = {.range = {.start = (uintptr_t)r->hva, .len = r->size},
+                                      .mode = UFFDIO_REGISTER_MODE_MISSING};
+        if (ioctl(pd->uffd, UFFDIO_REGISTER, &reg))
+            return error_errno(err, "UFFDIO_REGISTER of %llu MiB of guest memory",
+                               (unsigned long long)(r->size / MiB));
+        uint64_t need = 1ull << _UFFDIO_COPY | 1ull << _UFFDIO_ZEROPAGE | 1ull << _UFFDIO_WAKE;
+        if ((reg.ioctls & need) != need)
+            return error_set(err, -EOPNOTSUPP,
+                             "post-copy into this kind of memory (huge pages?) is not supported: "
+                             "userfaultfd offers 0x%llx",
+                             (unsigned long long)reg.ioctls);
+    }
+    // Guarded first, dropped second: nothing can slip in between.
+    for (uint64_t first = 0;;) {
+        first = bitmap_find(pd->have, ram->pages, first, false);
+        if (first == ram->pages)
+            return 0;
+        uint64_t end = bitmap_find(pd->have, ram->pages, first, true);
+        int ret = ram_drop(ram, first, end - first, err);
+        if (ret)
+            return ret;
+        first = end;
+    }
+}
+
+static int dest_start(struct postcopy_dest *pd, struct error *err)
+{
+    pd->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (pd->stop_fd < 0)
+        return error_errno(err, "eventfd");
+    int ret = userfault_open(&pd->uffd, err);
+    if (!ret)
+        ret = guard(pd, err);
+    if (ret)
+        return ret;
+    pd->demand->timeout_ms = 0; // the guest may need nothing for long
+    ret = pthread_create(&pd->fault_thread, NULL, fault_main, pd);
+    pd->fault_started = !ret;
+    if (!ret) {
+        ret = pthread_create(&pd->demand_thread, NULL, demand_main, pd);
+        pd->demand_started = !ret;
+    }
+    return ret ? error_set(err, -ret, "post-copy: cannot start a thread") : 0;
+}
+
+int postcopy_dest_create(struct postcopy_dest **out, struct ram *ram, const uint64_t *valid,
+                         struct channel *demand, struct error *err)
+{
+    struct postcopy_dest *pd = calloc(1, sizeof(*pd));
+    if (!pd)
+        return error_set(err, -ENOMEM, "no memory for post-copy");
+    size_t words = ram_bitmap_words(ram);
+    *pd = (struct postcopy_dest) {.ram = ram, .demand = demand, .uffd = -1, .stop_fd = -1};
+    pthread_mutex_init(&pd->lock, NULL);
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&pd->changed, &attr);
+    pthread_condattr_destroy(&attr);
+    pd->have = calloc(words, 8);
+    pd->asked = calloc(words, 8);
+    int ret = pd->have && pd->asked ? 0 : error_set(err, -ENOMEM, "no memory for post-copy");
+    if (!ret) {
+        memcpy(pd->have, valid, words * 8);
+        pd->missing = ram->pages - bitmap_count(pd->have, ram->pages);
+        ret = dest_start(pd, err);
+    }
+    if (ret) {
+        postcopy_dest_free(pd);
+        return ret;
+    }
+    *out = pd;
+    return 0;
+}
+
+int postcopy_dest_wait(struct postcopy_dest *pd, unsigned timeout_ms, struct error *err)
+{
+    int ret = 0;
+    pthread_mutex_lock(&pd->lock);
+    while (pd->missing && !pd->failure && !ret) {
+        uint64_t before = pd->arrived;
+        struct timespec end;
+        clock_gettime(CLOCK_MONOTONIC, &end);
+        end.tv_sec += (time_t)(timeout_ms / 1000);
+        end.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+        if (end.tv_nsec >= 1000000000) {
+            end.tv_sec++;
+            end.tv_nsec -= 1000000000;
+        }
+        int late = pthread_cond_timedwait(&pd->changed, &pd->lock, &end);
+        if (late == ETIMEDOUT && pd->arrived == before)
+            ret = error_set(err, -ETIMEDOUT, "%llu pages have not come",
+                            (unsigned long long)pd->missing);
+    }
+    if (!ret && pd->missing) {
+        ret = pd->failure;
+        if (err)
+            *err = pd->err;
+    }
+    pthread_mutex_unlock(&pd->lock);
+    return ret;
+}
+
+uint64_t postcopy_dest_missing(struct postcopy_dest *pd)
+{
+    pthread_mutex_lock(&pd->lock);
+    uint64_t missing = pd->missing;
+    pthread_mutex_unlock(&pd->lock);
+    return missing;
+}
+
+void postcopy_dest_counts(struct postcopy_dest *pd, uint64_t *faults, uint64_t *requested)
+{
+    pthread_mutex_lock(&pd->lock);
+    *faults = pd->faults;
+    *requested = pd->requested;
+    pthread_mutex_unlock(&pd->lock);
+}
+
+void postcopy_dest_stop(struct postcopy_dest *pd)
+{
+    if (pd->demand_started) // before the joins: either thread may be waiting on it
+        channel_shutdown(pd->demand);
+    if (pd->fault_started) {
+        eventfd_write(pd->stop_fd, 1);
+        pthread_join(pd->fault_thread, NULL);
+        pd->fault_started = false;
+    }
+    if (pd->demand_started) {
+        pthread_join(pd->demand_thread, NULL);
+        pd->demand_started = false;
+    }
+}
+
+void postcopy_dest_free(struct postcopy_dest *pd)
+{
+    if (!pd)
+        return;
+    postcopy_dest_stop(pd);
+    if (pd->uffd >= 0)
+        close(pd->uffd); // unregisters, wakes
+    if (pd->stop_fd >= 0)
+        close(pd->stop_fd);
+    free(pd->have);
+    free(pd->asked);
+    pthread_cond_destroy(&pd->changed);
+    pthread_mutex_destroy(&pd->lock);
+    free(pd);
+}

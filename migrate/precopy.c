@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: Apache-2.0
+// Iterative pre-copy (Clark et al., NSDI'05): send everything, then what was written meanwhile, and so
+// on, until the rest fits the downtime limit.
+#include <errno.h>
+#include <string.h>
+
+#include "migrate/bitmap.h"
+#include "migrate/outgoing.h"
+#include "migrate/switchover.h"
+
+// Before the first pause nobody knows the size of the state or what saving it takes; these are on
+// the high side of what tests measure (docs/migration.md) and only matter for limits near them.
+#define STATE_BYTES(cpus) (64 * KiB + (cpus) * 16 * KiB)
+#define STOP_NS(cpus)     (150000ull + (cpus) * 20000ull)
+#define SAVE_NS(cpus)     (150000ull + (cpus) * 100000ull)
+#define LOAD_NS(cpus)     (200000ull + (cpus) * 170000ull)
+#define RESUME_NS         100000ull
+#define SAMPLE_MIN        (256 * KiB)
+#define BANDWIDTH_GUESS   100000000ull // bytes/s: 1 Gbit Ethernet
+
+// With a low bandwidth limit records get small, so that a write takes about 50 ms at most.
+static unsigned batch_pages(const struct outgoing *out)
+{
+    uint64_t rate = atomic_load(&out->m->bandwidth);
+    uint64_t pages = rate ? rate / 20 / PAGE_SIZE : WIRE_BATCH_PAGES / 2;
+    pages = pages < 1 ? 1 : pages;
+    return pages < WIRE_BATCH_PAGES / 2 ? (unsigned)pages : WIRE_BATCH_PAGES / 2;
+}
+
+int precopy_pass(struct outgoing *out, struct error *err)
+{
+    struct ram *ram = &out->vm->ram;
+    uint64_t remaining = bitmap_count(out->todo, ram->pages), cursor = 0;
+    uint64_t report_at = time_ns() + 200000000;
+    while (cursor < ram->pages) {
+        int ret = outgoing_check_cancel(out, err);
+        if (ret)
+            return ret;
+        page_batch_reset(out->batch, ram);
+        page_batch_take(out->batch, out->todo, &cursor, batch_pages(out), &out->presence);
+        uint64_t start = time_ns();
+        ret = page_batch_put(out->batch, &out->main.wire, 0, err);
+        if (ret)
+            return ret;
+        out->write_ns += time_ns() - start;
+        out->report->data_pages += out->batch->nr_data;
+        out->report->zero_pages += out->batch->nr_zero;
+        remaining -= out->batch->nr_data + out->batch->nr_zero;
+        if (out->owner == SOURCE_RUNNING && time_ns() >= report_at) {
+            outgoing_progress(out, MIGRATE_ROUNDS, remaining * PAGE_SIZE);
+            report_at = time_ns() + 200000000;
+        }
+    }
+    return 0;
+}
+
+static enum switchover_verdict decide(struct outgoing *out, uint64_t dirty_pages)
+{
+    unsigned cpus = out->vm->config.cpus;
+    struct switchover_input in = {
+        .remaining = dirty_pages * PAGE_SIZE,
+        .state = STATE_BYTES(cpus),
+        .bandwidth = out->bandwidth,
+        .stop_ns = STOP_NS(cpus),
+        .save_ns = SAVE_NS(cpus),
+        .load_ns = LOAD_NS(cpus),
+        .resume_ns = RESUME_NS,
+        .rtt_ns = out->rtt_ns,
+        .limit_ns = atomic_load(&out->m->downtime_ns),
+        .round = out->report->rounds,
+        .max_rounds = out->params->max_rounds,
+    };
+    uint64_t expected;
+    enum switchover_verdict verdict = switchover_decide(&in, &expected);
+    pthread_mutex_lock(&out->m->lock);
+    out->m->progress.expected_downtime_ns = expected;
+    out->m->progress.dirty_bytes = in.remaining;
+    out->m->progress.bandwidth = out->bandwidth;
+    pthread_mutex_unlock(&out->m->lock);
+    return verdict;
+}
+
+static int stalled(struct outgoing *out, bool *stop, bool *postcopy, struct error *err)
+{
+    switch (out->params->on_stall) {
+    case STALL_CONTINUE:
+        return 0;
+    case STALL_CANCEL:
+        return error_set(err, -EBUSY,
+                         "the guest writes too fast: after %u rounds the rest still needs longer "
+                         "than the downtime limit of %llu us",
+                         out->report->rounds,
+                         (unsigned long long)atomic_load(&out->m->downtime_ns) / 1000);
+    case STALL_POSTCOPY:
+        *postcopy = true;
+        break;
+    case STALL_SWITCH:
+        break;
+    }
+    *stop = true;
+    return 0;
+}
+
+// Only the time spent writing counts: looking for zero pages would make the link look slow. What a
+// few KiB took says nothing about the link.
+static void bandwidth_update(struct outgoing *out, uint64_t bytes)
+{
+    uint64_t limit = atomic_load(&out->m->bandwidth);
+    if (bytes >= SAMPLE_MIN)
+        out->bandwidth = switchover_bandwidth(out->bandwidth, bytes, out->write_ns);
+    else if (!out->bandwidth)
+        out->bandwidth = BANDWIDTH_GUESS;
+    if (limit && out->bandwidth > limit)
+        out->bandwidth = limit;
+}
+
+static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
+{
+    uint64_t before = out->main.wire.out;
+    out->write_ns = 0;
+    int ret = precopy_pass(out, err);
+    if (ret)
+        return ret;
+    bandwidth_update(out, out->main.wire.out - before);
+    out->report->rounds++;
+    ret = ram_dirty_sync(&out->vm->ram, out->todo, NULL, err);
+    if (ret)
+        return ret;
+    *dirty = bitmap_count(out->todo, out->vm->ram.pages);
+    struct wire_round round = {.round = out->report->rounds, .remaining = *dirty * PAGE_SIZE};
+    return wire_put(&out->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
+}
+
+int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
+{
+    *postcopy = out->params->mode != MIGRATE_PRECOPY;
+    bitmap_fill(out->todo, 0, out->vm->ram.pages, true);
+    if (out->params->mode == MIGRATE_POSTCOPY)
+        return 0;
+    int ret = ram_dirty_start(&out->vm->ram, err);
+    out->logging = !ret;
+    for (bool stop = false; !ret && !stop;) {
+        uint64_t dirty = 0;
+        ret = one_round(out, &dirty, err);
+        if (ret)
+            break;
+        enum switchover_verdict verdict = decide(out, dirty);
+        outgoing_progress(out, MIGRATE_ROUNDS, dirty * PAGE_SIZE);
+        stop = verdict == SWITCHOVER_STOP || out->params->mode == MIGRATE_HYBRID;
+        if (verdict == SWITCHOVER_STALLED && !stop)
+            ret = stalled(out, &stop, postcopy, err);
+    }
+    return ret;
+}

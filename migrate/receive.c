@@ -1,0 +1,584 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "migrate/receive.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <time.h>
+
+#include "migrate/bitmap.h"
+#include "migrate/channel.h"
+#include "migrate/crc32c.h"
+#include "migrate/machine.h"
+#include "migrate/pages.h"
+#include "migrate/postcopy_dest.h"
+#include "vmm/stream.h"
+#include "vmm/vm.h"
+
+enum { VISITOR_MS = 5000 }; // for the hello of a second connection
+
+struct receive {
+    int listen_fd;
+    const struct migrate_hooks *hooks;
+    struct receive_params params;
+    struct receive_report *report;
+    int cancel_fd; // eventfd: the user gave up
+    int stop_fd;   // eventfd: the door thread is to end
+    pthread_t door;
+    bool door_started;
+
+    pthread_mutex_t lock; // guards what follows
+    pthread_cond_t changed;
+    enum owner_dest owner;
+    bool answered; // the source's question has been answered
+    bool cancelled;
+    struct channel demand; // fd -1 until the door let it in
+
+    struct channel main;
+    struct wire_record record;
+    struct machine machine;
+    struct vm *vm;
+    struct page_intake intake;
+    uint64_t *stale;
+    uint8_t *state; // the whole blob, read before it is loaded
+    uint32_t state_len;
+    void *buffer; // post-copy: pages before they are placed
+    struct postcopy_dest *postcopy;
+    bool was_prepared, stay_paused, acknowledged;
+};
+
+void receive_params_default(struct receive_params *params)
+{
+    *params = (struct receive_params) {.handshake_ms = CHANNEL_HANDSHAKE_MS,
+                                       .idle_ms = CHANNEL_IDLE_MS,
+                                       .linger_ms = 60 * 1000};
+}
+
+// --- ownership
+
+// Steps under the lock. -EPROTO: the event has no place in this state.
+static int owner_step(struct receive *r, enum owner_dest_event event, enum owner_action *action)
+{
+    pthread_mutex_lock(&r->lock);
+    int ret = owner_dest_step(&r->owner, event, action);
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+    return ret;
+}
+
+static enum owner_dest owner_now(struct receive *r)
+{
+    pthread_mutex_lock(&r->lock);
+    enum owner_dest owner = r->owner;
+    pthread_mutex_unlock(&r->lock);
+    return owner;
+}
+
+// Waits on `changed` until *flag, cancelled, or the time is over.
+static bool wait_flag(struct receive *r, const bool *flag, const int *fd, unsigned timeout_ms)
+{
+    struct timespec end;
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    end.tv_sec += (time_t)(timeout_ms / 1000);
+    end.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
+    if (end.tv_nsec >= 1000000000) {
+        end.tv_sec++;
+        end.tv_nsec -= 1000000000;
+    }
+    int late = 0;
+    pthread_mutex_lock(&r->lock);
+    while (!(flag && *flag) && !(fd && *fd >= 0) && !r->cancelled && late != ETIMEDOUT)
+        late = pthread_cond_timedwait(&r->changed, &r->lock, &end);
+    bool there = (flag && *flag) || (fd && *fd >= 0);
+    pthread_mutex_unlock(&r->lock);
+    return there;
+}
+
+// --- the door: second connections of this migration, and questions, while the first one works
+
+static void answer_query(struct receive *r, struct channel *c, const struct wire_hello *hello)
+{
+    struct wire_answer answer = {.answer = WIRE_ANSWER_UNKNOWN};
+    enum owner_action action = OWNER_NONE;
+    bool known = !memcmp(hello->id, r->report->id, WIRE_ID_LEN);
+    if (known) {
+        owner_step(r, DEST_EV_QUERY, &action);
+        answer.answer = action == OWNER_SAY_YES ? WIRE_ANSWER_YES : WIRE_ANSWER_NO;
+        if (action == OWNER_SAY_NO)
+            channel_shutdown(&r->main); // a COMMIT under way has no effect any more
+    }
+    int ret = wire_put(&c->wire, WIRE_ANSWER, 0, &answer, sizeof(answer), NULL, 0, NULL);
+    pthread_mutex_lock(&r->lock);
+    r->answered |= known && !ret;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+}
+
+static int answer_hello(struct channel *c, const struct wire_hello *hello, struct error *err)
+{
+    struct wire_hello mine;
+    unsigned version;
+    int ret = wire_version_choose(WIRE_OLDEST, WIRE_VERSION, hello->oldest, hello->version,
+                                  &version, err);
+    if (ret)
+        return ret;
+    wire_hello_fill(&mine, hello->kind, hello->id);
+    mine.version = mine.oldest = (uint16_t)version;
+    return wire_put(&c->wire, WIRE_HELLO, 0, &mine, sizeof(mine), NULL, 0, err);
+}
+
+// Hands the demand connection over. False: this is not it.
+static bool let_demand_in(struct receive *r, struct channel *c, const struct wire_hello *hello)
+{
+    pthread_mutex_lock(&r->lock);
+    bool wanted = hello->kind == WIRE_DEMAND && r->demand.fd < 0 &&
+                  r->machine.flags & WIRE_MACHINE_POSTCOPY &&
+                  !memcmp(hello->id, r->report->id, WIRE_ID_LEN);
+    pthread_mutex_unlock(&r->lock);
+    if (!wanted || answer_hello(c, hello, NULL))
+        return false;
+    pthread_mutex_lock(&r->lock);
+    channel_init(&r->demand, take_fd(&c->fd), r->cancel_fd, r->params.idle_ms, c->name);
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+    return true;
+}
+
+static void visitor(struct receive *r, struct channel *c)
+{
+    struct wire_record record = {0};
+    struct wire_hello hello;
+    struct error err = {0};
+    int ret = wire_expect(&c->wire, &record, WIRE_HELLO, &err);
+    if (!ret)
+        ret = wire_hello_parse(&record, &hello, &err);
+    if (!ret && hello.kind == WIRE_QUERY) {
+        answer_query(r, c, &hello);
+    } else if (!ret && !let_demand_in(r, c, &hello)) {
+        error_set(&err, -EBUSY, "this receiver is busy with another migration");
+        channel_abort(c, &err);
+    }
+    wire_record_free(&record);
+}
+
+static void *door_main(void *arg)
+{
+    struct receive *r = arg;
+    for (;;) {
+        struct channel c;
+        struct error err;
+        int ret = channel_accept(&c, r->listen_fd, r->stop_fd, 0, VISITOR_MS, &err);
+        if (ret == -ECANCELED)
+            return NULL;
+        if (ret) // out of descriptors, say: try again when some time has passed
+            usleep(100 * 1000);
+        else
+            visitor(r, &c);
+        channel_close(&c);
+    }
+}
+
+static int door_open(struct receive *r, struct error *err)
+{
+    int ret = pthread_create(&r->door, NULL, door_main, r);
+    if (ret)
+        return error_set(err, -ret, "cannot start a thread");
+    r->door_started = true;
+    return 0;
+}
+
+static void door_close(struct receive *r)
+{
+    if (!r->door_started)
+        return;
+    eventfd_write(r->stop_fd, 1);
+    pthread_join(r->door, NULL);
+    r->door_started = false;
+}
+
+// --- arrival
+
+static int first_hello(struct receive *r, struct error *err)
+{
+    struct wire_hello hello;
+    int ret = wire_expect(&r->main.wire, &r->record, WIRE_HELLO, err);
+    if (!ret)
+        ret = wire_hello_parse(&r->record, &hello, err);
+    if (ret)
+        return ret;
+    memcpy(r->report->id, hello.id, WIRE_ID_LEN);
+    if (hello.kind == WIRE_QUERY) {
+        struct wire_answer answer = {.answer = WIRE_ANSWER_UNKNOWN};
+        wire_put(&r->main.wire, WIRE_ANSWER, 0, &answer, sizeof(answer), NULL, 0, NULL);
+        return error_set(err, -ENOENT, "a question about a migration this receiver never saw");
+    }
+    if (hello.kind != WIRE_MAIN)
+        return error_set(err, -EPROTO, "a migration must begin with its main connection");
+    return answer_hello(&r->main, &hello, err);
+}
+
+static int accept_migration(struct receive *r, struct error *err)
+{
+    for (;;) {
+        int ret = channel_accept(&r->main, r->listen_fd, r->cancel_fd, 0, r->params.handshake_ms,
+                                 err);
+        if (ret)
+            return ret;
+        ret = first_hello(r, err);
+        if (!ret)
+            return 0;
+        channel_abort(&r->main, err);
+        if (r->params.one_try || ret == -ECANCELED)
+            return ret;
+        channel_close(&r->main);
+    }
+}
+
+static int take_machine(struct receive *r, struct error *err)
+{
+    struct machine machine;
+    int ret = wire_expect(&r->main.wire, &r->record, WIRE_MACHINE, err);
+    if (!ret)
+        ret = machine_parse(&r->record, &machine, err);
+    if (ret)
+        return ret;
+    pthread_mutex_lock(&r->lock); // the door looks at the flags
+    r->machine = machine;
+    pthread_mutex_unlock(&r->lock);
+    if (r->params.ram_max && machine.ram_size > r->params.ram_max)
+        return error_set(err, -E2BIG, "a guest of %llu MiB: this receiver takes at most %llu MiB",
+                         (unsigned long long)(machine.ram_size / MiB),
+                         (unsigned long long)(r->params.ram_max / MiB));
+    ret = machine_build(&r->machine, r->hooks, &r->vm, err);
+    if (!ret)
+        ret = page_intake_init(&r->intake, &r->vm->ram, err);
+    if (!ret && machine.flags & WIRE_MACHINE_POSTCOPY) {
+        int probe = -1; // better now than at the switch
+        ret = userfault_open(&probe, err);
+        if (!ret)
+            close(probe);
+        r->stale = calloc(ram_bitmap_words(&r->vm->ram), 8);
+        r->buffer = malloc(WIRE_BATCH_PAGES * PAGE_SIZE);
+        if (!ret && (!r->stale || !r->buffer))
+            ret = error_set(err, -ENOMEM, "no memory for post-copy");
+    }
+    r->main.timeout_ms = r->params.idle_ms;
+    return ret ? ret : wire_put(&r->main.wire, WIRE_READY, 0, NULL, 0, NULL, 0, err);
+}
+
+static int take_state(struct receive *r, struct error *err)
+{
+    struct wire_state head;
+    wire_fixed(&r->record, &head, sizeof(head));
+    if (head.len != r->record.header.data_len || r->state)
+        return error_set(err, -EPROTO, "state record: %u bytes, header says %u%s", head.len,
+                         r->record.header.data_len, r->state ? "; it comes twice" : "");
+    r->state = malloc(head.len ? head.len : 1);
+    if (!r->state)
+        return error_set(err, -ENOMEM, "no memory for %u bytes of state", head.len);
+    r->state_len = head.len;
+    int ret = wire_read(&r->main.wire, r->state, head.len, err);
+    if (!ret && crc32c(0, r->state, head.len) != head.crc)
+        ret = error_set(err, -EBADMSG, "guest state damaged on the way");
+    return ret;
+}
+
+// Everything up to PREPARE, which is left in r->record.
+static int take_memory(struct receive *r, struct error *err)
+{
+    for (;;) {
+        int ret = wire_get(&r->main.wire, &r->record, err);
+        if (ret)
+            return ret;
+        switch (r->record.header.type) {
+        case WIRE_PAGES:
+            ret = page_intake_record(&r->intake, &r->main.wire, &r->record, err);
+            break;
+        case WIRE_ROUND:
+            break;
+        case WIRE_DISCARD:
+            ret = r->stale ? wire_discard_parse(&r->record, r->vm->ram.pages, r->stale, err)
+                           : wire_unexpected(&r->main.wire, &r->record, "pages", err);
+            break;
+        case WIRE_STATE:
+            ret = take_state(r, err);
+            break;
+        case WIRE_PREPARE:
+            return 0;
+        default:
+            ret = wire_unexpected(&r->main.wire, &r->record, "pages, state or prepare", err);
+        }
+        if (ret)
+            return ret;
+    }
+}
+
+static int check_precopy(struct receive *r, struct error *err)
+{
+    uint64_t pages = r->vm->ram.pages;
+    if (r->intake.nr_seen != pages)
+        return error_set(err, -EPROTO, "%llu of %llu pages never came",
+                         (unsigned long long)(pages - r->intake.nr_seen),
+                         (unsigned long long)pages);
+    if (r->intake.nr_damaged)
+        return error_set(err, -EBADMSG, "page %llu was damaged on the way",
+                         (unsigned long long)bitmap_find(r->intake.damaged, pages, 0, true));
+    return 0;
+}
+
+// Pages are valid here when they came and are not stale.
+static int begin_postcopy(struct receive *r, uint64_t stale, struct error *err)
+{
+    uint64_t pages = r->vm->ram.pages;
+    if (!r->stale || bitmap_count(r->stale, pages) != stale)
+        return error_set(err, -EPROTO, "prepare record: %llu pages stale, the list differs",
+                         (unsigned long long)stale);
+    for (size_t i = 0; i < bitmap_words(pages); i++) {
+        if (r->intake.damaged[i] & ~r->stale[i])
+            return error_set(err, -EBADMSG, "a page near %zu was damaged on the way", i * 64);
+        r->intake.seen[i] &= ~r->stale[i];
+    }
+    if (bitmap_count(r->intake.seen, pages) != pages - stale)
+        return error_set(err, -EPROTO, "pages neither came nor are to come");
+    if (!wait_flag(r, NULL, &r->demand.fd, r->params.handshake_ms))
+        return error_set(err, -ETIMEDOUT, "the connection for page requests did not come");
+    r->demand.cancel_fd = -1; // a cancel is seen on the main connection, while it has effect
+    return postcopy_dest_create(&r->postcopy, &r->vm->ram, r->intake.seen, &r->demand, err);
+}
+
+static int prepare(struct receive *r, struct error *err)
+{
+    struct wire_prepare prep;
+    uint64_t start = time_ns();
+    wire_fixed(&r->record, &prep, sizeof(prep));
+    if (prep.flags & ~(uint32_t)(WIRE_PREPARE_POSTCOPY | WIRE_PREPARE_STAY_PAUSED))
+        return error_set(err, -EPROTO, "prepare record: flags 0x%x are not known", prep.flags);
+    if (!r->state)
+        return error_set(err, -EPROTO, "prepare record without state");
+    r->stay_paused = prep.flags & WIRE_PREPARE_STAY_PAUSED;
+    r->report->postcopy = prep.flags & WIRE_PREPARE_POSTCOPY;
+    int ret = r->report->postcopy ? begin_postcopy(r, prep.stale, err) : check_precopy(r, err);
+    if (ret)
+        return ret;
+    struct stream_mem blob;
+    stream_mem_reader(&blob, "guest state", r->state, r->state_len);
+    ret = vm_load(r->vm, &blob.stream, err);
+    r->report->load_ns = time_ns() - start;
+    return ret;
+}
+
+static int take_commit(struct receive *r, struct error *err)
+{
+    struct wire_commit commit;
+    struct wire_times times = {.load_ns = r->report->load_ns};
+    enum owner_action action;
+    int ret = owner_step(r, DEST_EV_LOADED, &action);
+    if (ret || owner_now(r) != DEST_PREPARED)
+        return error_set(err, -ECONNABORTED, "the source asked before the guest was loaded");
+    r->was_prepared = true;
+    r->main.timeout_ms = r->params.handshake_ms;
+    ret = wire_put(&r->main.wire, WIRE_PREPARED, 0, &times, sizeof(times), NULL, 0, err);
+    if (!ret)
+        ret = wire_expect(&r->main.wire, &r->record, WIRE_COMMIT, err);
+    if (ret)
+        return ret;
+    wire_fixed(&r->record, &commit, sizeof(commit));
+    if (memcmp(commit.id, r->report->id, WIRE_ID_LEN))
+        return error_set(err, -EPROTO, "COMMIT of another migration");
+    owner_step(r, DEST_EV_COMMIT, &action);
+    if (action != OWNER_RUN)
+        return error_set(err, -ECONNABORTED, "the source has been told that the guest will not run");
+    return 0;
+}
+
+// The guest is ours: nothing from here on may undo it.
+static int run(struct receive *r, struct error *err)
+{
+    uint64_t start = time_ns();
+    if (!r->stay_paused)
+        vm_resume(r->vm);
+    r->report->resume_ns = time_ns() - start;
+    r->main.cancel_fd = -1;
+    r->main.timeout_ms = r->params.idle_ms;
+    struct wire_times times = {.load_ns = r->report->load_ns, .resume_ns = r->report->resume_ns};
+    int ret = wire_put(&r->main.wire, WIRE_RUNNING, 0, &times, sizeof(times), NULL, 0, err);
+    if (r->hooks->arrived)
+        r->hooks->arrived(r->hooks->context, r->vm);
+    return ret;
+}
+
+static int take_pushed(struct receive *r, struct error *err)
+{
+    for (;;) {
+        int ret = wire_get(&r->main.wire, &r->record, err);
+        if (ret)
+            return ret;
+        r->acknowledged = true; // pages are pushed once RUNNING has come
+        if (r->record.header.type == WIRE_END)
+            break;
+        ret = r->record.header.type == WIRE_PAGES
+                  ? postcopy_dest_place(r->postcopy, &r->main.wire, &r->record, r->buffer, err)
+                  : wire_unexpected(&r->main.wire, &r->record, "pages or end", err);
+        if (ret)
+            return ret;
+    }
+    int ret = postcopy_dest_wait(r->postcopy, r->params.idle_ms, err);
+    if (ret)
+        return ret;
+    postcopy_dest_counts(r->postcopy, &r->report->faults, &r->report->requested);
+    struct wire_times times = {.load_ns = r->report->load_ns,
+                               .resume_ns = r->report->resume_ns,
+                               .faults = r->report->faults,
+                               .requested = r->report->requested};
+    return wire_put(&r->main.wire, WIRE_COMPLETE, 0, &times, sizeof(times), NULL, 0, err);
+}
+
+// Pre-copy: the guest runs and is whole, but the source may not know; stay reachable until it does.
+static void see_off(struct receive *r, int ret)
+{
+    if (!ret)
+        ret = wire_expect(&r->main.wire, &r->record, WIRE_BYE, NULL);
+    if (ret)
+        wait_flag(r, &r->answered, NULL, r->params.linger_ms);
+}
+
+static int settle(struct receive *r, int ret, struct error *err)
+{
+    if (!r->postcopy) {
+        see_off(r, ret);
+        return 0;
+    }
+    if (!ret)
+        ret = take_pushed(r, err);
+    if (!ret) { // all pages are here, whatever becomes of COMPLETE
+        wire_expect(&r->main.wire, &r->record, WIRE_BYE, NULL);
+        postcopy_dest_free(r->postcopy);
+        r->postcopy = NULL;
+        return 0;
+    }
+    postcopy_dest_stop(r->postcopy);
+    r->report->missing_pages = postcopy_dest_missing(r->postcopy);
+    if (!r->report->missing_pages) {
+        postcopy_dest_free(r->postcopy);
+        r->postcopy = NULL;
+        return 0;
+    }
+    channel_shutdown(&r->main);
+    vm_pause(r->vm, NULL);
+    if (!r->acknowledged) // RUNNING may be lost: the source will ask
+        wait_flag(r, &r->answered, NULL, r->params.linger_ms);
+    return error_prefix(err, "post-copy broke off, %llu pages of the guest are still at the source",
+                        (unsigned long long)r->report->missing_pages);
+}
+
+// Before COMMIT: nothing is left. If COMMIT may be under way, the source will ask: say no.
+static void give_up(struct receive *r, int ret, struct error *err)
+{
+    enum owner_action action;
+    owner_step(r, ret == -ECANCELED ? DEST_EV_CANCEL : DEST_EV_LOST, &action);
+    channel_abort(&r->main, err);
+    channel_shutdown(&r->main); // not close: the door may be looking at it
+    postcopy_dest_free(r->postcopy);
+    r->postcopy = NULL;
+    if (r->was_prepared)
+        wait_flag(r, &r->answered, NULL, r->params.linger_ms);
+    door_close(r);
+    if (r->vm)
+        r->hooks->destroy_vm(r->hooks->context, r->vm);
+    r->vm = NULL;
+}
+
+int receive_run(struct receive *r, struct vm **vm, struct receive_report *report,
+                struct error *err)
+{
+    struct error local;
+    err = err ? err : &local;
+    *report = (struct receive_report) {0};
+    r->report = report;
+    *vm = NULL;
+    int ret = accept_migration(r, err);
+    if (!ret)
+        ret = door_open(r, err);
+    if (!ret)
+        ret = take_machine(r, err);
+    if (!ret)
+        ret = take_memory(r, err);
+    if (!ret)
+        ret = prepare(r, err);
+    if (!ret)
+        ret = take_commit(r, err);
+    if (ret) {
+        give_up(r, ret, err);
+    } else {
+        *vm = r->vm;
+        ret = run(r, err);
+        ret = settle(r, ret, err);
+    }
+    door_close(r);
+    report->owner = r->owner;
+    report->data_pages = r->intake.nr_data;
+    report->zero_pages = r->intake.nr_zero;
+    return ret;
+}
+
+// --- life
+
+int receive_create(struct receive **out, int listen_fd, const struct migrate_hooks *hooks,
+                   const struct receive_params *params, struct error *err)
+{
+    struct receive *r = calloc(1, sizeof(*r));
+    if (!r)
+        return error_set(err, -ENOMEM, "no memory for a receiver");
+    *r = (struct receive) {.listen_fd = listen_fd,
+                           .hooks = hooks,
+                           .params = *params,
+                           .cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
+                           .stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
+                           .main = {.fd = -1},
+                           .demand = {.fd = -1}};
+    pthread_mutex_init(&r->lock, NULL);
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&r->changed, &attr);
+    pthread_condattr_destroy(&attr);
+    if (r->cancel_fd < 0 || r->stop_fd < 0) {
+        int ret = error_errno(err, "eventfd");
+        receive_free(r);
+        return ret;
+    }
+    *out = r;
+    return 0;
+}
+
+void receive_cancel(struct receive *r)
+{
+    pthread_mutex_lock(&r->lock);
+    r->cancelled = true;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+    if (owner_now(r) != DEST_RUNNING)
+        eventfd_write(r->cancel_fd, 1);
+}
+
+void receive_free(struct receive *r)
+{
+    if (!r)
+        return;
+    postcopy_dest_free(r->postcopy);
+    channel_close(&r->main);
+    channel_close(&r->demand);
+    if (r->cancel_fd >= 0)
+        close(r->cancel_fd);
+    if (r->stop_fd >= 0)
+        close(r->stop_fd);
+    wire_record_free(&r->record);
+    machine_free(&r->machine);
+    page_intake_free(&r->intake);
+    free(r->stale);
+    free(r->state);
+    free(r->buffer);
+    pthread_cond_destroy(&r->changed);
+    pthread_mutex_destroy(&r->lock);
+    free(r);
+}

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+// When to stop the guest: the pre-copy switch-over rule as a pure function.
+//
+//   downtime = stop + (remaining + state) / bandwidth + save + load + rtts + resume
+//
+// (Clark et al., NSDI'05, with the device-state time counted.) The caller passes the *exact* number
+// of dirty bytes, from a dirty-log sync just done; an estimate would stop the guest too early.
+#pragma once
+
+#include <stdint.h>
+
+struct switchover_input {
+    uint64_t remaining;  // bytes of dirty pages to send while the guest stands still
+    uint64_t state;      // bytes of vCPU and device state
+    uint64_t bandwidth;  // bytes/s reached so far; 0 = not known yet
+    uint64_t stop_ns;    // to park the vCPUs and quiesce the devices
+    uint64_t save_ns, load_ns, resume_ns;
+    uint64_t rtt_ns;     // one round trip; the switch takes two
+    uint64_t limit_ns;   // downtime the user allows
+    uint32_t round;      // rounds completed, >= 1
+    uint32_t max_rounds; // 0 = as many as it takes
+};
+
+enum switchover_verdict {
+    SWITCHOVER_CONTINUE, // another round
+    SWITCHOVER_STOP,     // stop the guest now: it fits the limit
+    SWITCHOVER_STALLED,  // max_rounds done and it still does not fit: the user's policy decides
+};
+
+// `*downtime_ns` is the expected downtime if the guest were stopped now (UINT64_MAX: not known).
+enum switchover_verdict switchover_decide(const struct switchover_input *in, uint64_t *downtime_ns);
+
+// bytes / (bytes/s) in ns, rounded up, saturating at UINT64_MAX; bandwidth 0 gives UINT64_MAX
+// unless there is nothing to send.
+uint64_t switchover_transfer_ns(uint64_t bytes, uint64_t bandwidth);
+
+// Moving estimate of bytes/s: the new sample counts 3/4, since the next round is like the last one.
+uint64_t switchover_bandwidth(uint64_t before, uint64_t bytes, uint64_t ns);
