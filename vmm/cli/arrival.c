@@ -167,9 +167,11 @@ static int arrival_start(struct arrival *a, int listen_fd, const struct migrate_
 
 static int receive_session(struct session *s, struct arrival *a, struct error *err)
 {
-    autoclose int listen_fd = channel_listen(s->options->listen, err);
-    if (listen_fd < 0)
-        return listen_fd;
+    autoclose int listen_fd = -1;
+    char bound[128];
+    int ret = channel_listen(s->options->listen, &listen_fd, bound, sizeof(bound), err);
+    if (ret)
+        return ret;
     a->session = s;
     session_hooks(s, &s->hooks);
     const struct migrate_hooks hooks = {.context = a,
@@ -177,10 +179,10 @@ static int receive_session(struct session *s, struct arrival *a, struct error *e
                                         .create_vm = create_vm,
                                         .destroy_vm = destroy_vm,
                                         .arrived = arrived};
-    int ret = arrival_start(a, listen_fd, &hooks, err);
+    ret = arrival_start(a, listen_fd, &hooks, err);
     if (ret)
         return ret;
-    fprintf(stderr, "ferry: waiting for a guest on %s\n", s->options->listen);
+    fprintf(stderr, "ferry: waiting for a guest on %s\n", bound);
     ret = session_run(s);
     if (!a->ret || a->vm)
         return ret;

@@ -75,5 +75,5 @@ static const struct control_command commands[] = {
 
 int session_commands_add(struct session *s, struct error *err)
 {
-    return control_add(s->control, commands, ARRAY_SIZE(commands), m, err);
+    return control_add(s->control, commands, ARRAY_SIZE(commands), s, err);
 }
