@@ -252,16 +252,9 @@ static void complete_exit(struct vcpu *vcpu)
     }
 }
 
-// True when the guest may run, false when the thread must end.
-static bool may_run(struct vcpu *vcpu)
+static void park(struct vcpu *vcpu)
 {
     struct vm *vm = vcpu->vm;
-    set_immediate_exit(vcpu, 0);
-    if (__builtin_expect(!should_leave(vm), 1))
-        return true;
-    if (atomic_load(&vm->quit))
-        return false;
-    complete_exit(vcpu);
     pthread_mutex_lock(&vm->lock);
     vm->parked++;
     pthread_cond_broadcast(&vm->changed);
@@ -269,8 +262,20 @@ static bool may_run(struct vcpu *vcpu)
         pthread_cond_wait(&vm->changed, &vm->lock);
     vm->parked--;
     pthread_mutex_unlock(&vm->lock);
-    set_immediate_exit(vcpu, 0);
-    return !should_leave(vm) || may_run(vcpu);
+}
+
+// True when the guest may run, false when the thread must end.
+static bool may_run(struct vcpu *vcpu)
+{
+    for (;;) {
+        set_immediate_exit(vcpu, 0);
+        if (__builtin_expect(!should_leave(vcpu->vm), 1))
+            return true;
+        if (atomic_load(&vcpu->vm->quit))
+            return false;
+        complete_exit(vcpu);
+        park(vcpu);
+    }
 }
 
 static void *vcpu_main(void *arg)

@@ -160,14 +160,22 @@ int vm_create(struct vm **out, const struct vm_config *config, struct loop *loop
     return 0;
 }
 
-static void threads_join(struct vm *vm)
+// With vm->lock held.
+static void stop_all(struct vm *vm)
 {
-    pthread_mutex_lock(&vm->lock);
+    vm->phase = VM_STOPPED;
     atomic_store(&vm->quit, true);
     pthread_cond_broadcast(&vm->changed);
-    pthread_mutex_unlock(&vm->lock);
     for (unsigned i = 0; i < vm->nr_vcpus; i++)
         vcpu_kick(&vm->vcpus[i]);
+}
+
+static void threads_join(struct vm *vm)
+{
+    // Once stopped, nobody else kicks: a thread that was joined must not be signalled.
+    pthread_mutex_lock(&vm->lock);
+    stop_all(vm);
+    pthread_mutex_unlock(&vm->lock);
     for (unsigned i = 0; i < vm->nr_vcpus; i++) {
         if (!vm->vcpus[i].started)
             continue;
@@ -220,6 +228,17 @@ int vm_set_entry(struct vm *vm, const struct boot_entry *entry, struct error *er
     return vcpu_set_entry(&vm->vcpus[0], entry, err);
 }
 
+// A VM that was stopped stays so: whoever stops it need not wait for others. False then.
+static bool phase_set(struct vm *vm, enum vm_phase phase)
+{
+    pthread_mutex_lock(&vm->lock);
+    bool alive = vm->phase != VM_STOPPED;
+    if (alive)
+        vm->phase = phase;
+    pthread_mutex_unlock(&vm->lock);
+    return alive;
+}
+
 int vm_start(struct vm *vm, struct error *err)
 {
     for (unsigned i = 0; i < vm->nr_vcpus; i++) {
@@ -227,9 +246,7 @@ int vm_start(struct vm *vm, struct error *err)
         if (ret)
             return ret;
     }
-    pthread_mutex_lock(&vm->lock);
-    vm->phase = VM_PAUSED;
-    pthread_mutex_unlock(&vm->lock);
+    phase_set(vm, VM_PAUSED);
     return 0;
 }
 
@@ -243,39 +260,50 @@ static unsigned started_vcpus(const struct vm *vm)
 
 static void vcpus_park(struct vm *vm)
 {
-    atomic_store(&vm->pause, true);
-    for (unsigned i = 0; i < vm->nr_vcpus; i++)
-        vcpu_kick(&vm->vcpus[i]);
     pthread_mutex_lock(&vm->lock);
+    atomic_store(&vm->pause, true);
+    if (vm->phase == VM_ACTIVE)
+        for (unsigned i = 0; i < vm->nr_vcpus; i++)
+            vcpu_kick(&vm->vcpus[i]);
     while (vm->parked < started_vcpus(vm) && !atomic_load(&vm->quit))
         pthread_cond_wait(&vm->changed, &vm->lock);
     pthread_mutex_unlock(&vm->lock);
 }
 
+static int devices_quiesce(struct vm *vm, struct error *err)
+{
+    if (vm->quiesced)
+        return 0;
+    for (struct device *d = vm->devices; d; d = d->next) {
+        int ret = d->class->quiesce ? d->class->quiesce(d, err) : 0;
+        if (ret)
+            return error_prefix(err, "quiescing %s[%u]", d->class->name, d->instance);
+    }
+    vm->quiesced = true;
+    return 0;
+}
+
 int vm_pause(struct vm *vm, struct error *err)
 {
+    bool paused_before = vm_paused(vm);
     vcpus_park(vm);
-    if (atomic_load(&vm->quit))
+    // A guest that did not run since keeps its clock, which may have been loaded.
+    if (!paused_before && vm_clock_get(vm, &vm->paused_clock_ns))
+        return error_errno(err, "KVM_GET_CLOCK");
+    int ret = devices_quiesce(vm, err);
+    if (ret)
+        return ret;
+    if (!phase_set(vm, VM_PAUSED))
         return error_set(err, -ESHUTDOWN, "VM %s has stopped: %s", vm->name,
                          vm_stop_name(vm->stop.kind));
-    if (!vm->quiesced) {
-        if (vm_clock_get(vm, &vm->paused_clock_ns))
-            return error_errno(err, "KVM_GET_CLOCK");
-        for (struct device *d = vm->devices; d; d = d->next) {
-            int ret = d->class->quiesce ? d->class->quiesce(d, err) : 0;
-            if (ret)
-                return error_prefix(err, "quiescing %s[%u]", d->class->name, d->instance);
-        }
-        vm->quiesced = true;
-    }
-    pthread_mutex_lock(&vm->lock);
-    vm->phase = VM_PAUSED;
-    pthread_mutex_unlock(&vm->lock);
     return 0;
 }
 
 void vm_resume(struct vm *vm)
 {
+    // While a vCPU runs, its ioctls below would wait until it leaves the guest by itself.
+    if (!vm_paused(vm))
+        return;
     if (vm->paused_clock_ns)
         vm_clock_set(vm, vm->paused_clock_ns);
     vm->paused_clock_ns = 0;
@@ -322,16 +350,10 @@ void vm_request_stop(struct vm *vm, enum vm_stop_kind kind, uint32_t value, cons
         va_start(args, fmt);
         vsnprintf(vm->stop.text, sizeof(vm->stop.text), fmt, args);
         va_end(args);
-        vm->phase = VM_STOPPED;
-        atomic_store(&vm->quit, true);
-        pthread_cond_broadcast(&vm->changed);
+        stop_all(vm);
     }
     pthread_mutex_unlock(&vm->lock);
-    if (!first)
-        return;
-    for (unsigned i = 0; i < vm->nr_vcpus; i++)
-        vcpu_kick(&vm->vcpus[i]);
-    if (vm->on_stop)
+    if (first && vm->on_stop)
         vm->on_stop(vm, vm->on_stop_arg);
 }
 
