@@ -3,20 +3,22 @@
 
 #include <errno.h>
 #include <string.h>
-#include <sys/ioctl.h>
 
 #include "vmm/cpuid.h"
 #include "vmm/vcpu.h"
 #include "vmm/vm.h"
 
-static int cpuid_get(int fd, unsigned long request, const char *what, struct kvm_cpuid2 **out,
-                     struct error *err)
+// What the vCPU was told, not what KVM_GET_CPUID2 says: a software back end adds bits of its own that
+// KVM_GET_SUPPORTED_CPUID of the same host does not have.
+static int cpuid_copy(const struct vm *vm, struct kvm_cpuid2 **out, struct error *err)
 {
-    *out = calloc(1, sizeof(**out) + CPUID_MAX_ENTRIES * sizeof((*out)->entries[0]));
+    const struct kvm_cpuid2 *cpuid = vcpu_cpuid(&vm->vcpus[0]);
+    size_t len = sizeof(*cpuid) + cpuid->nent * sizeof(cpuid->entries[0]);
+    *out = malloc(len);
     if (!*out)
         return error_set(err, -ENOMEM, "no memory for CPUID");
-    (*out)->nent = CPUID_MAX_ENTRIES;
-    return ioctl(fd, request, *out) ? error_errno(err, "%s", what) : 0;
+    memcpy(*out, cpuid, len);
+    return 0;
 }
 
 int machine_describe(struct vm *vm, const struct migrate_hooks *hooks, struct machine *machine,
@@ -25,7 +27,7 @@ int machine_describe(struct vm *vm, const struct migrate_hooks *hooks, struct ma
     *machine = (struct machine) {.ram_size = vm->ram.size, .cpus = vm->config.cpus};
     ram_for_each_region (&vm->ram, r)
         machine->regions[machine->nr_regions++] = (struct wire_region) {r->gpa, r->size};
-    int ret = cpuid_get(vm->vcpus[0].fd, KVM_GET_CPUID2, "KVM_GET_CPUID2", &machine->cpuid, err);
+    int ret = cpuid_copy(vm, &machine->cpuid, err);
     if (!ret)
         ret = hooks->describe(hooks->context, vm, &machine->json, err);
     if (ret)
@@ -47,9 +49,7 @@ static int machine_check(const struct machine *machine, struct vm *vm, struct er
     if (vm->config.cpus != machine->cpus)
         return error_set(err, -EINVAL, "CPUs: %u described, %u expected", vm->config.cpus,
                          machine->cpus);
-    autofree struct kvm_cpuid2 *host = NULL;
-    int ret = cpuid_get(vm->kvm_fd, KVM_GET_SUPPORTED_CPUID, "KVM_GET_SUPPORTED_CPUID", &host, err);
-    return ret ? ret : cpuid_compatible(machine->cpuid, host, err);
+    return cpuid_compatible(machine->cpuid, vm->host_cpuid, err);
 }
 
 int machine_build(const struct machine *machine, const struct migrate_hooks *hooks, struct vm **vm,

@@ -231,7 +231,8 @@ static const char restore_usage[] =
 static int restore_session(struct session *s, const char *path, struct error *err)
 {
     session_hooks(s, &s->hooks);
-    int ret = snapshot_load(path, &s->hooks, &s->vm, err);
+    struct snapshot_report report;
+    int ret = snapshot_load(path, &s->hooks, &s->vm, &report, err);
     if (!ret)
         ret = session_listen(s, err);
     if (ret)

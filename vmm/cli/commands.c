@@ -24,7 +24,7 @@ static void cmd_info(struct vm *vm, json_t *args, struct control_request *req, v
                              phase_name(vm), "pid", (int)getpid(), "memory_bytes",
                              (json_int_t)vm->ram.size, "vcpus", vcpus);
     const char *console = console_path(s->console);
-    if (console)
+    if (console && *console)
         json_object_set_new(info, "console", json_string(console));
     control_reply_ok(req, info);
 }
