@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The host sides of a console: pipes, files, terminals, sockets; blocked, late and vanishing readers.
+// The host sides of a console: pipes, files, terminals, sockets; blocked, late and vanishing
+// readers.
 #include <check.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -192,10 +193,31 @@ END_TEST
 START_TEST(parse_bad)
 {
     static const char *const bad[] = {
-        "",       "stdi",    "stdiox", "null:",        "pty:x",  "stdio,",      "stdio,x=1",
-        "fd:",    "fd:x",    "fd:-1",  "fd:3,append",  "fd:3 ",  "file:",       "file:,append",
-        "unix:",  "tcp:1",   ",",      "stdio,escape=", "pty,",   "pty,link=",   "null,append",
-        "fd:99999999999999999999",     "stdio,escape=ab", "stdio,escape=^1", "pty,append",
+        "",
+        "stdi",
+        "stdiox",
+        "null:",
+        "pty:x",
+        "stdio,",
+        "stdio,x=1",
+        "fd:",
+        "fd:x",
+        "fd:-1",
+        "fd:3,append",
+        "fd:3 ",
+        "file:",
+        "file:,append",
+        "unix:",
+        "tcp:1",
+        ",",
+        "stdio,escape=",
+        "pty,",
+        "pty,link=",
+        "null,append",
+        "fd:99999999999999999999",
+        "stdio,escape=ab",
+        "stdio,escape=^1",
+        "pty,append",
     };
     for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
         struct console_config c;
@@ -213,10 +235,14 @@ END_TEST
 START_TEST(open_errors)
 {
     static const char *const bad[] = {
-        "file:/nonexistent/dir/x", "unix:/nonexistent/dir/x", "fd:1000000",
-        "pty,link=/nonexistent/dir/x", "file:/",
+        "file:/nonexistent/dir/x",
+        "unix:/nonexistent/dir/x",
+        "fd:1000000",
+        "pty,link=/nonexistent/dir/x",
+        "file:/",
         "unix:/tmp/" // and a name longer than a socket address
-        "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
+        "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"
+        "xxxxxxxx"
         "xxxxxxxxxxxxx",
     };
     struct rig *rig = rig_new();
@@ -792,8 +818,8 @@ static void *loop_main(void *arg)
     return NULL;
 }
 
-// A vCPU thread writes, the loop's thread finishes, a slow reader reads: nothing lost, nothing twice,
-// and no wake-up missed.
+// A vCPU thread writes, the loop's thread finishes, a slow reader reads: nothing lost, nothing
+// twice, and no wake-up missed.
 START_TEST(threads)
 {
     struct rig *rig = rig_new();
@@ -802,9 +828,8 @@ START_TEST(threads)
     char word[32];
     snprintf(word, sizeof(word), "fd:%d", pipe_fd[1]);
     rig_open(rig, word);
-    struct writer w = {.rig = rig,
-                       .lock = PTHREAD_MUTEX_INITIALIZER,
-                       .changed = PTHREAD_COND_INITIALIZER};
+    struct writer w = {
+        .rig = rig, .lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
     static const struct console_client writer_client = {writer_readable, writer_writable};
     console_attach(rig->console, &writer_client, &w);
     pthread_t writer, looper;

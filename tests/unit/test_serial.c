@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// COM1 as Linux's 8250 driver and hostile guests use it. No KVM: the accesses go through the bus, and
-// the interrupt line is a variable.
+// COM1 as Linux's 8250 driver and hostile guests use it. No KVM: the accesses go through the bus,
+// and the interrupt line is a variable.
 #include <check.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -563,7 +563,7 @@ START_TEST(hostile_state)
         uint8_t value;
         const char *word;
     } bad[] = {
-        {0, 0x10, "ier"},  {1, 0xff, "fcr"},    {1, 0xc0, "fcr"},          {3, 0x20, "mcr"},
+        {0, 0x10, "ier"},  {1, 0xff, "fcr"},    {1, 0xc0, "fcr"},       {3, 0x20, "mcr"},
         {5, 2, "overrun"}, {6, 0x10, "deltas"}, {7, 9, "thre_pending"},
     };
     for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
