@@ -272,7 +272,8 @@ class Ferry:
         if done.returncode:
             raise Failed(f"ferry migrate: status {done.returncode}: {done.stderr[-300:]}")
         report = json.loads(done.stdout)
-        return {"total_ms": report["total_ms"], "downtime_ms": report["downtime_ms"]}
+        return {"total_ms": report["total_us"] / 1e3,
+                "downtime_ms": report["downtime_us"]["total"] / 1e3}
 
 
 def wait_listening(machine, port, timeout=30):
