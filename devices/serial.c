@@ -150,7 +150,8 @@ static void hold_timeout(struct loop_watch *watch, uint32_t revents)
         return; // taken back meanwhile
     pthread_mutex_lock(&s->dev.lock);
     s->timer_set = false;
-    irq_update(s);
+    if (s->active)
+        irq_update(s);
     pthread_mutex_unlock(&s->dev.lock);
 }
 

@@ -4,7 +4,10 @@
 #include <check.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -639,6 +642,114 @@ START_TEST(hostile_accesses)
 }
 END_TEST
 
+// --- threads: a vCPU that echoes, the loop, and a host that pauses and saves again and again
+
+enum { ECHO_TOTAL = 60000, ECHO_BATCH = 64 };
+
+struct echo {
+    struct rig *rig;
+    pthread_mutex_t running; // held by the vCPU between its looks at `pause`
+    atomic_bool quit;
+    atomic_uint pauses;
+};
+
+static void *echo_vcpu(void *arg)
+{
+    struct echo *e = arg;
+    pthread_mutex_lock(&e->running);
+    out(e->rig, FCR, 0x01);
+    out(e->rig, IER, 0x01);
+    pthread_mutex_unlock(&e->running);
+    while (!atomic_load(&e->quit)) {
+        pthread_mutex_lock(&e->running);
+        for (unsigned i = 0; i < ECHO_BATCH; i++)
+            if ((in(e->rig, LSR) & 0x21) == 0x21)
+                out(e->rig, DATA, in(e->rig, DATA));
+        pthread_mutex_unlock(&e->running);
+        sched_yield();
+    }
+    return NULL;
+}
+
+static void *echo_pauser(void *arg)
+{
+    struct echo *e = arg;
+    while (!atomic_load(&e->quit)) {
+        struct stream_mem mem;
+        struct error err = {0};
+        pthread_mutex_lock(&e->running);
+        quiesce(e->rig);
+        save(e->rig, &mem);
+        // Loading what was saved changes nothing: no byte more, no byte less.
+        ck_assert_msg(!load(e->rig, mem.data, mem.len, &err), "%s", err.text);
+        serial_class.resume(e->rig->dev);
+        pthread_mutex_unlock(&e->running);
+        stream_mem_free(&mem);
+        atomic_fetch_add(&e->pauses, 1);
+        sched_yield();
+    }
+    return NULL;
+}
+
+static void *loop_main(void *arg)
+{
+    ck_assert(!loop_run(arg, NULL));
+    return NULL;
+}
+
+static int irq_ignore(struct vm *vm, unsigned gsi, unsigned level)
+{
+    return 0;
+}
+
+static void *echo_typist(void *arg)
+{
+    const struct rig *rig = arg;
+    for (uint32_t i = 0; i < ECHO_TOTAL; i++) {
+        uint8_t c = (uint8_t)(i * 31 + (i >> 8));
+        ck_assert_int_eq(write(rig->in, &c, 1), 1);
+    }
+    return NULL;
+}
+
+START_TEST(threads)
+{
+    struct rig *rig = calloc(1, sizeof(*rig));
+    struct error err = {0};
+    int pair[2];
+    ck_assert(!socketpair(AF_UNIX, SOCK_STREAM, 0, pair));
+    ck_assert(!loop_create(&rig->loop, &err));
+    struct console_config config = {.kind = CONSOLE_FD, .fd = pair[1]};
+    ck_assert_msg(!console_open(&rig->console, &config, rig->loop, &err), "%s", err.text);
+    rig->in = pair[0];
+    rig->out = -1;
+    rig->vm.loop = rig->loop;
+    vm_init(&rig->vm);
+    struct serial_config serial = {.console = rig->console, .irq_set = irq_ignore};
+    ck_assert(!device_add(&rig->vm, &serial_class, &serial, &rig->dev, &err));
+
+    struct echo e = {.rig = rig, .running = PTHREAD_MUTEX_INITIALIZER};
+    pthread_t looper, vcpu, pauser, typist;
+    ck_assert(!pthread_create(&looper, NULL, loop_main, rig->loop));
+    ck_assert(!pthread_create(&vcpu, NULL, echo_vcpu, &e));
+    ck_assert(!pthread_create(&pauser, NULL, echo_pauser, &e));
+    ck_assert(!pthread_create(&typist, NULL, echo_typist, rig));
+    for (uint32_t i = 0; i < ECHO_TOTAL; i++) {
+        uint8_t c;
+        ck_assert(!read_all(rig->in, &c, 1));
+        ck_assert_uint_eq(c, (uint8_t)(i * 31 + (i >> 8)));
+    }
+    atomic_store(&e.quit, true);
+    pthread_join(typist, NULL);
+    pthread_join(vcpu, NULL);
+    pthread_join(pauser, NULL);
+    loop_stop(rig->loop);
+    pthread_join(looper, NULL);
+    ck_assert_uint_gt(atomic_load(&e.pauses), 10);
+    rig_free(rig);
+}
+END_TEST
+
 int main(void)
 {
     signal(SIGPIPE, SIG_IGN);
@@ -661,6 +772,7 @@ int main(void)
     tcase_add_test(tc, pause_and_resume);
     tcase_add_test(tc, hostile_state);
     tcase_add_test(tc, hostile_accesses);
+    tcase_add_test(tc, threads);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);
