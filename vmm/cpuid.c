@@ -590,9 +590,9 @@ static int compare_vendor(const struct kvm_cpuid2 *guest, const struct kvm_cpuid
     }
     if (!memcmp(names[0], names[1], 12))
         return 0;
-    for (char *c = names[0]; c < names[0] + sizeof(names); c++) {
-        if (*c && !isprint((unsigned char)*c))
-            *c = '?';
+    for (unsigned i = 0; i < 2; i++) {
+        for (char *c = names[i]; c < names[i] + 12; c++)
+            *c = isprint((unsigned char)*c) ? *c : '?';
     }
     return error_set(err, -ENOTSUP, "the guest's CPU is of vendor \"%s\", this host's of \"%s\"",
                      names[0], names[1]);

@@ -8,21 +8,66 @@
 #include "vmm/cpuid.h"
 #include "vmm/util.h"
 
-#define L1_ECX(b, n, a)   {0x1, 0, CPUID_ECX, b, n, a}
-#define L1_EDX(b, n, a)   {0x1, 0, CPUID_EDX, b, n, a}
-#define L6_EAX(b, n, a)   {0x6, 0, CPUID_EAX, b, n, a}
-#define L7_EBX(b, n, a)   {0x7, 0, CPUID_EBX, b, n, a}
-#define L7_ECX(b, n, a)   {0x7, 0, CPUID_ECX, b, n, a}
-#define L7_EDX(b, n, a)   {0x7, 0, CPUID_EDX, b, n, a}
-#define L71_EAX(b, n, a)  {0x7, 1, CPUID_EAX, b, n, a}
-#define L71_EDX(b, n, a)  {0x7, 1, CPUID_EDX, b, n, a}
-#define LD1_EAX(b, n, a)  {0xd, 1, CPUID_EAX, b, n, a}
-#define X1_ECX(b, n, a)   {0x80000001, 0, CPUID_ECX, b, n, a}
-#define X1_EDX(b, n, a)   {0x80000001, 0, CPUID_EDX, b, n, a}
-#define X7_EDX(b, n, a)   {0x80000007, 0, CPUID_EDX, b, n, a}
-#define X8_EBX(b, n, a)   {0x80000008, 0, CPUID_EBX, b, n, a}
-#define X21_EAX(b, n, a)  {0x80000021, 0, CPUID_EAX, b, n, a}
-#define KVM_EAX(b, n, a)  {0x40000001, 0, CPUID_EAX, b, n, a}
+#define L1_ECX(b, n, a)            \
+    {                              \
+        0x1, 0, CPUID_ECX, b, n, a \
+    }
+#define L1_EDX(b, n, a)            \
+    {                              \
+        0x1, 0, CPUID_EDX, b, n, a \
+    }
+#define L6_EAX(b, n, a)            \
+    {                              \
+        0x6, 0, CPUID_EAX, b, n, a \
+    }
+#define L7_EBX(b, n, a)            \
+    {                              \
+        0x7, 0, CPUID_EBX, b, n, a \
+    }
+#define L7_ECX(b, n, a)            \
+    {                              \
+        0x7, 0, CPUID_ECX, b, n, a \
+    }
+#define L7_EDX(b, n, a)            \
+    {                              \
+        0x7, 0, CPUID_EDX, b, n, a \
+    }
+#define L71_EAX(b, n, a)           \
+    {                              \
+        0x7, 1, CPUID_EAX, b, n, a \
+    }
+#define L71_EDX(b, n, a)           \
+    {                              \
+        0x7, 1, CPUID_EDX, b, n, a \
+    }
+#define LD1_EAX(b, n, a)           \
+    {                              \
+        0xd, 1, CPUID_EAX, b, n, a \
+    }
+#define X1_ECX(b, n, a)                   \
+    {                                     \
+        0x80000001, 0, CPUID_ECX, b, n, a \
+    }
+#define X1_EDX(b, n, a)                   \
+    {                                     \
+        0x80000001, 0, CPUID_EDX, b, n, a \
+    }
+#define X7_EDX(b, n, a)                   \
+    {                                     \
+        0x80000007, 0, CPUID_EDX, b, n, a \
+    }
+#define X8_EBX(b, n, a)                   \
+    {                                     \
+        0x80000008, 0, CPUID_EBX, b, n, a \
+    }
+#define X21_EAX(b, n, a)                  \
+    {                                     \
+        0x80000021, 0, CPUID_EAX, b, n, a \
+    }
+#define KVM_EAX(b, n, a)                  \
+    {                                     \
+        0x40000001, 0, CPUID_EAX, b, n, a \
+    }
 
 static const struct cpuid_feature features[] = {
     L1_ECX(0, "pni", "sse3"),
