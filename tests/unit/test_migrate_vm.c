@@ -1,0 +1,629 @@
+// SPDX-License-Identifier: Apache-2.0
+// Migration and snapshots of a real guest: two VMs in this process, TCP over loopback, the
+// byte-increment guest `incr` as memory oracle (shared/design/migration.md).
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/eventfd.h>
+
+#include "migrate/bitmap.h"
+#include "migrate/channel.h"
+#include "migrate/migrate.h"
+#include "migrate/receive.h"
+#include "migrate/snapshot.h"
+#include "tests/bare/bare.h"
+
+#define OK(call)                                      \
+    do {                                              \
+        struct error err = {0};                       \
+        int ok_ret = (call);                          \
+        if (ok_ret)                                   \
+            ck_abort_msg("%s: %s", #call, err.text);  \
+    } while (0)
+
+// --- the guest and its oracle
+
+struct oracle_range {
+    uint64_t base, pages, cpu;
+};
+
+struct guest {
+    struct bare *bare; // where it lives now
+    unsigned cpus, ranges;
+    uint64_t memory;
+    enum ram_backing backing;
+    struct oracle_range range[64];
+    uint64_t heartbeat[VM_MAX_VCPUS];
+};
+
+static void guest_boot(struct guest *g, unsigned cpus, uint64_t memory, uint64_t pages,
+                       uint64_t base, uint64_t period_us)
+{
+    struct bare_config config = {.guest = "incr",
+                                 .cpus = cpus,
+                                 .memory = memory,
+                                 .backing = g->backing,
+                                 .params = {{UCALL_P_PAGES, pages},
+                                            {UCALL_P_BASE, base},
+                                            {UCALL_P_PERIOD_US, period_us}},
+                                 .nr_params = 3};
+    g->bare = calloc(1, sizeof(*g->bare));
+    g->cpus = cpus;
+    g->memory = memory;
+    bare_create(g->bare, &config);
+    bare_run(g->bare);
+    bare_wait_syncs(g->bare, 1);
+    g->ranges = (unsigned)bare_value(g->bare, UCALL_V_RANGES, 0);
+    ck_assert_uint_le(g->ranges, 64);
+    for (unsigned i = 0; i < g->ranges; i++)
+        g->range[i] = (struct oracle_range) {bare_value(g->bare, UCALL_V_RANGE_BASE, i),
+                                             bare_value(g->bare, UCALL_V_RANGE_PAGES, i),
+                                             bare_value(g->bare, UCALL_V_RANGE_CPU, i)};
+    for (unsigned i = 0; i < cpus; i++)
+        g->heartbeat[i] = bare_value(g->bare, UCALL_V_HEARTBEAT, i);
+}
+
+// Every vCPU completes two more loops: it runs, and has met every one of its pages.
+static void guest_moves(struct guest *g)
+{
+    for (unsigned i = 0; i < g->cpus; i++) {
+        uint64_t beat = bare_u64(g->bare, g->heartbeat[i]);
+        beat = bare_wait_change(g->bare, g->heartbeat[i], beat);
+        bare_wait_change(g->bare, g->heartbeat[i], beat);
+    }
+}
+
+// The first bytes along a CPU's pages are equal, or drop by one exactly once.
+static void oracle_check(struct guest *g, struct vm *vm)
+{
+    ck_assert(vm_paused(vm));
+    for (unsigned cpu = 0; cpu < g->cpus; cpu++) {
+        int first = -1, now = -1;
+        unsigned drops = 0;
+        for (unsigned i = 0; i < g->ranges; i++) {
+            if (g->range[i].cpu != cpu)
+                continue;
+            for (uint64_t p = 0; p < g->range[i].pages; p++) {
+                uint64_t gpa = g->range[i].base + p * PAGE_SIZE;
+                const uint8_t *byte = ram_at(&vm->ram, gpa, 1);
+                ck_assert_ptr_nonnull(byte);
+                if (first < 0)
+                    first = now = *byte;
+                if (*byte == now)
+                    continue;
+                drops++;
+                if (*byte != (uint8_t)(now - 1) || drops > 1)
+                    ck_abort_msg("cpu %u: page at 0x%llx has %u after %d (first %d, drops %u)", cpu,
+                                 (unsigned long long)gpa, *byte, now, first, drops);
+                now = *byte;
+            }
+        }
+        ck_assert_int_ge(first, 0);
+    }
+}
+
+static void guest_check(struct guest *g)
+{
+    guest_moves(g);
+    bare_pause(g->bare);
+    oracle_check(g, g->bare->vm);
+    uint64_t beat = bare_u64(g->bare, g->heartbeat[0]);
+    ck_assert_uint_eq(bare_u64(g->bare, g->heartbeat[0]), beat);
+    bare_resume(g->bare);
+}
+
+static void guest_end(struct guest *g)
+{
+    bare_end(g->bare);
+    free(g->bare);
+    g->bare = NULL;
+}
+
+// --- hooks: the JSON is a word, the machine is the guest's
+
+struct host {
+    struct guest *guest;
+    struct bare *bare; // made by create_vm
+    unsigned destroyed;
+    unsigned arrived;
+};
+
+static int describe(void *context, struct vm *vm, char **json, struct error *err)
+{
+    *json = strdup("{\"machine\":\"bare\"}");
+    return *json ? 0 : -ENOMEM;
+}
+
+static int create_vm(void *context, const char *json, struct vm **vm, struct error *err)
+{
+    struct host *host = context;
+    if (strcmp(json, "{\"machine\":\"bare\"}"))
+        return error_set(err, -EINVAL, "description '%s'", json);
+    const struct bare_config config = {.cpus = host->guest->cpus,
+                                       .memory = host->guest->memory,
+                                       .backing = host->guest->backing};
+    host->bare = calloc(1, sizeof(*host->bare));
+    bare_create(host->bare, &config);
+    *vm = host->bare->vm;
+    return 0;
+}
+
+static void destroy_vm(void *context, struct vm *vm)
+{
+    struct host *host = context;
+    ck_assert_ptr_eq(vm, host->bare->vm);
+    bare_end(host->bare);
+    free(host->bare);
+    host->bare = NULL;
+    host->destroyed++;
+}
+
+static void arrived(void *context, struct vm *vm)
+{
+    ((struct host *)context)->arrived++;
+}
+
+static struct migrate_hooks hooks_of(struct host *host)
+{
+    return (struct migrate_hooks) {.context = host,
+                                   .describe = describe,
+                                   .create_vm = create_vm,
+                                   .destroy_vm = destroy_vm,
+                                   .arrived = arrived};
+}
+
+// --- one migration
+
+struct arrival {
+    struct receive *receive;
+    pthread_t thread;
+    struct host host;
+    struct migrate_hooks hooks;
+    struct vm *vm;
+    struct receive_report report;
+    struct error err;
+    int ret;
+    int listen_fd;
+    char address[64];
+};
+
+static void *arrival_main(void *arg)
+{
+    struct arrival *a = arg;
+    a->ret = receive_run(a->receive, &a->vm, &a->report, &a->err);
+    return NULL;
+}
+
+static void arrival_start(struct arrival *a, struct guest *g)
+{
+    struct receive_params params;
+    *a = (struct arrival) {.host = {.guest = g}};
+    a->hooks = hooks_of(&a->host);
+    OK(channel_listen("tcp:127.0.0.1:0", &a->listen_fd, a->address, sizeof(a->address), &err));
+    receive_params_default(&params);
+    params.one_try = true;
+    OK(receive_create(&a->receive, a->listen_fd, &a->hooks, &params, &err));
+    ck_assert_int_eq(pthread_create(&a->thread, NULL, arrival_main, a), 0);
+}
+
+static int arrival_join(struct arrival *a)
+{
+    pthread_join(a->thread, NULL);
+    receive_free(a->receive);
+    close(a->listen_fd);
+    return a->ret;
+}
+
+static struct migrate_params params_for(struct arrival *a, enum migrate_mode mode)
+{
+    struct migrate_params p;
+    migrate_params_default(&p);
+    p.to = a->address;
+    p.mode = mode;
+    p.hooks = &a->hooks;
+    return p;
+}
+
+static void print_report(const struct migrate_report *r)
+{
+    const struct migrate_downtime *d = &r->downtime;
+    printf("%-8s rounds %u data %llu zero %llu pushed %llu demand %llu faults %llu | total %llu us, "
+           "down %llu = stop %llu save %llu last %llu transfer %llu load %llu resume %llu\n",
+           migrate_mode_name(r->mode), r->rounds, (unsigned long long)r->data_pages,
+           (unsigned long long)r->zero_pages, (unsigned long long)r->pushed_pages,
+           (unsigned long long)r->demand_pages, (unsigned long long)r->faults,
+           (unsigned long long)r->total_ns / 1000, (unsigned long long)d->total / 1000,
+           (unsigned long long)d->stop / 1000, (unsigned long long)d->save / 1000,
+           (unsigned long long)d->last_pages / 1000, (unsigned long long)d->transfer / 1000,
+           (unsigned long long)d->load / 1000, (unsigned long long)d->resume / 1000);
+}
+
+// Moves the guest to a new VM; the old one is destroyed.
+static void guest_move(struct guest *g, enum migrate_mode mode, struct migrate_report *report)
+{
+    struct arrival a;
+    struct migration m;
+    arrival_start(&a, g);
+    struct migrate_params p = params_for(&a, mode);
+    OK(migration_init(&m, &err));
+    OK(migrate_out(g->bare->vm, &p, &m, report, &err));
+    migration_free(&m);
+    int ret = arrival_join(&a);
+    ck_assert_msg(!ret, "receive: %s", a.err.text);
+    ck_assert_int_eq(report->owner, SOURCE_GONE);
+    ck_assert_int_eq(a.report.owner, DEST_RUNNING);
+    ck_assert_uint_eq(a.host.arrived, 1);
+    ck_assert_ptr_eq(a.vm, a.host.bare->vm);
+    ck_assert(vm_paused(g->bare->vm));
+    print_report(report);
+    guest_end(g);
+    g->bare = a.host.bare;
+}
+
+// --- tests
+
+static const enum migrate_mode modes[] = {MIGRATE_PRECOPY, MIGRATE_POSTCOPY, MIGRATE_HYBRID};
+
+static void ping_pong(unsigned cpus, uint64_t memory, uint64_t pages, uint64_t base,
+                      enum ram_backing backing, unsigned times)
+{
+    struct guest g = {.backing = backing};
+    struct migrate_report report;
+    guest_boot(&g, cpus, memory, pages, base, 0);
+    for (unsigned i = 0; i < times; i++) {
+        guest_move(&g, modes[i % ARRAY_SIZE(modes)], &report);
+        guest_check(&g);
+    }
+    guest_end(&g);
+}
+
+START_TEST(test_ping_pong_1cpu)
+{
+    ping_pong(1, 64 * MiB, 2048, 0, RAM_ANONYMOUS, bare_long() ? 60 : 6);
+}
+END_TEST
+
+START_TEST(test_ping_pong_2cpu)
+{
+    ping_pong(2, 64 * MiB, 2048, 0, RAM_ANONYMOUS, bare_long() ? 60 : 6);
+}
+END_TEST
+
+START_TEST(test_ping_pong_memfd)
+{
+    ping_pong(2, 64 * MiB, 2048, 0, RAM_MEMFD, bare_long() ? 60 : 6);
+}
+END_TEST
+
+// Pages on both sides of the hole below 4 GiB.
+START_TEST(test_ping_pong_above_3g)
+{
+    ping_pong(2, 3 * GiB + 256 * MiB, 4096, 0xc0000000 - 8 * MiB, RAM_ANONYMOUS,
+              bare_long() ? 30 : 3);
+}
+END_TEST
+
+// A guest that was paused before arrives paused, and goes on when it is resumed there.
+START_TEST(test_paused_guest)
+{
+    struct guest g = {0};
+    struct migrate_report report;
+    guest_boot(&g, 1, 64 * MiB, 256, 0, 0);
+    for (unsigned i = 0; i < ARRAY_SIZE(modes); i++) {
+        bare_pause(g.bare);
+        uint64_t beat = bare_u64(g.bare, g.heartbeat[0]);
+        guest_move(&g, modes[i], &report);
+        ck_assert(vm_paused(g.bare->vm));
+        oracle_check(&g, g.bare->vm);
+        ck_assert_uint_eq(bare_u64(g.bare, g.heartbeat[0]), beat);
+        bare_resume(g.bare);
+        guest_check(&g);
+    }
+    guest_end(&g);
+}
+END_TEST
+
+struct steer {
+    struct migration *m;
+    struct arrival *arrival;
+    enum migrate_phase at;
+    uint32_t at_round;
+    void (*act)(struct steer *s);
+    unsigned acted;
+};
+
+static void steer_progress(const struct migrate_progress *p, void *arg)
+{
+    struct steer *s = arg;
+    if (p->phase == s->at && p->round >= s->at_round) {
+        s->act(s);
+        s->acted++;
+        s->at = MIGRATE_IDLE; // once
+    }
+}
+
+static void act_cancel(struct steer *s)
+{
+    migration_cancel(s->m);
+}
+
+static void act_receiver_gives_up(struct steer *s)
+{
+    receive_cancel(s->arrival->receive);
+}
+
+static void act_release(struct steer *s)
+{
+    atomic_store(&s->m->bandwidth, 0);
+    atomic_store(&s->m->downtime_ns, 300000000);
+}
+
+static const struct {
+    enum migrate_mode mode;
+    enum migrate_phase phase;
+    void (*act)(struct steer *);
+    int expected;
+} aborts[] = {
+    {MIGRATE_PRECOPY, MIGRATE_CONNECTING, act_cancel, -ECANCELED},
+    {MIGRATE_PRECOPY, MIGRATE_ROUNDS, act_cancel, -ECANCELED},
+    {MIGRATE_PRECOPY, MIGRATE_SWITCHING, act_cancel, -ECANCELED},
+    {MIGRATE_POSTCOPY, MIGRATE_SWITCHING, act_cancel, -ECANCELED},
+    {MIGRATE_HYBRID, MIGRATE_ROUNDS, act_cancel, -ECANCELED},
+    {MIGRATE_HYBRID, MIGRATE_SWITCHING, act_cancel, -ECANCELED},
+    {MIGRATE_PRECOPY, MIGRATE_ROUNDS, act_receiver_gives_up, 0},
+    {MIGRATE_PRECOPY, MIGRATE_SWITCHING, act_receiver_gives_up, 0},
+};
+
+// Whatever happens before COMMIT: the guest goes on here, nothing is left there, and it can try again.
+START_TEST(test_abort_before_commit)
+{
+    struct guest g = {0};
+    guest_boot(&g, 2, 64 * MiB, 1024, 0, 0);
+    for (unsigned i = 0; i < ARRAY_SIZE(aborts); i++) {
+        struct arrival a;
+        struct migration m;
+        struct migrate_report report;
+        struct error why = {0};
+        arrival_start(&a, &g);
+        struct migrate_params p = params_for(&a, aborts[i].mode);
+        OK(migration_init(&m, &err));
+        struct steer steer = {
+            .m = &m, .arrival = &a, .at = aborts[i].phase, .act = aborts[i].act};
+        m.on_progress = steer_progress;
+        m.on_progress_arg = &steer;
+        int ret = migrate_out(g.bare->vm, &p, &m, &report, &why);
+        migration_free(&m);
+        receive_cancel(a.receive); // a source that never connected
+        ck_assert_uint_eq(steer.acted, 1);
+        ck_assert_int_lt(ret, 0);
+        if (aborts[i].expected)
+            ck_assert_int_eq(ret, aborts[i].expected);
+        ck_assert_int_eq(report.owner, SOURCE_RUNNING);
+        ck_assert_int_lt(arrival_join(&a), 0);
+        ck_assert_ptr_null(a.vm);
+        ck_assert_ptr_null(a.host.bare);
+        ck_assert(!vm_paused(g.bare->vm));
+        guest_check(&g);
+    }
+    struct migrate_report report;
+    guest_move(&g, MIGRATE_PRECOPY, &report);
+    guest_check(&g);
+    guest_end(&g);
+}
+END_TEST
+
+// A slow link and a limit out of reach: rounds go on until somebody releases them.
+START_TEST(test_not_converging)
+{
+    struct guest g = {0};
+    struct arrival a;
+    struct migration m;
+    struct migrate_report report;
+    guest_boot(&g, 1, 32 * MiB, 512, 0, 0);
+    arrival_start(&a, &g);
+    struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
+    p.bandwidth = 20000000;
+    p.downtime_ns = 1000000;
+    p.max_rounds = 2;
+    OK(migration_init(&m, &err));
+    struct steer steer = {.m = &m, .at = MIGRATE_ROUNDS, .at_round = 5, .act = act_release};
+    m.on_progress = steer_progress;
+    m.on_progress_arg = &steer;
+    OK(migrate_out(g.bare->vm, &p, &m, &report, &err));
+    migration_free(&m);
+    ck_assert_uint_eq(steer.acted, 1);
+    ck_assert_uint_ge(report.rounds, 5);
+    ck_assert_int_eq(arrival_join(&a), 0);
+    guest_end(&g);
+    g.bare = a.host.bare;
+    guest_check(&g);
+    guest_end(&g);
+}
+END_TEST
+
+static const struct {
+    enum migrate_stall policy;
+    int expected;
+    enum migrate_mode becomes;
+} stalls[] = {
+    {STALL_CANCEL, -EBUSY, MIGRATE_PRECOPY},
+    {STALL_SWITCH, 0, MIGRATE_PRECOPY},
+    {STALL_POSTCOPY, 0, MIGRATE_HYBRID},
+};
+
+START_TEST(test_stall_policy)
+{
+    struct guest g = {0};
+    guest_boot(&g, 1, 32 * MiB, 512, 0, 0);
+    for (unsigned i = 0; i < ARRAY_SIZE(stalls); i++) {
+        struct arrival a;
+        struct migration m;
+        struct migrate_report report;
+        struct error why = {0};
+        arrival_start(&a, &g);
+        struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
+        p.downtime_ns = 0;
+        p.max_rounds = 3;
+        p.on_stall = stalls[i].policy;
+        OK(migration_init(&m, &err));
+        int ret = migrate_out(g.bare->vm, &p, &m, &report, &why);
+        migration_free(&m);
+        ck_assert_msg(ret == stalls[i].expected, "policy %d: %d %s", stalls[i].policy, ret,
+                      why.text);
+        ck_assert_int_eq(report.mode, stalls[i].becomes);
+        ck_assert_uint_eq(report.rounds, 3);
+        ck_assert_int_eq(!arrival_join(&a), !ret);
+        if (!ret) {
+            guest_end(&g);
+            g.bare = a.host.bare;
+        }
+        guest_check(&g);
+    }
+    guest_end(&g);
+}
+END_TEST
+
+// --- snapshots
+
+static void temp_name(char *path, size_t size)
+{
+    const char *dir = getenv("TMPDIR");
+    snprintf(path, size, "%s/ferry-test-%d.snapshot", dir ? dir : "/tmp", (int)getpid());
+}
+
+static void snapshot_once(struct guest *g, bool paused, const char *path)
+{
+    struct host host = {.guest = g};
+    struct migrate_hooks hooks = hooks_of(&host);
+    struct snapshot_report report;
+    struct vm *vm;
+    if (paused)
+        bare_pause(g->bare);
+    OK(snapshot_save(g->bare->vm, path, &hooks, NULL, &report, &err));
+    printf("snapshot save: %llu data %llu zero, %llu KiB, pause %llu us total %llu us\n",
+           (unsigned long long)report.data_pages, (unsigned long long)report.zero_pages,
+           (unsigned long long)report.file_bytes / 1024,
+           (unsigned long long)report.pause_ns / 1000, (unsigned long long)report.total_ns / 1000);
+    ck_assert_int_eq(vm_paused(g->bare->vm), paused);
+    if (paused)
+        bare_resume(g->bare);
+    guest_check(g); // the saved guest goes on
+    OK(snapshot_load(path, &hooks, &vm, &report, &err));
+    ck_assert(vm_paused(vm));
+    oracle_check(g, vm);
+    printf("snapshot load: total %llu us\n", (unsigned long long)report.total_ns / 1000);
+    guest_end(g);
+    g->bare = host.bare;
+    bare_resume(g->bare);
+    guest_check(g);
+}
+
+START_TEST(test_snapshot)
+{
+    static const struct {
+        unsigned cpus;
+        uint64_t memory, base;
+    } kinds[] = {{1, 64 * MiB, 0}, {2, 64 * MiB, 0}, {2, 3 * GiB + 64 * MiB, 0xc0000000 - 4 * MiB}};
+    char path[256];
+    temp_name(path, sizeof(path));
+    for (unsigned i = 0; i < ARRAY_SIZE(kinds); i++) {
+        struct guest g = {0};
+        guest_boot(&g, kinds[i].cpus, kinds[i].memory, 2048, kinds[i].base, 0);
+        snapshot_once(&g, false, path);
+        snapshot_once(&g, true, path); // of a restored guest, over the older file
+        guest_end(&g);
+        unlink(path);
+    }
+}
+END_TEST
+
+// Damage anywhere is found before the guest runs; nothing is left behind.
+START_TEST(test_snapshot_damage)
+{
+    char path[256];
+    struct guest g = {0};
+    struct host host = {.guest = &g};
+    struct migrate_hooks hooks = hooks_of(&host);
+    struct snapshot_report report;
+    temp_name(path, sizeof(path));
+    guest_boot(&g, 1, 16 * MiB, 64, 0, 0);
+    OK(snapshot_save(g.bare->vm, path, &hooks, NULL, &report, &err));
+    uint64_t size = report.file_bytes, seed = 1;
+    int fd = open(path, O_RDWR);
+    ck_assert_int_ge(fd, 0);
+    for (unsigned i = 0; i < 40; i++) {
+        struct vm *vm;
+        struct error err = {0};
+        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+        // Every other flip among the first KiB: header, machine, state.
+        off_t at = (off_t)((seed >> 16) % (i % 2 ? size : 1024));
+        uint8_t byte, bad;
+        ck_assert_int_eq(pread(fd, &byte, 1, at), 1);
+        bad = byte ^ (uint8_t)(1u << (seed >> 61));
+        ck_assert_int_eq(pwrite(fd, &bad, 1, at), 1);
+        int ret = snapshot_load(path, &hooks, &vm, &report, &err);
+        ck_assert_msg(ret < 0, "flip of bit %u of byte %lld was not found",
+                      (unsigned)(seed >> 61), (long long)at);
+        ck_assert_ptr_null(vm);
+        ck_assert_ptr_null(host.bare);
+        ck_assert_int_eq(pwrite(fd, &byte, 1, at), 1);
+    }
+    for (unsigned i = 20; i-- > 0;) {
+        struct vm *vm;
+        struct error err = {0};
+        ck_assert_int_eq(ftruncate(fd, (off_t)(size * i / 20)), 0);
+        ck_assert_int_lt(snapshot_load(path, &hooks, &vm, &report, &err), 0);
+        ck_assert_ptr_null(host.bare);
+    }
+    OK(snapshot_save(g.bare->vm, path, &hooks, NULL, &report, &err));
+    struct vm *vm;
+    OK(snapshot_load(path, &hooks, &vm, &report, &err));
+    close(fd);
+    unlink(path);
+    guest_end(&g);
+    g.bare = host.bare;
+    bare_resume(g.bare);
+    guest_check(&g);
+    guest_end(&g);
+}
+END_TEST
+
+// No room, no such folder, not a file: a clear error, no leftovers, the guest goes on.
+START_TEST(test_snapshot_failures)
+{
+    struct guest g = {0};
+    struct host host = {.guest = &g};
+    struct migrate_hooks hooks = hooks_of(&host);
+    struct snapshot_report report;
+    guest_boot(&g, 1, 32 * MiB, 1024, 0, 0);
+    static const char *const bad[] = {"/nonexistent/a.snapshot", "/dev/full", "/dev"};
+    for (unsigned i = 0; i < ARRAY_SIZE(bad); i++) {
+        struct error err = {0};
+        ck_assert_int_lt(snapshot_save(g.bare->vm, bad[i], &hooks, NULL, &report, &err), 0);
+        ck_assert_ptr_nonnull(strstr(err.text, bad[i]));
+        guest_check(&g);
+    }
+    guest_end(&g);
+}
+END_TEST
+
+static void add_tests(TCase *tc)
+{
+    tcase_add_test(tc, test_ping_pong_1cpu);
+    tcase_add_test(tc, test_ping_pong_2cpu);
+    tcase_add_test(tc, test_ping_pong_memfd);
+    tcase_add_test(tc, test_ping_pong_above_3g);
+    tcase_add_test(tc, test_paused_guest);
+    tcase_add_test(tc, test_abort_before_commit);
+    tcase_add_test(tc, test_not_converging);
+    tcase_add_test(tc, test_stall_policy);
+    tcase_add_test(tc, test_snapshot);
+    tcase_add_test(tc, test_snapshot_damage);
+    tcase_add_test(tc, test_snapshot_failures);
+}
+
+int main(void)
+{
+    return bare_main("migrate_vm", add_tests);
+}
