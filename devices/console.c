@@ -523,12 +523,11 @@ static void input_fill(struct channel *ch)
             n = 1; // go on
         }
     } while (n > 0);
-    bool end = n != -EAGAIN && n != -ENOBUFS;
-    if (n == -ENOBUFS && c->config.kind == CONSOLE_PTY)
-        end = pty_hung_up(ch); // cannot be read from the fd now, but output must not wait
-    if (!end)
-        input_watch(ch);
-    else
+    if (n == -ENOBUFS && c->config.kind == CONSOLE_PTY && pty_hung_up(ch))
+        n = 0; // cannot be read now, but output must not wait for it
+    if (n == -EAGAIN || (n == -ENOBUFS && c->config.kind == CONSOLE_PTY))
+        input_watch(ch); // not what never says EAGAIN: a file would be ready for ever
+    else if (n != -ENOBUFS)
         input_end(ch);
 }
 

@@ -690,7 +690,8 @@ START_TEST(socket_one_client_at_a_time)
         send_all(first, "input");
         await_input(rig, "input");
         close(first);
-        turn(rig);
+        if (visit != 1) // once the write itself meets the end of the connection
+            turn(rig);
         put(rig, "before "); // kept for the next one
     }
     rig_free(rig);
