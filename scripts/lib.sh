@@ -41,6 +41,8 @@ guest musl-tools          C library of the guest's programs: baseline x86-64, no
 guest bzip2               unpacks the source of busybox, the guest's shell and tools
 test clang                second compiler, and the fuzzers' one
 test libclang-rt-14-dev   sanitizer and libFuzzer run time of clang
+test lz4                  makes lz4 kernels, seeds of the fuzzers
+test zstd                 makes zstd kernels, seeds of the fuzzers
 test iproute2             two "hosts" are two network namespaces
 test acpica-tools         disassembles the ACPI tables a guest gets
 bench qemu-system-x86     the peer the benchmarks run beside Ferry

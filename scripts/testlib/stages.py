@@ -16,7 +16,7 @@ import proc
 
 # Tests wait for events; these limits only end what hangs. Builds of kernel and tests share two
 # CPUs, and a sanitizer makes code several times slower.
-MESON_TIMEOUT_FACTOR = {"gcc": 3, "asan": 6, "tsan": 12}
+MESON_TIMEOUT_FACTOR = {"gcc": 2, "asan": 4, "tsan": 8}
 LINUX_FILE_TIMEOUT_S = {False: 20 * 60, True: 90 * 60}
 FUZZ_SECONDS = {False: 10, True: 60}
 
@@ -38,7 +38,7 @@ class Stages:
             "FERRY_BUILD": self.build,
             "FERRY": os.path.join(self.build, "ferry"),
             "FERRY_GUEST": self.guest,
-            "FERRY_TEST_LONG": "1" if self.long else "",
+            **({"FERRY_LONG": "1"} if self.long else {}),
             "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=1",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
             **more,
@@ -160,10 +160,21 @@ class Stages:
         targets = [path for path in sorted(glob.glob(os.path.join(directory, "fuzz_*")))
                    if os.path.isfile(path) and os.access(path, os.X_OK)
                    and self.wanted(os.path.basename(path))]
+        self.make_seeds()
         label = f"{len(targets)} fuzzers, {FUZZ_SECONDS[self.long]} s each"
         with proc.progress(label, os.devnull), \
                 concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
             list(pool.map(self.fuzz_one, targets))
+
+    def make_seeds(self):
+        """Programs tests/fuzz/*_seeds write start corpora: DIRECTORY/TARGET/*."""
+        directory = os.path.join(self.directory("fuzz"), "seeds")
+        for path in sorted(glob.glob(os.path.join(self.root, "tests", "fuzz", "*_seeds"))):
+            log = os.path.join(self.logs, f"{os.path.basename(path)}.log")
+            open(log, "wb").close()
+            os.makedirs(directory, exist_ok=True)
+            if proc.logged("make seeds", [path, directory], log):
+                self.tally.add_failed(os.path.basename(path), f"failed, see {log}", proc.tail(log))
 
     def fuzz_one(self, target):
         name = os.path.basename(target)
@@ -174,9 +185,10 @@ class Stages:
         os.makedirs(corpus, exist_ok=True)
         argv = [target, f"-max_total_time={FUZZ_SECONDS[self.long]}", "-timeout=20",
                 "-rss_limit_mb=2048", "-print_final_stats=1", f"-artifact_prefix={found}", corpus]
-        seeds = os.path.join(self.root, "tests", "fuzz", "corpus", name[len("fuzz_"):])
-        if os.path.isdir(seeds):
-            argv.append(seeds)
+        short = name[len("fuzz_"):]
+        argv += [seeds for seeds in (os.path.join(self.directory("fuzz"), "seeds", short),
+                                     os.path.join(self.root, "tests", "fuzz", "corpus", short))
+                 if os.path.isdir(seeds)]
         with open(log, "wb") as out:
             child = proc.start(argv, stdout=out, stderr=subprocess.STDOUT, env=self.environment(),
                                cwd=self.directory("fuzz"))
