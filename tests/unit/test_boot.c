@@ -200,18 +200,18 @@ START_TEST(elf_fields)
         {PHDR(2, PH_FILESZ), 8, 0x10001, "0x10001 bytes of notes: expected at most 0x10000"},
         {PHDR(2, PH_OFFSET), 8, 0x5fe0, "too short"},
         {NOTE_AT, 4, 0x7fffffff, "note at 0 (name 2147483647"},
-        {NOTE_AT, 4, 0xffffffff, "runs past the segment's 0x2c bytes"},
-        {NOTE_AT + 4, 4, 0xfffffff0, "runs past the segment's 0x2c bytes"},
+        {NOTE_AT, 4, 0xffffffff, "runs past the segment's 0x30 bytes"},
+        {NOTE_AT + 4, 4, 0xfffffff0, "runs past the segment's 0x30 bytes"},
     };
     struct bytes elf = elf64_make();
     // A 64-bit entry that is wrong would fall back to PVH under BOOT_AUTO.
     expect_bad_fields(elf, bad, ARRAY_SIZE(bad), BOOT_LINUX64, 32 * MiB);
 
     static const struct bad_field bad_pvh[] = {
-        {NOTE_AT + 0x20, 4, 6, "no PVH entry"},          // another type
-        {NOTE_AT + 0x24, 4, 0x00554e47, "no PVH entry"}, // another owner
-        {NOTE_AT + 0x28, 4, 0x100000, "PVH entry 0x100000 lies in no executable segment"},
-        {NOTE_AT + 0x28, 4, DATA_GPA, "lies in no executable segment"},
+        {NOTE_XEN + 8, 4, 6, "no PVH entry"},           // another type
+        {NOTE_XEN + 12, 4, 0x00554e47, "no PVH entry"}, // another owner
+        {NOTE_XEN + 16, 4, 0x100000, "PVH entry 0x100000 lies in no executable segment"},
+        {NOTE_XEN + 16, 4, DATA_GPA, "lies in no executable segment"},
     };
     expect_bad_fields(elf, bad_pvh, ARRAY_SIZE(bad_pvh), BOOT_PVH, 32 * MiB);
 
@@ -269,7 +269,7 @@ START_TEST(cut_short)
         struct bytes cut = bytes_new(len);
         memcpy(cut.data, elf.data, len);
         int ret = load_bytes(&ram, &config, cut, &entry, &err);
-        ck_assert_msg(len < NOTE_AT + 0x2c ? ret < 0 : ret == 0, "%zu: %s", len, err.text);
+        ck_assert_msg(len < NOTE_AT + NOTE_LEN ? ret < 0 : ret == 0, "%zu: %s", len, err.text);
         free(cut.data);
     }
     ram_destroy(&ram);
@@ -425,13 +425,15 @@ START_TEST(sparse_file)
     int fd = mkstemp(path);
     ck_assert_int_ge(fd, 0);
     ck_assert_int_eq(write_all(fd, elf.data, elf.len), 0);
-    ck_assert_int_eq(pwrite(fd, "tick", 4, 0x200000), 4); // between two holes
+    ck_assert_int_eq(pwrite(fd, "tick", 4, 0x200000), 4); // between holes
+    ck_assert_int_eq(pwrite(fd, "tock", 4, 0x300000), 4);
     ck_assert_int_eq(ftruncate(fd, 0x400000), 0);
     close(fd);
     ram_make(&ram, 32 * MiB);
     ck_assert_msg(!boot_load(&ram, &config, &entry, &err), "%s", err.text);
     ck_assert_uint_eq(ram_get(&ram, TEXT_GPA + TEXT_SIZE - 1, 1), (uint8_t)(0x2344 * 7 + 1));
     ck_assert_mem_eq(ram_at(&ram, DATA_GPA + 0x100000, 4), "tick", 4);
+    ck_assert_mem_eq(ram_at(&ram, DATA_GPA + 0x200000, 4), "tock", 4);
     ck_assert_uint_eq(ram_get(&ram, DATA_GPA + 0xffff8, 8), 0);
     ck_assert_uint_eq(ram_get(&ram, DATA_GPA + 0x2ffff8, 8), 0);
     ram_destroy(&ram);

@@ -117,6 +117,8 @@ enum {
 #define KERNEL_END (DATA_GPA + DATA_MEM)
 #define PVH_ENTRY  0x1000010ull
 #define NOTE_AT    0x5000
+#define NOTE_LEN   0x30
+#define NOTE_XEN   (NOTE_AT + 0x1c) // the second note: 12 bytes, "Xen", entry
 
 static inline void elf64_segment(struct bytes b, unsigned i, const Elf64_Phdr *p)
 {
@@ -147,12 +149,12 @@ static inline struct bytes elf64_make(void)
     elf64_segment(
         b, 1,
         &(Elf64_Phdr) {PT_LOAD, PF_R | PF_W, 0x4000, 0, DATA_GPA, DATA_SIZE, DATA_MEM, 0x1000});
-    elf64_segment(b, 2, &(Elf64_Phdr) {PT_NOTE, PF_R, NOTE_AT, 0, 0, 0x2c, 0x2c, 4});
+    elf64_segment(b, 2, &(Elf64_Phdr) {PT_NOTE, PF_R, NOTE_AT, 0, 0, NOTE_LEN, NOTE_LEN, 4});
     for (size_t i = 0; i < TEXT_SIZE; i++)
         b.data[0x1000 + i] = (uint8_t)(i * 7 + 1);
     for (size_t i = 0; i < DATA_SIZE; i++)
         b.data[0x4000 + i] = (uint8_t)(i * 3 + 2);
-    static const uint32_t other[] = {4, 5, 18, 0x00554e47, 0xaaaaaaaa, 0xaa};
+    static const uint32_t other[] = {6, 5, 18, 0x756e694c, 0x78, 0xaaaaaaaa, 0xaa}; // "Linux"
     static const uint32_t xen[] = {4, 4, 18, 0x006e6558, PVH_ENTRY};
     memcpy(b.data + NOTE_AT, other, sizeof(other));
     memcpy(b.data + NOTE_AT + sizeof(other), xen, sizeof(xen));
