@@ -17,6 +17,19 @@ int error_set(struct error *err, int code, const char *fmt, ...)
     return code;
 }
 
+// ": <tail>" after the first `len` bytes, cut where the text is full.
+static void append(struct error *err, size_t len, const char *tail)
+{
+    if (len + sizeof(": ") > sizeof(err->text))
+        return;
+    memcpy(err->text + len, ": ", 2);
+    len += 2;
+    size_t n = strlen(tail), room = sizeof(err->text) - 1 - len;
+    n = n < room ? n : room;
+    memcpy(err->text + len, tail, n);
+    err->text[len + n] = 0;
+}
+
 int error_errno(struct error *err, const char *fmt, ...)
 {
     int saved = errno;
@@ -28,9 +41,8 @@ int error_errno(struct error *err, const char *fmt, ...)
     int n = vsnprintf(err->text, sizeof(err->text), fmt, args);
     va_end(args);
     char reason[128];
-    if (n >= 0 && (size_t)n < sizeof(err->text))
-        snprintf(err->text + n, sizeof(err->text) - (size_t)n, ": %s",
-                 strerror_r(saved, reason, sizeof(reason)));
+    if (n >= 0)
+        append(err, (size_t)n, strerror_r(saved, reason, sizeof(reason)));
     return -saved;
 }
 
@@ -44,7 +56,7 @@ int error_prefix(struct error *err, const char *fmt, ...)
     va_start(args, fmt);
     int n = vsnprintf(err->text, sizeof(err->text), fmt, args);
     va_end(args);
-    if (n >= 0 && (size_t)n < sizeof(err->text))
-        snprintf(err->text + n, sizeof(err->text) - (size_t)n, ": %s", tail);
+    if (n >= 0)
+        append(err, (size_t)n, tail);
     return err->code;
 }

@@ -86,9 +86,13 @@ static int vcpus_create(struct vm *vm, struct error *err)
     if (!vm->vcpus || !cpuid)
         return error_set(err, -ENOMEM, "no memory for %u vCPUs", vm->config.cpus);
     bool software = host_is_software_backend();
+    bool tsc_deadline = ioctl(vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_TSC_DEADLINE_TIMER) > 0;
     for (unsigned i = 0; i < vm->config.cpus; i++) {
         struct cpuid_target target = {
-            .cpus = vm->config.cpus, .apic_id = i, .software_backend = software};
+            .cpus = vm->config.cpus,
+            .apic_id = i,
+            .tsc_deadline = tsc_deadline,
+            .software_backend = software};
         int ret = cpuid_build(vm->host_cpuid, &vm->config.cpu, &target, cpuid, err);
         vm->nr_vcpus++; // vcpu_create leaves what vcpu_destroy can take, even on failure
         if (!ret)
