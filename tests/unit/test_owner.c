@@ -11,7 +11,7 @@
 
 enum message { MSG_NONE, MSG_PREPARE, MSG_COMMIT, MSG_ABORT, MSG_PREPARED = 1, MSG_RUNNING = 2 };
 enum question { Q_NONE, Q_ASKED, Q_YES, Q_NO };
-enum { QUEUE = 3, STATES = 1 << 25, SUCCESSORS_MAX = 64 };
+enum { QUEUE = 3, STATES = 1 << 23, SUCCESSORS_MAX = 64 };
 
 struct world {
     unsigned source, dest;
@@ -265,7 +265,7 @@ START_TEST(test_never_both)
     struct walk walk;
     walk_all(&walk, &t, true);
     ck_assert_msg(!walk.fault, "%s", walk.fault);
-    ck_assert_uint_gt(walk.nr, 1000); // it has walked something
+    ck_assert_uint_gt(walk.nr, 200); // it has walked something
     // Every state of both sides was met (DOUBT and GONE included).
     unsigned sources = 0, dests = 0;
     for (unsigned i = 0; i < walk.nr; i++) {
