@@ -70,7 +70,9 @@ class Stages:
         log = os.path.join(self.logs, f"{kind}-build.log")
         begin = time.monotonic()
         if proc.logged(f"build {kind}", ["ninja", "-C", self.directory(kind)], log):
-            self.tally.add_failed(f"build {kind}", f"ninja failed, see {log}", proc.tail(log))
+            with open(log, errors="replace") as f:
+                said = "".join(line for line in f if not line.startswith("["))  # no progress lines
+            self.tally.add_failed(f"build {kind}", f"ninja failed, see {log}", said[-6000:])
             return False
         self.tally.add_passed(f"build {kind}", note=f"{time.monotonic() - begin:.0f} s")
         return True
