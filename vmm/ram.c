@@ -95,8 +95,9 @@ static int ram_map(struct ram *ram, const struct ram_config *config, struct erro
         munmap(start + ram->map_len, (size_t)(area + span - (start + ram->map_len)));
     ram->map = start;
 
-    int flags =
-        MAP_FIXED | MAP_NORESERVE | (ram->memfd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
+    // Huge pages are reserved: a lack of them shows now and not as SIGBUS in the middle of a run.
+    int flags = MAP_FIXED | (config->backing == RAM_HUGETLB ? 0 : MAP_NORESERVE) |
+                (ram->memfd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED);
     if (mmap(start, ram->size, PROT_READ | PROT_WRITE, flags, ram->memfd, 0) == MAP_FAILED)
         return error_errno(err, "guest memory: mapping %llu MiB%s",
                            (unsigned long long)(ram->size / MiB),

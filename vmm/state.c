@@ -15,6 +15,9 @@ enum { NAME_MAX_LEN = 31, SECTIONS_MAX = 4096 };
 int state_register(struct state_registry *reg, const struct state_table *table, uint32_t instance,
                    void *object, struct error *err)
 {
+    if (!*table->name || strlen(table->name) > NAME_MAX_LEN)
+        return error_set(err, -EINVAL, "state section name '%s': expected 1 to %d bytes",
+                         table->name, NAME_MAX_LEN);
     for (uint32_t i = 0; i < reg->nr; i++)
         if (reg->entries[i].instance == instance &&
             !strcmp(reg->entries[i].table->name, table->name))
@@ -93,7 +96,8 @@ static int section_save(const struct state_entry *e, struct stream *out, struct 
     struct stream_mem body;
     stream_mem_writer(&body, t->name, STATE_BLOB_MAX);
     for (unsigned i = 0; i < t->nr_fields && !ret; i++)
-        ret = field_save(&t->fields[i], e->object, &body.stream, err);
+        if (t->fields[i].since <= t->version)
+            ret = field_save(&t->fields[i], e->object, &body.stream, err);
 
     size_t name_len = strlen(t->name);
     if (!ret)
