@@ -57,8 +57,8 @@ static struct slot *slot_find(struct trace *trace, enum trace_kind kind, uint64_
     return NULL;
 }
 
-void trace_exit(struct trace *trace, unsigned cpu, enum trace_kind kind, uint64_t address,
-                unsigned size, uint64_t value, const char *name)
+void trace_exit(struct trace *trace, unsigned cpu, uint64_t rip, enum trace_kind kind,
+                uint64_t address, unsigned size, uint64_t value, const char *name)
 {
     pthread_mutex_lock(&trace->lock);
     trace->total++;
@@ -72,9 +72,10 @@ void trace_exit(struct trace *trace, unsigned cpu, enum trace_kind kind, uint64_
         trace->other++;
     }
     if (trace->each)
-        fprintf(stderr, "trace: %12.6f cpu%u %-10s %#10llx %u %#llx %s\r\n",
-                (double)(time_ns() - trace->start_ns) / 1e9, cpu, kind_names[kind],
-                (unsigned long long)address, size, (unsigned long long)value, name);
+        fprintf(stderr, "trace: %12.6f cpu%u rip %016llx %-10s %#10llx %u %#llx %s\r\n",
+                (double)(time_ns() - trace->start_ns) / 1e9, cpu, (unsigned long long)rip,
+                kind_names[kind], (unsigned long long)address, size, (unsigned long long)value,
+                name);
     pthread_mutex_unlock(&trace->lock);
 }
 

@@ -126,6 +126,16 @@ int vcpu_set_entry(struct vcpu *vcpu, const struct boot_entry *entry, struct err
 
 // --- exits
 
+// With --trace each exit carries the registers in kvm_run (KVM_CAP_SYNC_REGS): the trace names the
+// instruction without an ioctl.
+static void trace_access(struct vcpu *vcpu, enum trace_kind kind, uint64_t address, unsigned size,
+                         uint64_t value, const char *name)
+{
+    struct kvm_run *run = vcpu->run;
+    uint64_t rip = run->kvm_valid_regs & KVM_SYNC_X86_REGS ? run->s.regs.regs.rip : 0;
+    trace_exit(vcpu->vm->trace, vcpu->index, rip, kind, address, size, value, name);
+}
+
 static void exit_io(struct vcpu *vcpu)
 {
     struct vm *vm = vcpu->vm;
@@ -144,8 +154,8 @@ static void exit_io(struct vcpu *vcpu)
         }
         if (vm->trace) {
             const struct bus_range *r = bus_find(&vm->pio, run->io.port);
-            trace_exit(vm->trace, vcpu->index, in ? TRACE_PIO_IN : TRACE_PIO_OUT, run->io.port,
-                       size, value, r ? r->name : "(nothing)");
+            trace_access(vcpu, in ? TRACE_PIO_IN : TRACE_PIO_OUT, run->io.port, size, value,
+                         r ? r->name : "(nothing)");
         }
     }
 }
@@ -165,8 +175,8 @@ static void exit_mmio(struct vcpu *vcpu)
     }
     if (vm->trace) {
         const struct bus_range *r = bus_find(&vm->mmio, addr);
-        trace_exit(vm->trace, vcpu->index, run->mmio.is_write ? TRACE_MMIO_WRITE : TRACE_MMIO_READ,
-                   addr, size, value, r ? r->name : "(nothing)");
+        trace_access(vcpu, run->mmio.is_write ? TRACE_MMIO_WRITE : TRACE_MMIO_READ, addr, size,
+                     value, r ? r->name : "(nothing)");
     }
 }
 
@@ -182,8 +192,7 @@ static void exit_other(struct vcpu *vcpu)
     struct kvm_run *run = vcpu->run;
     char what[160];
     if (vcpu->vm->trace)
-        trace_exit(vcpu->vm->trace, vcpu->index, TRACE_OTHER, run->exit_reason, 0, 0,
-                   "KVM exit reason");
+        trace_access(vcpu, TRACE_OTHER, run->exit_reason, 0, 0, "KVM exit reason");
     switch (run->exit_reason) {
     case KVM_EXIT_INTR:
     case KVM_EXIT_IRQ_WINDOW_OPEN:
@@ -288,6 +297,8 @@ static void *vcpu_main(void *arg)
     sigemptyset(&kick);
     sigaddset(&kick, VCPU_SIGNAL);
     pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
+    if (vcpu->vm->trace && vcpu->vm->sync_regs & KVM_SYNC_X86_REGS)
+        vcpu->run->kvm_valid_regs = KVM_SYNC_X86_REGS;
 
     while (may_run(vcpu)) {
         if (!ioctl(vcpu->fd, KVM_RUN, 0)) {

@@ -46,8 +46,8 @@ static int kvm_vm_create(struct vm *vm, struct error *err)
     vm->fd = ioctl(vm->kvm_fd, KVM_CREATE_VM, 0);
     if (vm->fd < 0)
         return error_errno(err, "KVM_CREATE_VM");
-    // RAM first: the interrupt controllers register devices on KVM's buses, whose clean-up would make
-    // the memory slot wait for an RCU grace period (several ms instead of 0.1).
+    // RAM first: the interrupt controllers register devices on KVM's buses, whose clean-up would
+    // make the memory slot wait for an RCU grace period (several ms instead of 0.1).
     int ret = ram_attach(&vm->ram, vm->fd, err);
     if (ret)
         return ret;
@@ -59,6 +59,8 @@ static int kvm_vm_create(struct vm *vm, struct error *err)
         return error_errno(err, "KVM_SET_TSS_ADDR");
     if (ioctl(vm->fd, KVM_CREATE_IRQCHIP, 0))
         return error_errno(err, "KVM_CREATE_IRQCHIP");
+    int sync_regs = ioctl(vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS);
+    vm->sync_regs = sync_regs > 0 ? (uint64_t)sync_regs : 0;
     struct kvm_pit_config pit = {.flags = KVM_PIT_SPEAKER_DUMMY};
     if (ioctl(vm->fd, KVM_CREATE_PIT2, &pit))
         return error_errno(err, "KVM_CREATE_PIT2");
@@ -88,11 +90,10 @@ static int vcpus_create(struct vm *vm, struct error *err)
     bool software = host_is_software_backend();
     bool tsc_deadline = ioctl(vm->fd, KVM_CHECK_EXTENSION, KVM_CAP_TSC_DEADLINE_TIMER) > 0;
     for (unsigned i = 0; i < vm->config.cpus; i++) {
-        struct cpuid_target target = {
-            .cpus = vm->config.cpus,
-            .apic_id = i,
-            .tsc_deadline = tsc_deadline,
-            .software_backend = software};
+        struct cpuid_target target = {.cpus = vm->config.cpus,
+                                      .apic_id = i,
+                                      .tsc_deadline = tsc_deadline,
+                                      .software_backend = software};
         int ret = cpuid_build(vm->host_cpuid, &vm->config.cpu, &target, cpuid, err);
         vm->nr_vcpus++; // vcpu_create leaves what vcpu_destroy can take, even on failure
         if (!ret)

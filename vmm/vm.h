@@ -73,6 +73,7 @@ struct vm {
     struct vcpu *vcpus; // config.cpus of them
     unsigned nr_vcpus;
     size_t vcpu_mmap_size;
+    uint64_t sync_regs; // KVM_SYNC_X86_*: what each exit can carry in kvm_run without an ioctl
     struct kvm_cpuid2 *host_cpuid; // what KVM supports here
 
     pthread_mutex_t lock; // guards phase, parked, stop

@@ -156,7 +156,7 @@ static const struct option_row rows[] = {
     {"numa", 'N', FOR_ALL, false, "POLICY", "bind:NODES, interleave:NODES or preferred:NODE",
      set_nothing, TEXT(numa)},
     {"console", 'o', FOR_ALL, false, "WHERE",
-     "stdio (default), file:PATH, pty[:LINK], unix:PATH, fd:N, null", set_console, 0},
+     "stdio[,escape=KEY] (default), file:PATH[,append], pty[,link=PATH], unix:PATH, fd:N, null", set_console, 0},
     {"name", 'n', FOR_ALL, false, "NAME", "name of the VM and its control socket (default ferry-PID)",
      set_nothing, TEXT(name)},
     {"listen", 'l', FOR_RECEIVE, false, "ADDRESS", "tcp:HOST:PORT to wait on", set_nothing,

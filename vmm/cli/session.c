@@ -77,7 +77,8 @@ int session_build(struct session *s, struct error *err)
     if (ret)
         return ret;
     s->vm->on_stop = stopped;
-    ret = console_open(&s->console, &o->console, s->loop, err);
+    if (!s->console) // it stays open when an arrival fails and the next is awaited
+        ret = console_open(&s->console, &o->console, s->loop, err);
     if (ret)
         return ret;
     static const struct ucall_config ucall = {0}; // defaults only
