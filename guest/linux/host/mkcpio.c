@@ -67,8 +67,8 @@ static int line_write(const char *line, unsigned int inode)
         return -1;
     if (!strcmp(kind, "dir") && sscanf(line, "%*s %*s %o", &entry.mode) == 1) {
         entry.mode |= TYPE_DIR;
-    } else if (!strcmp(kind, "node") && sscanf(line, "%*s %*s %o %u %u", &entry.mode, &entry.major,
-                                               &entry.minor) == 3) {
+    } else if (!strcmp(kind, "node") &&
+               sscanf(line, "%*s %*s %o %u %u", &entry.mode, &entry.major, &entry.minor) == 3) {
         entry.mode |= TYPE_CHAR;
     } else if (!strcmp(kind, "link") && sscanf(line, "%*s %*s %511s", last) == 1) {
         entry.mode = TYPE_LINK | 0777;
@@ -103,6 +103,6 @@ int main(void)
             return 1;
         }
     }
-    entry_write(&(struct entry){.path = "TRAILER!!!", .data = ""}, inode);
+    entry_write(&(struct entry) {.path = "TRAILER!!!", .data = ""}, inode);
     return fflush(stdout) || ferror(stdout);
 }

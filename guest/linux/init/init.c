@@ -175,8 +175,7 @@ static bool children_reap(pid_t shell, int *status)
         if (pid != shell)
             continue;
         ended = true;
-        *status = WIFSIGNALED(wait_status) ? 128 + WTERMSIG(wait_status)
-                                           : WEXITSTATUS(wait_status);
+        *status = WIFSIGNALED(wait_status) ? 128 + WTERMSIG(wait_status) : WEXITSTATUS(wait_status);
     }
     return ended;
 }
@@ -211,7 +210,7 @@ static void __attribute__((noreturn)) events_serve(struct init *init, pid_t shel
     struct pollfd polls[1 + BUTTONS_MAX] = {{.fd = init->signals, .events = POLLIN}};
 
     for (int i = 0; i < init->n_buttons; i++)
-        polls[1 + i] = (struct pollfd){.fd = init->buttons[i], .events = POLLIN};
+        polls[1 + i] = (struct pollfd) {.fd = init->buttons[i], .events = POLLIN};
     for (;;) {
         if (poll(polls, (nfds_t)(1 + init->n_buttons), -1) < 0)
             continue;

@@ -1,6 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
-# What udhcpc runs on each event.
+# What udhcpc runs on each event; it sets the variables.
+# shellcheck disable=SC2154
 case $1 in
 deconfig) ifconfig "$interface" 0.0.0.0 ;;
 bound | renew)

@@ -21,7 +21,7 @@ enum { REGS = 16, PROCESSES_MAX = 64 };
 typedef uint8_t xmm_file[REGS][16] __attribute__((aligned(16)));
 typedef uint8_t ymm_file[REGS][32] __attribute__((aligned(32)));
 
-#define EACH_REG(X)                                                                                \
+#define EACH_REG(X) \
     X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11) X(12) X(13) X(14) X(15)
 #define XMM_LOAD(n)    "movdqa 16*" #n "(%[in]), %%xmm" #n "\n\t"
 #define XMM_STORE(n)   "movdqa %%xmm" #n ", 16*" #n "(%[out])\n\t"
