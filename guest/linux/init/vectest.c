@@ -4,6 +4,7 @@
 // in them and yield to each other. Always the SSE registers; the AVX halves only when the kernel
 // says it saves them. A kernel started with `noxsave` does not, yet on some hosts user code can
 // still use AVX, so nothing in this user space may: the second part shows that libc does not.
+#define _GNU_SOURCE // cpu_set_t
 #include "ferryt.h"
 
 #include <cpuid.h>
