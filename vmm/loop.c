@@ -41,6 +41,7 @@ static int watch_arm(struct loop_watch *w)
 static void watch_finish(struct loop_watch *w)
 {
     w->closing = false;
+    w->loop = NULL;
     if (w->closed)
         w->closed(w); // may free w
 }
@@ -55,12 +56,16 @@ static void watch_done(struct loop_op *op, int res, uint32_t flags)
             watch_finish(w);
         return;
     }
-    if (res >= 0)
-        w->fn(w, (uint32_t)res);
-    else
-        w->fn(w, POLLERR);
+    // Unwatching inside fn must not finish (and free) the watch under our feet.
+    w->in_fn = true;
+    w->fn(w, res >= 0 ? (uint32_t)res : POLLERR);
+    w->in_fn = false;
+    if (w->armed)
+        return;
     // The kernel ends a multishot poll now and then (full completion queue): arm it again.
-    if (!w->closing && !w->armed && w->fd >= 0)
+    if (w->closing)
+        watch_finish(w);
+    else
         watch_arm(w);
 }
 
@@ -86,11 +91,12 @@ void loop_unwatch(struct loop_watch *watch, void (*closed)(struct loop_watch *))
         return;
     watch->closed = closed;
     watch->fd = -1;
+    watch->closing = true;
     if (!watch->armed) {
-        watch_finish(watch);
+        if (!watch->in_fn)
+            watch_finish(watch);
         return;
     }
-    watch->closing = true;
     struct io_uring_sqe *sqe = loop_sqe(watch->loop, &ignore_op);
     if (sqe) {
         io_uring_prep_cancel(sqe, &watch->op, 0);
@@ -117,11 +123,16 @@ int loop_timer_init(struct loop *loop, struct loop_timer *timer, void (*fn)(stru
     timer->fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     if (timer->fd < 0)
         return error_errno(err, "timerfd_create");
-    return loop_watch(loop, &timer->watch, timer->fd, POLLIN, timer_ready, err);
+    int ret = loop_watch(loop, &timer->watch, timer->fd, POLLIN, timer_ready, err);
+    if (ret)
+        close(timer->fd);
+    return ret;
 }
 
 void loop_timer_set(struct loop_timer *timer, uint64_t first_ns, uint64_t every_ns)
 {
+    if (!first_ns && every_ns)
+        first_ns = 1; // 0 would mean "off"
     struct itimerspec spec = {
         .it_value = {(time_t)(first_ns / 1000000000u), (long)(first_ns % 1000000000u)},
         .it_interval = {(time_t)(every_ns / 1000000000u), (long)(every_ns % 1000000000u)}};

@@ -33,6 +33,7 @@ struct loop_watch {
     void (*fn)(struct loop_watch *watch, uint32_t revents);
     bool armed;
     bool closing;
+    bool in_fn;
     void (*closed)(struct loop_watch *watch); // see loop_unwatch
 };
 
@@ -77,5 +78,5 @@ void loop_unwatch(struct loop_watch *watch, void (*closed)(struct loop_watch *))
 
 int loop_timer_init(struct loop *loop, struct loop_timer *timer, void (*fn)(struct loop_timer *),
                     struct error *err);
-void loop_timer_set(struct loop_timer *timer, uint64_t first_ns, uint64_t every_ns); // 0,0 = off
+void loop_timer_set(struct loop_timer *timer, uint64_t first_ns, uint64_t every_ns); // 0, 0 = off
 void loop_timer_close(struct loop_timer *timer); // the memory must outlive the loop's next turn

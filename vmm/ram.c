@@ -13,8 +13,6 @@
 
 #include "vmm/layout.h"
 
-#define HUGE_PAGE (2 * MiB)
-
 enum { NUMA_NODES_MAX = 1024 };
 
 // "0,2-3" -> bits. 0 or -EINVAL.

@@ -14,6 +14,7 @@
 #define GiB           (1024ull * MiB)
 #define PAGE_SHIFT    12
 #define PAGE_SIZE     4096ull
+#define HUGE_PAGE     (2 * MiB)
 
 #define container_of(ptr, type, member) ((type *)((char *)(ptr)-offsetof(type, member)))
 
