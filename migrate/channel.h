@@ -37,7 +37,8 @@ void channel_shutdown(struct channel *c);
 
 int channel_connect(struct channel *c, const char *address, int cancel_fd, unsigned timeout_ms,
                     struct error *err);
-// A listening socket. `bound` (may be NULL, else of `size` bytes) gets the address with the real port.
+// A listening socket. `bound` (may be NULL, else of `size` bytes) gets the address with the real
+// port.
 int channel_listen(const char *address, int *fd, char *bound, size_t size, struct error *err);
 // Waits for a connection; timeout_ms 0 = for ever. -ECANCELED, -ETIMEDOUT.
 int channel_accept(struct channel *c, int listen_fd, int cancel_fd, unsigned wait_ms,

@@ -103,8 +103,8 @@ static json_t *json_report(const struct migrate_report *r)
 static json_t *json_snapshot(const char *path, const struct snapshot_report *r)
 {
     const struct count counts[] = {
-        {"data_pages", r->data_pages},   {"zero_pages", r->zero_pages},
-        {"file_bytes", r->file_bytes},   {"state_bytes", r->state_bytes},
+        {"data_pages", r->data_pages},    {"zero_pages", r->zero_pages},
+        {"file_bytes", r->file_bytes},    {"state_bytes", r->state_bytes},
         {"pause_us", r->pause_ns / 1000}, {"total_us", r->total_ns / 1000},
     };
     json_t *object = json_counts(counts, ARRAY_SIZE(counts));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Migration and snapshots as control commands: migrate, migrate-status, migrate-set, migrate-cancel,
-// migrate-force-resume, snapshot. One long command at a time works in a thread of its own.
+// Migration and snapshots as control commands: migrate, migrate-status, migrate-set,
+// migrate-cancel, migrate-force-resume, snapshot. One long command at a time works in a thread of
+// its own.
 #pragma once
 
 #include <stdbool.h>

@@ -8,8 +8,8 @@
 #include "vmm/vcpu.h"
 #include "vmm/vm.h"
 
-// What the vCPU was told, not what KVM_GET_CPUID2 says: a software back end adds bits of its own that
-// KVM_GET_SUPPORTED_CPUID of the same host does not have.
+// What the vCPU was told, not what KVM_GET_CPUID2 says: a software back end adds bits of its own
+// that KVM_GET_SUPPORTED_CPUID of the same host does not have.
 static int cpuid_copy(const struct vm *vm, struct kvm_cpuid2 **out, struct error *err)
 {
     const struct kvm_cpuid2 *cpuid = vcpu_cpuid(&vm->vcpus[0]);

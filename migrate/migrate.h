@@ -37,7 +37,7 @@ enum migrate_mode {
 enum migrate_stall {
     STALL_CONTINUE, // more rounds, until it fits or is cancelled
     STALL_CANCEL,
-    STALL_SWITCH,   // stop the guest for longer than the limit
+    STALL_SWITCH, // stop the guest for longer than the limit
     STALL_POSTCOPY,
 };
 
@@ -48,8 +48,8 @@ struct migrate_params {
     uint64_t bandwidth;   // bytes/s, 0 = as fast as it goes
     uint32_t max_rounds;
     enum migrate_stall on_stall;
-    unsigned handshake_ms, idle_ms; // time-outs
-    unsigned ask_ms; // how long to ask a destination that did not answer COMMIT
+    unsigned handshake_ms, idle_ms;    // time-outs
+    unsigned ask_ms;                   // how long to ask a destination that did not answer COMMIT
     const struct migrate_hooks *hooks; // only `describe` is used
 };
 void migrate_params_default(struct migrate_params *params);
@@ -72,7 +72,8 @@ int migrate_stall_parse(const char *text, enum migrate_stall *stall, struct erro
 // The parts of the downtime as the source's clock sees them, ns; load is the destination's figure.
 struct migrate_downtime {
     uint64_t stop, save, last_pages, transfer, load, resume;
-    uint64_t total; // from the moment before pausing to RUNNING received: half a round trip too much
+    uint64_t
+        total; // from the moment before pausing to RUNNING received: half a round trip too much
 };
 
 struct migrate_report {
@@ -93,11 +94,11 @@ struct migrate_report {
 struct migrate_progress {
     enum migrate_phase phase;
     uint32_t round;
-    uint64_t total_bytes;     // guest memory
-    uint64_t sent_bytes;      // page data
-    uint64_t remaining_bytes; // of this round
-    uint64_t dirty_bytes;     // written by the guest during the last round
-    uint64_t bandwidth;       // bytes/s
+    uint64_t total_bytes;          // guest memory
+    uint64_t sent_bytes;           // page data
+    uint64_t remaining_bytes;      // of this round
+    uint64_t dirty_bytes;          // written by the guest during the last round
+    uint64_t bandwidth;            // bytes/s
     uint64_t expected_downtime_ns; // UINT64_MAX = not known
 };
 
@@ -106,8 +107,8 @@ struct migration {
     pthread_mutex_t lock; // guards progress
     struct migrate_progress progress;
     atomic_bool cancelled;
-    int cancel_fd;                // eventfd, readable once cancelled
-    _Atomic uint64_t bandwidth;   // live values of the parameters
+    int cancel_fd;              // eventfd, readable once cancelled
+    _Atomic uint64_t bandwidth; // live values of the parameters
     _Atomic uint64_t downtime_ns;
     // Called (if not NULL) in the migrating thread at each change of phase and each round.
     void (*on_progress)(const struct migrate_progress *progress, void *arg);
@@ -120,7 +121,8 @@ void migration_cancel(struct migration *m);
 void migration_get(struct migration *m, struct migrate_progress *progress);
 
 // Moves the guest away; blocks until it is decided, so call it in a thread of its own.
-//   0: the guest is the destination's; this VM is paused and must never be resumed: the caller ends it
+//   0: the guest is the destination's; this VM is paused and must never be resumed: the caller ends
+//   it
 //     with vm_request_stop(vm, VM_STOP_MIGRATED, ...).
 //   error, report->owner RUNNING: the guest goes on here (in the state it was in before).
 //   error, report->owner DOUBT: COMMIT was sent and nobody could be asked what became of it; the

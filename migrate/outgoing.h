@@ -39,8 +39,8 @@ int precopy_pass(struct outgoing *out, struct error *err);
 // Rounds until the guest may be stopped. `*postcopy` says how the switch is to be done.
 int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err);
 
-// The guest is paused and `todo` has what the destination lacks: says so (DISCARD) and starts to serve
-// its page requests.
+// The guest is paused and `todo` has what the destination lacks: says so (DISCARD) and starts to
+// serve its page requests.
 int postcopy_begin(struct outgoing *out, struct error *err);
 // The guest runs there: pushes everything and waits until the destination has it all.
 int postcopy_push(struct outgoing *out, struct error *err);

@@ -3,77 +3,91 @@
 
 #include <errno.h>
 
-#define TO(state, act) {.allowed = true, .next = (state), .action = (act)}
+#define TO(state, act)                                    \
+    {                                                     \
+        .allowed = true, .next = (state), .action = (act) \
+    }
 
-const struct owner_rule owner_source_rules[SOURCE_STATES][SOURCE_EVENTS] = {
-    [SOURCE_RUNNING] = {
-        [SOURCE_EV_STOP] = TO(SOURCE_STOPPED, OWNER_NONE),
-        [SOURCE_EV_LOST] = TO(SOURCE_RUNNING, OWNER_NONE),
-        [SOURCE_EV_REFUSED] = TO(SOURCE_RUNNING, OWNER_NONE),
-        [SOURCE_EV_CANCEL] = TO(SOURCE_RUNNING, OWNER_NONE),
-    },
-    [SOURCE_STOPPED] = {
-        [SOURCE_EV_PREPARED] = TO(SOURCE_READY, OWNER_NONE),
-        [SOURCE_EV_LOST] = TO(SOURCE_RUNNING, OWNER_RESUME),
-        [SOURCE_EV_REFUSED] = TO(SOURCE_RUNNING, OWNER_RESUME),
-        [SOURCE_EV_CANCEL] = TO(SOURCE_RUNNING, OWNER_RESUME),
-    },
-    [SOURCE_READY] = {
-        [SOURCE_EV_COMMIT] = TO(SOURCE_COMMITTING, OWNER_SEND),
-        [SOURCE_EV_LOST] = TO(SOURCE_RUNNING, OWNER_RESUME),
-        [SOURCE_EV_REFUSED] = TO(SOURCE_RUNNING, OWNER_RESUME),
-        [SOURCE_EV_CANCEL] = TO(SOURCE_RUNNING, OWNER_RESUME),
-    },
-    [SOURCE_COMMITTING] = {
-        [SOURCE_EV_ACK] = TO(SOURCE_GONE, OWNER_RELEASE),
-        [SOURCE_EV_LOST] = TO(SOURCE_DOUBT, OWNER_ASK),
-        [SOURCE_EV_REFUSED] = TO(SOURCE_RUNNING, OWNER_RESUME),
-        [SOURCE_EV_CANCEL] = TO(SOURCE_COMMITTING, OWNER_NONE), // too late
-    },
-    [SOURCE_DOUBT] = {
-        [SOURCE_EV_YES] = TO(SOURCE_GONE, OWNER_RELEASE),
-        [SOURCE_EV_NO] = TO(SOURCE_RUNNING, OWNER_RESUME),
-        [SOURCE_EV_NO_ANSWER] = TO(SOURCE_DOUBT, OWNER_HOLD),
-        [SOURCE_EV_LOST] = TO(SOURCE_DOUBT, OWNER_ASK),
-        [SOURCE_EV_CANCEL] = TO(SOURCE_DOUBT, OWNER_HOLD),
-        [SOURCE_EV_FORCE] = TO(SOURCE_RUNNING, OWNER_RESUME),
-    },
-    [SOURCE_GONE] = {
-        [SOURCE_EV_LOST] = TO(SOURCE_GONE, OWNER_NONE),
-        [SOURCE_EV_CANCEL] = TO(SOURCE_GONE, OWNER_NONE),
-    },
+const struct owner_rule owner_source_rules[SOURCE_STATES][SOURCE_EVENTS] =
+    {
+        [SOURCE_RUNNING] =
+            {
+                [SOURCE_EV_STOP] = TO(SOURCE_STOPPED, OWNER_NONE),
+                [SOURCE_EV_LOST] = TO(SOURCE_RUNNING, OWNER_NONE),
+                [SOURCE_EV_REFUSED] = TO(SOURCE_RUNNING, OWNER_NONE),
+                [SOURCE_EV_CANCEL] = TO(SOURCE_RUNNING, OWNER_NONE),
+            },
+        [SOURCE_STOPPED] =
+            {
+                [SOURCE_EV_PREPARED] = TO(SOURCE_READY, OWNER_NONE),
+                [SOURCE_EV_LOST] = TO(SOURCE_RUNNING, OWNER_RESUME),
+                [SOURCE_EV_REFUSED] = TO(SOURCE_RUNNING, OWNER_RESUME),
+                [SOURCE_EV_CANCEL] = TO(SOURCE_RUNNING, OWNER_RESUME),
+            },
+        [SOURCE_READY] =
+            {
+                [SOURCE_EV_COMMIT] = TO(SOURCE_COMMITTING, OWNER_SEND),
+                [SOURCE_EV_LOST] = TO(SOURCE_RUNNING, OWNER_RESUME),
+                [SOURCE_EV_REFUSED] = TO(SOURCE_RUNNING, OWNER_RESUME),
+                [SOURCE_EV_CANCEL] = TO(SOURCE_RUNNING, OWNER_RESUME),
+            },
+        [SOURCE_COMMITTING] =
+            {
+                [SOURCE_EV_ACK] = TO(SOURCE_GONE, OWNER_RELEASE),
+                [SOURCE_EV_LOST] = TO(SOURCE_DOUBT, OWNER_ASK),
+                [SOURCE_EV_REFUSED] = TO(SOURCE_RUNNING, OWNER_RESUME),
+                [SOURCE_EV_CANCEL] = TO(SOURCE_COMMITTING, OWNER_NONE), // too late
+            },
+        [SOURCE_DOUBT] =
+            {
+                [SOURCE_EV_YES] = TO(SOURCE_GONE, OWNER_RELEASE),
+                [SOURCE_EV_NO] = TO(SOURCE_RUNNING, OWNER_RESUME),
+                [SOURCE_EV_NO_ANSWER] = TO(SOURCE_DOUBT, OWNER_HOLD),
+                [SOURCE_EV_LOST] = TO(SOURCE_DOUBT, OWNER_ASK),
+                [SOURCE_EV_CANCEL] = TO(SOURCE_DOUBT, OWNER_HOLD),
+                [SOURCE_EV_FORCE] = TO(SOURCE_RUNNING, OWNER_RESUME),
+            },
+        [SOURCE_GONE] =
+            {
+                [SOURCE_EV_LOST] = TO(SOURCE_GONE, OWNER_NONE),
+                [SOURCE_EV_CANCEL] = TO(SOURCE_GONE, OWNER_NONE),
+            },
 };
 
 const struct owner_rule owner_dest_rules[DEST_STATES][DEST_EVENTS] = {
-    [DEST_WAITING] = {
-        [DEST_EV_LOADED] = TO(DEST_PREPARED, OWNER_NONE),
-        [DEST_EV_LOST] = TO(DEST_ABORTED, OWNER_DISCARD),
-        [DEST_EV_FAILED] = TO(DEST_ABORTED, OWNER_DISCARD),
-        [DEST_EV_CANCEL] = TO(DEST_ABORTED, OWNER_DISCARD),
-        [DEST_EV_QUERY] = TO(DEST_ABORTED, OWNER_SAY_NO),
-    },
-    [DEST_PREPARED] = {
-        [DEST_EV_COMMIT] = TO(DEST_RUNNING, OWNER_RUN),
-        [DEST_EV_LOST] = TO(DEST_ABORTED, OWNER_DISCARD),
-        [DEST_EV_FAILED] = TO(DEST_ABORTED, OWNER_DISCARD),
-        [DEST_EV_CANCEL] = TO(DEST_ABORTED, OWNER_DISCARD),
-        [DEST_EV_QUERY] = TO(DEST_ABORTED, OWNER_SAY_NO),
-    },
-    [DEST_RUNNING] = {
-        [DEST_EV_LOST] = TO(DEST_RUNNING, OWNER_NONE),
-        [DEST_EV_FAILED] = TO(DEST_RUNNING, OWNER_NONE),
-        [DEST_EV_CANCEL] = TO(DEST_RUNNING, OWNER_NONE),
-        [DEST_EV_QUERY] = TO(DEST_RUNNING, OWNER_SAY_YES),
-    },
-    [DEST_ABORTED] = {
-        // COMMIT may still come in after a question was answered with no: it has no effect.
-        [DEST_EV_COMMIT] = TO(DEST_ABORTED, OWNER_NONE),
-        [DEST_EV_LOADED] = TO(DEST_ABORTED, OWNER_NONE),
-        [DEST_EV_LOST] = TO(DEST_ABORTED, OWNER_NONE),
-        [DEST_EV_FAILED] = TO(DEST_ABORTED, OWNER_NONE),
-        [DEST_EV_CANCEL] = TO(DEST_ABORTED, OWNER_NONE),
-        [DEST_EV_QUERY] = TO(DEST_ABORTED, OWNER_SAY_NO),
-    },
+    [DEST_WAITING] =
+        {
+            [DEST_EV_LOADED] = TO(DEST_PREPARED, OWNER_NONE),
+            [DEST_EV_LOST] = TO(DEST_ABORTED, OWNER_DISCARD),
+            [DEST_EV_FAILED] = TO(DEST_ABORTED, OWNER_DISCARD),
+            [DEST_EV_CANCEL] = TO(DEST_ABORTED, OWNER_DISCARD),
+            [DEST_EV_QUERY] = TO(DEST_ABORTED, OWNER_SAY_NO),
+        },
+    [DEST_PREPARED] =
+        {
+            [DEST_EV_COMMIT] = TO(DEST_RUNNING, OWNER_RUN),
+            [DEST_EV_LOST] = TO(DEST_ABORTED, OWNER_DISCARD),
+            [DEST_EV_FAILED] = TO(DEST_ABORTED, OWNER_DISCARD),
+            [DEST_EV_CANCEL] = TO(DEST_ABORTED, OWNER_DISCARD),
+            [DEST_EV_QUERY] = TO(DEST_ABORTED, OWNER_SAY_NO),
+        },
+    [DEST_RUNNING] =
+        {
+            [DEST_EV_LOST] = TO(DEST_RUNNING, OWNER_NONE),
+            [DEST_EV_FAILED] = TO(DEST_RUNNING, OWNER_NONE),
+            [DEST_EV_CANCEL] = TO(DEST_RUNNING, OWNER_NONE),
+            [DEST_EV_QUERY] = TO(DEST_RUNNING, OWNER_SAY_YES),
+        },
+    [DEST_ABORTED] =
+        {
+            // COMMIT may still come in after a question was answered with no: it has no effect.
+            [DEST_EV_COMMIT] = TO(DEST_ABORTED, OWNER_NONE),
+            [DEST_EV_LOADED] = TO(DEST_ABORTED, OWNER_NONE),
+            [DEST_EV_LOST] = TO(DEST_ABORTED, OWNER_NONE),
+            [DEST_EV_FAILED] = TO(DEST_ABORTED, OWNER_NONE),
+            [DEST_EV_CANCEL] = TO(DEST_ABORTED, OWNER_NONE),
+            [DEST_EV_QUERY] = TO(DEST_ABORTED, OWNER_SAY_NO),
+        },
 };
 
 int owner_source_step(enum owner_source *state, enum owner_source_event event,

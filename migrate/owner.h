@@ -13,11 +13,11 @@
 //      |                        GONE       v
 //      +---------- "no" ----------------- DOUBT --"yes"--> GONE
 //
-// Rules: before COMMIT may have left (state COMMITTING is entered *before* its first byte is sent) the
-// source resumes on any failure by itself. From then on it runs again only after the destination's
-// explicit "no". A destination that loses its source before COMMIT arrived, or that is asked before
-// it, becomes ABORTED and can never run. No answer is no "no": the source stays paused until a
-// human decides (force).
+// Rules: before COMMIT may have left (state COMMITTING is entered *before* its first byte is sent)
+// the source resumes on any failure by itself. From then on it runs again only after the
+// destination's explicit "no". A destination that loses its source before COMMIT arrived, or that
+// is asked before it, becomes ABORTED and can never run. No answer is no "no": the source stays
+// paused until a human decides (force).
 #pragma once
 
 #include <stdbool.h>
@@ -33,17 +33,17 @@ enum owner_source {
 };
 
 enum owner_source_event {
-    SOURCE_EV_STOP,       // guest paused, the switch begins
-    SOURCE_EV_PREPARED,   // destination: everything is loaded
-    SOURCE_EV_COMMIT,     // about to send COMMIT
-    SOURCE_EV_ACK,        // destination: the guest runs here
-    SOURCE_EV_LOST,       // link lost, time-out, malformed data or local failure
-    SOURCE_EV_REFUSED,    // destination: aborted, will never run it
-    SOURCE_EV_CANCEL,     // the user
-    SOURCE_EV_YES,        // answer to the question: it runs there
-    SOURCE_EV_NO,         // answer: it does not and never will
-    SOURCE_EV_NO_ANSWER,  // nobody who knows could be reached
-    SOURCE_EV_FORCE,      // a human vouches that it does not run there
+    SOURCE_EV_STOP,      // guest paused, the switch begins
+    SOURCE_EV_PREPARED,  // destination: everything is loaded
+    SOURCE_EV_COMMIT,    // about to send COMMIT
+    SOURCE_EV_ACK,       // destination: the guest runs here
+    SOURCE_EV_LOST,      // link lost, time-out, malformed data or local failure
+    SOURCE_EV_REFUSED,   // destination: aborted, will never run it
+    SOURCE_EV_CANCEL,    // the user
+    SOURCE_EV_YES,       // answer to the question: it runs there
+    SOURCE_EV_NO,        // answer: it does not and never will
+    SOURCE_EV_NO_ANSWER, // nobody who knows could be reached
+    SOURCE_EV_FORCE,     // a human vouches that it does not run there
     SOURCE_EVENTS,
 };
 

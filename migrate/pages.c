@@ -50,10 +50,9 @@ int ram_drop(struct ram *ram, uint64_t first, uint64_t count, struct error *err)
         uint64_t n = ram_contiguous(ram, first);
         n = n < count ? n : count;
         uint8_t *hva = ram_page(ram, first);
-        int ret = ram->memfd < 0
-                      ? madvise(hva, n * PAGE_SIZE, MADV_DONTNEED)
-                      : fallocate(ram->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                                  hva - ram->map, (off_t)(n * PAGE_SIZE));
+        int ret = ram->memfd < 0 ? madvise(hva, n * PAGE_SIZE, MADV_DONTNEED)
+                                 : fallocate(ram->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                             hva - ram->map, (off_t)(n * PAGE_SIZE));
         if (ret)
             return error_errno(err, "giving back %llu pages from page %llu on",
                                (unsigned long long)n, (unsigned long long)first);
@@ -81,8 +80,7 @@ static void presence_load_anonymous(struct page_presence *p, const uint8_t *hva)
 {
     uint64_t entries[512];
     ssize_t len = (ssize_t)(p->count * 8);
-    if (pread(p->pagemap_fd, entries, (size_t)len,
-              (off_t)((uintptr_t)hva / PAGE_SIZE * 8)) != len)
+    if (pread(p->pagemap_fd, entries, (size_t)len, (off_t)((uintptr_t)hva / PAGE_SIZE * 8)) != len)
         return;
     for (uint64_t i = 0; i < p->count; i++)
         if (!(entries[i] & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED)))
@@ -139,8 +137,8 @@ bool page_batch_add(struct page_batch *b, uint64_t page, bool zero)
 {
     uint32_t kind = zero ? WIRE_RUN_ZERO : WIRE_RUN_DATA;
     struct wire_run *last = b->nr_runs ? &b->runs[b->nr_runs - 1] : NULL;
-    bool extends = last && last->kind == kind && last->first + last->count == page &&
-                   last->count < UINT32_MAX;
+    bool extends =
+        last && last->kind == kind && last->first + last->count == page && last->count < UINT32_MAX;
     if ((!extends && b->nr_runs == WIRE_RUNS_MAX) || (!zero && b->nr_data == WIRE_BATCH_PAGES))
         return false;
     if (extends)
@@ -170,8 +168,8 @@ void page_batch_take(struct page_batch *b, uint64_t *todo, uint64_t *cursor, uns
         *cursor = page;
         if (page == ram->pages)
             return;
-        bool zero = (presence && page_absent(presence, ram, page)) ||
-                    page_is_zero(ram_page(ram, page));
+        bool zero =
+            (presence && page_absent(presence, ram, page)) || page_is_zero(ram_page(ram, page));
         if (!page_batch_add(b, page, zero))
             return;
         bitmap_clear(todo, page);
@@ -261,8 +259,7 @@ static int check_data(struct page_intake *in, const struct wire_pages_view *view
 {
     for (uint64_t i = 0; i < run->count; i++) {
         uint64_t page = run->first + i;
-        bool good = page_sum(ram_page(in->ram, page)) ==
-                    wire_pages_sum(view, sum + (unsigned)i);
+        bool good = page_sum(ram_page(in->ram, page)) == wire_pages_sum(view, sum + (unsigned)i);
         if (!good && in->once)
             return error_set(err, -EBADMSG, "%s: page %llu (address 0x%llx) does not match its sum",
                              w->name, (unsigned long long)page,

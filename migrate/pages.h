@@ -20,7 +20,7 @@ int ram_drop(struct ram *ram, uint64_t first, uint64_t count, struct error *err)
 
 // Knows which pages were never touched, so that sending them neither reads nor allocates them.
 struct page_presence {
-    int pagemap_fd; // -1: not known, every page counts as present
+    int pagemap_fd;        // -1: not known, every page counts as present
     uint64_t first, count; // what `absent` describes
     uint64_t absent[8];    // bitmap of up to 512 pages from `first`
 };
@@ -43,13 +43,13 @@ struct page_batch {
 void page_batch_reset(struct page_batch *b, struct ram *ram);
 // False when the record is full. Pages must come in ascending order.
 bool page_batch_add(struct page_batch *b, uint64_t page, bool zero);
-// Adds pages of `todo` from *cursor on and clears their bits, until the record has max_data pages of
-// data or is full, or about 64 Ki pages were looked at (so that progress goes on) or the map ends.
-// `presence` may be NULL.
+// Adds pages of `todo` from *cursor on and clears their bits, until the record has max_data pages
+// of data or is full, or about 64 Ki pages were looked at (so that progress goes on) or the map
+// ends. `presence` may be NULL.
 void page_batch_take(struct page_batch *b, uint64_t *todo, uint64_t *cursor, unsigned max_data,
                      struct page_presence *presence);
-// Writes the record; the page data starts at a multiple of `align` (a power of two <= 4 KiB) counted
-// from w->out. Nothing is written when it is empty.
+// Writes the record; the page data starts at a multiple of `align` (a power of two <= 4 KiB)
+// counted from w->out. Nothing is written when it is empty.
 int page_batch_put(struct page_batch *b, struct wire *w, unsigned align, struct error *err);
 
 // --- receiving, the VM not yet running

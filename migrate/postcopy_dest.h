@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Post-copy, the side that lacks pages: userfaultfd over guest memory, a thread that turns faults into
-// requests, and the placing of what arrives.
+// Post-copy, the side that lacks pages: userfaultfd over guest memory, a thread that turns faults
+// into requests, and the placing of what arrives.
 #pragma once
 
 #include <stdint.h>
@@ -14,8 +14,8 @@ struct postcopy_dest;
 // A userfaultfd that also sees the kernel's own accesses to guest memory (KVM's).
 int userfault_open(int *fd, struct error *err);
 
-// `valid` has a bit for each page whose content is here (copied). All others are dropped, and from now
-// on whoever touches one waits until it has come. `demand` must outlive this.
+// `valid` has a bit for each page whose content is here (copied). All others are dropped, and from
+// now on whoever touches one waits until it has come. `demand` must outlive this.
 int postcopy_dest_create(struct postcopy_dest **pd, struct ram *ram, const uint64_t *valid,
                          struct channel *demand, struct error *err);
 
@@ -33,5 +33,6 @@ void postcopy_dest_counts(struct postcopy_dest *pd, uint64_t *faults, uint64_t *
 
 // Stops asking. Who waits for a missing page goes on waiting: guest memory stays guarded.
 void postcopy_dest_stop(struct postcopy_dest *pd);
-// Ends the guard: a missing page now reads as zero, so only when none is missing or the VM has ended.
+// Ends the guard: a missing page now reads as zero, so only when none is missing or the VM has
+// ended.
 void postcopy_dest_free(struct postcopy_dest *pd);

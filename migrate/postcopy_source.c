@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Post-copy, the side that has the pages: one thread answers page requests on a connection of its own,
-// the migrating thread pushes the rest. Each page is claimed in `todo` under the lock, so it is sent
-// once; a request for a page already claimed finds it in flight and changes nothing.
+// Post-copy, the side that has the pages: one thread answers page requests on a connection of its
+// own, the migrating thread pushes the rest. Each page is claimed in `todo` under the lock, so it
+// is sent once; a request for a page already claimed finds it in flight and changes nothing.
 #include <errno.h>
 #include <string.h>
 
@@ -133,8 +133,8 @@ static void claim(struct postcopy_source *ps, struct page_batch *batch)
     while (batch->nr_data < PUSH_PAGES && batch->nr_runs < WIRE_RUNS_MAX - PUSH_PAGES) {
         uint64_t first;
         pthread_mutex_lock(&ps->lock);
-        uint64_t n = ps->order.ops->next(&ps->order, ps->out->todo, PUSH_PAGES - batch->nr_data,
-                                         &first);
+        uint64_t n =
+            ps->order.ops->next(&ps->order, ps->out->todo, PUSH_PAGES - batch->nr_data, &first);
         bool fits = n && first >= end;
         if (fits)
             bitmap_fill(ps->out->todo, first, n, false);

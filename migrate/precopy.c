@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Iterative pre-copy (Clark et al., NSDI'05): send everything, then what was written meanwhile, and so
-// on, until the rest fits the downtime limit.
+// Iterative pre-copy (Clark et al., NSDI'05): send everything, then what was written meanwhile, and
+// so on, until the rest fits the downtime limit.
 #include <errno.h>
 #include <string.h>
 
@@ -10,10 +10,10 @@
 
 // Before the first pause nobody knows the size of the state or what saving it takes; these are on
 // the high side of what tests measure (docs/migration.md) and only matter for limits near them.
-#define STATE_BYTES(cpus) (64 * KiB + (cpus) * 16 * KiB)
-#define STOP_NS(cpus)     (150000ull + (cpus) * 20000ull)
-#define SAVE_NS(cpus)     (150000ull + (cpus) * 100000ull)
-#define LOAD_NS(cpus)     (200000ull + (cpus) * 170000ull)
+#define STATE_BYTES(cpus) (64 * KiB + (cpus)*16 * KiB)
+#define STOP_NS(cpus)     (150000ull + (cpus)*20000ull)
+#define SAVE_NS(cpus)     (150000ull + (cpus)*100000ull)
+#define LOAD_NS(cpus)     (200000ull + (cpus)*170000ull)
 #define RESUME_NS         100000ull
 #define SAMPLE_MIN        (256 * KiB)
 #define BANDWIDTH_GUESS   100000000ull // bytes/s: 1 Gbit Ethernet

@@ -49,9 +49,8 @@ struct receive {
 
 void receive_params_default(struct receive_params *params)
 {
-    *params = (struct receive_params) {.handshake_ms = CHANNEL_HANDSHAKE_MS,
-                                       .idle_ms = CHANNEL_IDLE_MS,
-                                       .linger_ms = 60 * 1000};
+    *params = (struct receive_params) {
+        .handshake_ms = CHANNEL_HANDSHAKE_MS, .idle_ms = CHANNEL_IDLE_MS, .linger_ms = 60 * 1000};
 }
 
 // --- ownership
@@ -220,8 +219,8 @@ static int first_hello(struct receive *r, struct error *err)
 static int accept_migration(struct receive *r, struct error *err)
 {
     for (;;) {
-        int ret = channel_accept(&r->main, r->listen_fd, r->cancel_fd, 0, r->params.handshake_ms,
-                                 err);
+        int ret =
+            channel_accept(&r->main, r->listen_fd, r->cancel_fd, 0, r->params.handshake_ms, err);
         if (ret)
             return ret;
         ret = first_hello(r, err);
@@ -387,7 +386,8 @@ static int take_commit(struct receive *r, struct error *err)
         return error_set(err, -EPROTO, "COMMIT of another migration");
     owner_step(r, DEST_EV_COMMIT, &action);
     if (action != OWNER_RUN)
-        return error_set(err, -ECONNABORTED, "the source has been told that the guest will not run");
+        return error_set(err, -ECONNABORTED,
+                         "the source has been told that the guest will not run");
     return 0;
 }
 
@@ -488,8 +488,7 @@ static void give_up(struct receive *r, int ret, struct error *err)
     r->vm = NULL;
 }
 
-int receive_run(struct receive *r, struct vm **vm, struct receive_report *report,
-                struct error *err)
+int receive_run(struct receive *r, struct vm **vm, struct receive_report *report, struct error *err)
 {
     struct error local;
     err = err ? err : &local;

@@ -32,13 +32,14 @@ int receive_create(struct receive **r, int listen_fd, const struct migrate_hooks
 // Takes in one guest; blocks until all of it is here. hooks->arrived is called when it starts.
 //   0: *vm runs here (or is paused, as it was).
 //   error, *vm NULL: nothing is left here and nothing ever will run.
-//   error, *vm set: post-copy broke; the guest is ours but lacks pages. It is paused; keep it and `r`.
+//   error, *vm set: post-copy broke; the guest is ours but lacks pages. It is paused; keep it and
+//   `r`.
 int receive_run(struct receive *r, struct vm **vm, struct receive_report *report,
                 struct error *err);
 
 // Any thread: makes receive_run give up, unless the guest is already ours.
 void receive_cancel(struct receive *r);
 
-// After receive_run. A VM that broke in post-copy must have been stopped (vm_request_stop) before, and
-// is destroyed after.
+// After receive_run. A VM that broke in post-copy must have been stopped (vm_request_stop) before,
+// and is destroyed after.
 void receive_free(struct receive *r);

@@ -34,8 +34,7 @@ static int file_readv(struct wire *w, struct iovec *iov, unsigned nr, struct err
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
-            return error_errno(err, "%s: reading at byte %llu", w->name,
-                               (unsigned long long)w->in);
+            return error_errno(err, "%s: reading at byte %llu", w->name, (unsigned long long)w->in);
         w->in += (uint64_t)n;
         size_t left = (size_t)n;
         while (nr && left >= iov->iov_len) {
@@ -306,10 +305,10 @@ static int check_end(struct wire *w, const struct wire_record *record, uint64_t 
     struct wire_end end;
     wire_fixed(record, &end, sizeof(end));
     if (end.data_pages != data || end.zero_pages != zero || data + zero != pages)
-        return error_set(err, -EPROTO, "%s: has %llu + %llu of %llu pages, its end says %llu + %llu",
-                         w->name, (unsigned long long)data, (unsigned long long)zero,
-                         (unsigned long long)pages, (unsigned long long)end.data_pages,
-                         (unsigned long long)end.zero_pages);
+        return error_set(
+            err, -EPROTO, "%s: has %llu + %llu of %llu pages, its end says %llu + %llu", w->name,
+            (unsigned long long)data, (unsigned long long)zero, (unsigned long long)pages,
+            (unsigned long long)end.data_pages, (unsigned long long)end.zero_pages);
     char more;
     if (wire_read(w, &more, 1, NULL) != -ENODATA)
         return error_set(err, -EPROTO, "%s: bytes after its end at %llu", w->name,

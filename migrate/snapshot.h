@@ -4,7 +4,8 @@
 //   file := header (40 bytes), MACHINE, STATE, PAGES ..., END
 //
 // Page data starts at multiples of 4 KiB. Every byte is covered by a checksum: header and
-// metas by a CRC-32C, the state by one, each page by its sum; each page of memory occurs exactly once.
+// metas by a CRC-32C, the state by one, each page by its sum; each page of memory occurs exactly
+// once.
 #pragma once
 
 #include <stdint.h>

@@ -10,10 +10,10 @@
 #include <stdint.h>
 
 struct switchover_input {
-    uint64_t remaining;  // bytes of dirty pages to send while the guest stands still
-    uint64_t state;      // bytes of vCPU and device state
-    uint64_t bandwidth;  // bytes/s reached so far; 0 = not known yet
-    uint64_t stop_ns;    // to park the vCPUs and quiesce the devices
+    uint64_t remaining; // bytes of dirty pages to send while the guest stands still
+    uint64_t state;     // bytes of vCPU and device state
+    uint64_t bandwidth; // bytes/s reached so far; 0 = not known yet
+    uint64_t stop_ns;   // to park the vCPUs and quiesce the devices
     uint64_t save_ns, load_ns, resume_ns;
     uint64_t rtt_ns;     // one round trip; the switch takes two
     uint64_t limit_ns;   // downtime the user allows

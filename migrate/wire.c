@@ -20,7 +20,10 @@ struct wire_limit {
     uint32_t meta_min, meta_max, data_max;
 };
 
-#define FIXED(name, T) {name, sizeof(T), sizeof(T), 0}
+#define FIXED(name, T)                \
+    {                                 \
+        name, sizeof(T), sizeof(T), 0 \
+    }
 
 static const struct wire_limit limits[WIRE_TYPES] = {
     [WIRE_HELLO] = FIXED("hello", struct wire_hello),
@@ -32,7 +35,7 @@ static const struct wire_limit limits[WIRE_TYPES] = {
     [WIRE_PAGES] = {"pages", sizeof(struct wire_pages) + sizeof(struct wire_run),
                     sizeof(struct wire_pages) + WIRE_RUNS_MAX * sizeof(struct wire_run) +
                         WIRE_BATCH_PAGES * sizeof(uint32_t) + PAGE_SIZE,
-                    WIRE_BATCH_PAGES * PAGE_SIZE},
+                    WIRE_BATCH_PAGES *PAGE_SIZE},
     [WIRE_ROUND] = FIXED("round", struct wire_round),
     [WIRE_DISCARD] = {"discard", sizeof(struct wire_discard) + sizeof(uint64_t),
                       sizeof(struct wire_discard) + WIRE_DISCARD_WORDS * sizeof(uint64_t), 0},
@@ -149,9 +152,9 @@ int wire_get(struct wire *w, struct wire_record *record, struct error *err)
         return ret;
     uint32_t crc = wire_header_crc(h, record->meta);
     if (crc != h->crc)
-        return error_set(err, -EBADMSG, "%s at byte %llu: %s record damaged (checksum %08x, not %08x)",
-                         w->name, (unsigned long long)record->offset, wire_type_name(h->type), crc,
-                         h->crc);
+        return error_set(err, -EBADMSG,
+                         "%s at byte %llu: %s record damaged (checksum %08x, not %08x)", w->name,
+                         (unsigned long long)record->offset, wire_type_name(h->type), crc, h->crc);
     return 0;
 }
 
@@ -235,7 +238,8 @@ static int regions_check(const struct machine *m, struct error *err)
         const struct wire_region *r = &m->regions[i];
         if ((r->gpa | r->size) % PAGE_SIZE || !r->size || r->gpa < end ||
             !range_within(r->gpa, r->size, 2 * RAM_MAX))
-            return error_set(err, -EPROTO, "machine record: memory region 0x%llx+0x%llx is not valid",
+            return error_set(err, -EPROTO,
+                             "machine record: memory region 0x%llx+0x%llx is not valid",
                              (unsigned long long)r->gpa, (unsigned long long)r->size);
         end = r->gpa + r->size;
         sum += r->size;
@@ -299,9 +303,12 @@ int machine_encode(const struct machine *machine, void **meta, size_t *len, stru
     if (machine->cpuid->nent > WIRE_CPUID_MAX || json > WIRE_JSON_MAX)
         return error_set(err, -E2BIG, "machine description: %u CPUID entries, %zu bytes of text",
                          machine->cpuid->nent, json);
-    struct wire_machine head = {.ram_size = machine->ram_size, .cpus = machine->cpus,
-                                .nr_regions = machine->nr_regions, .nr_cpuid = machine->cpuid->nent,
-                                .json_len = (uint32_t)json, .flags = machine->flags};
+    struct wire_machine head = {.ram_size = machine->ram_size,
+                                .cpus = machine->cpus,
+                                .nr_regions = machine->nr_regions,
+                                .nr_cpuid = machine->cpuid->nent,
+                                .json_len = (uint32_t)json,
+                                .flags = machine->flags};
     *len = sizeof(head) + regions + cpuid + json;
     uint8_t *p = malloc(*len);
     *meta = p;
@@ -344,15 +351,16 @@ int wire_pages_parse(const struct wire_record *record, uint64_t ram_pages,
     wire_fixed(record, head, sizeof(*head));
     if (!head->nr_runs || head->nr_runs > WIRE_RUNS_MAX || head->nr_data > WIRE_BATCH_PAGES ||
         head->pad >= PAGE_SIZE || head->reserved)
-        return error_set(err, -EPROTO, "pages record: %u runs, %u pages of data, %u bytes of padding",
+        return error_set(err, -EPROTO,
+                         "pages record: %u runs, %u pages of data, %u bytes of padding",
                          head->nr_runs, head->nr_data, head->pad);
     size_t runs = head->nr_runs * sizeof(struct wire_run);
     size_t sums = head->nr_data * sizeof(uint32_t);
     if (record->header.meta_len != sizeof(*head) + runs + sums + head->pad ||
         record->header.data_len != head->nr_data * PAGE_SIZE)
-        return error_set(err, -EPROTO, "pages record: lengths %u + %u do not match %u runs, %u pages",
-                         record->header.meta_len, record->header.data_len, head->nr_runs,
-                         head->nr_data);
+        return error_set(
+            err, -EPROTO, "pages record: lengths %u + %u do not match %u runs, %u pages",
+            record->header.meta_len, record->header.data_len, head->nr_runs, head->nr_data);
     view->runs = record->meta + sizeof(*head);
     view->sums = view->runs + runs;
 

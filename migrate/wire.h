@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one format of guests in motion: migration streams and snapshot files are sequences of the same
-// records. docs/formats.md explains it; everything here is pure parsing and building.
+// The one format of guests in motion: migration streams and snapshot files are sequences of the
+// same records. docs/formats.md explains it; everything here is pure parsing and building.
 //
 //   record := header (16 bytes), meta (meta_len), data (data_len)        all little endian
 //   header := u16 type, u16 flags, u32 meta_len, u32 data_len, u32 crc
@@ -102,7 +102,7 @@ struct wire_hello {
 
 enum { WIRE_MACHINE_POSTCOPY = 1 }; // a demand connection will follow
 
-struct wire_machine { // then regions, CPUID entries, JSON
+struct wire_machine {  // then regions, CPUID entries, JSON
     uint64_t ram_size; // bytes
     uint32_t cpus;
     uint32_t nr_regions;
@@ -125,7 +125,7 @@ struct wire_pages { // then wire_run[nr_runs], u32 sum[nr_data], `pad` zero byte
     uint32_t reserved;
 };
 
-struct wire_run { // runs are in ascending order and do not overlap
+struct wire_run {   // runs are in ascending order and do not overlap
     uint64_t first; // page index
     uint32_t count; // pages, >= 1
     uint32_t kind;  // enum wire_run_kind
@@ -138,7 +138,7 @@ struct wire_round {
 };
 
 struct wire_discard { // then u64 words[]: a set bit = this page is not valid at the destination
-    uint64_t first; // page index, a multiple of 64
+    uint64_t first;   // page index, a multiple of 64
     uint64_t pages;
 };
 

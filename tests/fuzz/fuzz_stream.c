@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A hostile migration stream, read as migrate/receive.c reads it but without a VM. The checksums of the
-// input are made right first: otherwise nearly every input would end there.
+// A hostile migration stream, read as migrate/receive.c reads it but without a VM. The checksums of
+// the input are made right first: otherwise nearly every input would end there.
 #include <string.h>
 
 #include "migrate/bitmap.h"

@@ -3,6 +3,7 @@
 // byte-increment guest `incr` as memory oracle (shared/design/migration.md).
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -12,14 +13,15 @@
 #include "migrate/migrate.h"
 #include "migrate/receive.h"
 #include "migrate/snapshot.h"
+#include "migrate/wire.h"
 #include "tests/bare/bare.h"
 
-#define OK(call)                                      \
-    do {                                              \
-        struct error err = {0};                       \
-        int ok_ret = (call);                          \
-        if (ok_ret)                                   \
-            ck_abort_msg("%s: %s", #call, err.text);  \
+#define OK(call)                                     \
+    do {                                             \
+        struct error err = {0};                      \
+        int ok_ret = (call);                         \
+        if (ok_ret)                                  \
+            ck_abort_msg("%s: %s", #call, err.text); \
     } while (0)
 
 // --- the guest and its oracle
@@ -40,14 +42,13 @@ struct guest {
 static void guest_boot(struct guest *g, unsigned cpus, uint64_t memory, uint64_t pages,
                        uint64_t base, uint64_t period_us)
 {
-    struct bare_config config = {.guest = "incr",
-                                 .cpus = cpus,
-                                 .memory = memory,
-                                 .backing = g->backing,
-                                 .params = {{UCALL_P_PAGES, pages},
-                                            {UCALL_P_BASE, base},
-                                            {UCALL_P_PERIOD_US, period_us}},
-                                 .nr_params = 3};
+    struct bare_config config = {
+        .guest = "incr",
+        .cpus = cpus,
+        .memory = memory,
+        .backing = g->backing,
+        .params = {{UCALL_P_PAGES, pages}, {UCALL_P_BASE, base}, {UCALL_P_PERIOD_US, period_us}},
+        .nr_params = 3};
     g->bare = calloc(1, sizeof(*g->bare));
     g->cpus = cpus;
     g->memory = memory;
@@ -140,9 +141,8 @@ static int create_vm(void *context, const char *json, struct vm **vm, struct err
     struct host *host = context;
     if (strcmp(json, "{\"machine\":\"bare\"}"))
         return error_set(err, -EINVAL, "description '%s'", json);
-    const struct bare_config config = {.cpus = host->guest->cpus,
-                                       .memory = host->guest->memory,
-                                       .backing = host->guest->backing};
+    const struct bare_config config = {
+        .cpus = host->guest->cpus, .memory = host->guest->memory, .backing = host->guest->backing};
     host->bare = calloc(1, sizeof(*host->bare));
     bare_create(host->bare, &config);
     *vm = host->bare->vm;
@@ -228,15 +228,16 @@ static struct migrate_params params_for(struct arrival *a, enum migrate_mode mod
 static void print_report(const struct migrate_report *r)
 {
     const struct migrate_downtime *d = &r->downtime;
-    printf("%-8s rounds %u data %llu zero %llu pushed %llu demand %llu faults %llu | total %llu us, "
-           "down %llu = stop %llu save %llu last %llu transfer %llu load %llu resume %llu\n",
-           migrate_mode_name(r->mode), r->rounds, (unsigned long long)r->data_pages,
-           (unsigned long long)r->zero_pages, (unsigned long long)r->pushed_pages,
-           (unsigned long long)r->demand_pages, (unsigned long long)r->faults,
-           (unsigned long long)r->total_ns / 1000, (unsigned long long)d->total / 1000,
-           (unsigned long long)d->stop / 1000, (unsigned long long)d->save / 1000,
-           (unsigned long long)d->last_pages / 1000, (unsigned long long)d->transfer / 1000,
-           (unsigned long long)d->load / 1000, (unsigned long long)d->resume / 1000);
+    printf(
+        "%-8s rounds %u data %llu zero %llu pushed %llu demand %llu faults %llu | total %llu us, "
+        "down %llu = stop %llu save %llu last %llu transfer %llu load %llu resume %llu\n",
+        migrate_mode_name(r->mode), r->rounds, (unsigned long long)r->data_pages,
+        (unsigned long long)r->zero_pages, (unsigned long long)r->pushed_pages,
+        (unsigned long long)r->demand_pages, (unsigned long long)r->faults,
+        (unsigned long long)r->total_ns / 1000, (unsigned long long)d->total / 1000,
+        (unsigned long long)d->stop / 1000, (unsigned long long)d->save / 1000,
+        (unsigned long long)d->last_pages / 1000, (unsigned long long)d->transfer / 1000,
+        (unsigned long long)d->load / 1000, (unsigned long long)d->resume / 1000);
 }
 
 // Moves the guest to a new VM; the old one is destroyed.
@@ -375,7 +376,8 @@ static const struct {
     {MIGRATE_PRECOPY, MIGRATE_SWITCHING, act_receiver_gives_up, 0},
 };
 
-// Whatever happens before COMMIT: the guest goes on here, nothing is left there, and it can try again.
+// Whatever happens before COMMIT: the guest goes on here, nothing is left there, and it can try
+// again.
 START_TEST(test_abort_before_commit)
 {
     struct guest g = {0};
@@ -388,8 +390,7 @@ START_TEST(test_abort_before_commit)
         arrival_start(&a, &g);
         struct migrate_params p = params_for(&a, aborts[i].mode);
         OK(migration_init(&m, &err));
-        struct steer steer = {
-            .m = &m, .arrival = &a, .at = aborts[i].phase, .act = aborts[i].act};
+        struct steer steer = {.m = &m, .arrival = &a, .at = aborts[i].phase, .act = aborts[i].act};
         m.on_progress = steer_progress;
         m.on_progress_arg = &steer;
         int ret = migrate_out(g.bare->vm, &p, &m, &report, &why);
@@ -484,6 +485,286 @@ START_TEST(test_stall_policy)
 }
 END_TEST
 
+// --- a link that can be cut: forwards connections, until a byte count is reached
+
+struct relay {
+    int listen_fd, stop_fd;
+    pthread_t thread;
+    char address[64];
+    const char *target;
+    unsigned connection;         // which one is cut, counting from 0 (main, demand, query ...)
+    uint64_t to_dest, to_source; // cut before this byte goes through; UINT64_MAX = never
+    bool dead_afterwards;        // no connection gets through after the cut
+    bool cut;
+};
+
+struct pipe_pair {
+    int source, dest;
+    uint64_t to_dest, to_source; // bytes gone through
+};
+
+// Forwards what is there. False: this pair is finished.
+static bool relay_forward(struct relay *r, struct pipe_pair *p, bool counted, bool down)
+{
+    char buffer[16384];
+    uint64_t *gone = down ? &p->to_dest : &p->to_source;
+    uint64_t limit = !counted || r->cut ? UINT64_MAX : down ? r->to_dest : r->to_source;
+    int from = down ? p->source : p->dest, to = down ? p->dest : p->source;
+    ssize_t n = read(from, buffer, sizeof(buffer));
+    if (n <= 0)
+        return false;
+    bool cut = limit - *gone < (uint64_t)n;
+    if (cut)
+        n = (ssize_t)(limit - *gone);
+    *gone += (uint64_t)n;
+    if (write_all(to, buffer, (size_t)n))
+        return false;
+    r->cut |= cut;
+    return !cut;
+}
+
+static void relay_drop(struct pipe_pair *p)
+{
+    close(p->source);
+    close(p->dest);
+    *p = (struct pipe_pair) {-1, -1, 0, 0};
+}
+
+static void relay_accept(struct relay *r, struct pipe_pair *p)
+{
+    struct channel in, out;
+    struct error err;
+    if (channel_accept(&in, r->listen_fd, -1, 1000, 1000, &err))
+        return;
+    if ((r->cut && r->dead_afterwards) || channel_connect(&out, r->target, -1, 1000, &err)) {
+        channel_close(&in);
+        return;
+    }
+    *p = (struct pipe_pair) {.source = in.fd, .dest = out.fd};
+    fcntl(p->source, F_SETFL, 0);
+    fcntl(p->dest, F_SETFL, 0);
+}
+
+static void *relay_main(void *arg)
+{
+    struct relay *r = arg;
+    enum { PAIRS = 512 };
+    struct pipe_pair pairs[PAIRS];
+    struct pollfd p[2 + 2 * PAIRS];
+    unsigned nr = 0;
+    for (;;) {
+        p[0] = (struct pollfd) {.fd = r->stop_fd, .events = POLLIN};
+        p[1] = (struct pollfd) {.fd = nr < PAIRS ? r->listen_fd : -1, .events = POLLIN};
+        for (unsigned i = 0; i < nr; i++) {
+            p[2 + 2 * i] = (struct pollfd) {.fd = pairs[i].source, .events = POLLIN};
+            p[3 + 2 * i] = (struct pollfd) {.fd = pairs[i].dest, .events = POLLIN};
+        }
+        poll(p, 2 + 2 * nr, -1);
+        if (p[0].revents)
+            break;
+        for (unsigned i = 0; i < nr; i++)
+            for (unsigned down = 0; down < 2; down++)
+                if (pairs[i].source >= 0 && p[(down ? 2 : 3) + 2 * i].revents &&
+                    !relay_forward(r, &pairs[i], i == r->connection, down))
+                    relay_drop(&pairs[i]);
+        if (p[1].revents) {
+            pairs[nr] = (struct pipe_pair) {-1, -1, 0, 0};
+            relay_accept(r, &pairs[nr++]);
+        }
+    }
+    for (unsigned i = 0; i < nr; i++)
+        if (pairs[i].source >= 0)
+            relay_drop(&pairs[i]);
+    return NULL;
+}
+
+static void relay_start(struct relay *r, const char *target)
+{
+    r->target = target;
+    r->stop_fd = eventfd(0, 0);
+    OK(channel_listen("tcp:127.0.0.1:0", &r->listen_fd, r->address, sizeof(r->address), &err));
+    ck_assert_int_eq(pthread_create(&r->thread, NULL, relay_main, r), 0);
+}
+
+static void relay_end(struct relay *r)
+{
+    eventfd_write(r->stop_fd, 1);
+    pthread_join(r->thread, NULL);
+    close(r->stop_fd);
+    close(r->listen_fd);
+}
+
+// Byte positions in what the destination says: HELLO, READY, PREPARED, RUNNING.
+#define REC(T)        (WIRE_HEADER_LEN + sizeof(T))
+#define SAID_READY    (REC(struct wire_hello) + WIRE_HEADER_LEN)
+#define SAID_PREPARED (SAID_READY + REC(struct wire_times))
+#define SAID_RUNNING  (SAID_PREPARED + REC(struct wire_times))
+
+struct cut_result {
+    int ret;
+    struct migrate_report report;
+    struct error err;
+    struct arrival arrival; // joined, its receiver not yet freed
+};
+
+static void move_over(struct guest *g, enum migrate_mode mode, struct relay *relay,
+                      struct cut_result *result)
+{
+    struct arrival *a = &result->arrival;
+    struct migration m;
+    arrival_start(a, g);
+    relay_start(relay, a->address);
+    struct migrate_params p = params_for(a, mode);
+    p.to = relay->address;
+    p.ask_ms = 500;
+    OK(migration_init(&m, &err));
+    result->ret = migrate_out(g->bare->vm, &p, &m, &result->report, &result->err);
+    migration_free(&m);
+    receive_cancel(a->receive);
+    pthread_join(a->thread, NULL);
+    relay_end(relay);
+}
+
+static void arrival_free(struct arrival *a)
+{
+    receive_free(a->receive);
+    close(a->listen_fd);
+}
+
+// Exactly one side has the guest, and there it is whole. Follows it.
+static void follow(struct guest *g, struct cut_result *result)
+{
+    struct arrival *a = &result->arrival;
+    bool here = result->report.owner == SOURCE_RUNNING;
+    ck_assert_msg(here || result->report.owner == SOURCE_GONE, "owner %s: %s",
+                  owner_source_name(result->report.owner), result->err.text);
+    ck_assert_int_eq(here, a->vm == NULL);
+    ck_assert_int_eq(here, a->report.owner != DEST_RUNNING);
+    ck_assert_int_eq(here, !vm_paused(g->bare->vm));
+    if (!here) {
+        guest_end(g);
+        g->bare = a->host.bare;
+    } else {
+        ck_assert_int_lt(result->ret, 0);
+        ck_assert_ptr_null(a->host.bare);
+    }
+}
+
+// The link breaks at random places of the stream: the source goes on, or the destination has it
+// all.
+START_TEST(test_cut_anywhere)
+{
+    struct guest g = {0};
+    uint64_t seed = 7;
+    guest_boot(&g, 1, 32 * MiB, 256, 0, 0);
+    unsigned moved = 0, times = bare_long() ? 300 : 30;
+    for (unsigned i = 0; i < times; i++) {
+        struct relay relay = {.to_dest = UINT64_MAX, .to_source = UINT64_MAX};
+        struct cut_result result = {0};
+        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+        if (i % 3)
+            relay.to_dest = (seed >> 20) % (i % 2 ? 8192 : 1200000);
+        else
+            relay.to_source = (seed >> 20) % SAID_RUNNING;
+        move_over(&g, MIGRATE_PRECOPY, &relay, &result);
+        ck_assert(relay.cut || !result.ret);
+        follow(&g, &result);
+        moved += !result.ret;
+        arrival_free(&result.arrival);
+        guest_check(&g);
+    }
+    printf("cut anywhere: %u of %u moved all the same\n", moved, times);
+    guest_end(&g);
+}
+END_TEST
+
+static const struct {
+    enum migrate_mode mode;
+    uint64_t to_source; // cut after this many bytes of the destination's words
+    bool stays;         // at the source
+} cuts[] = {
+    {MIGRATE_PRECOPY, SAID_READY, true},        {MIGRATE_POSTCOPY, SAID_READY, true},
+    {MIGRATE_HYBRID, SAID_READY, true},         {MIGRATE_PRECOPY, SAID_PREPARED - 1, true},
+    {MIGRATE_PRECOPY, SAID_PREPARED, false}, // COMMIT came through, RUNNING did not: asked, yes
+    {MIGRATE_PRECOPY, SAID_RUNNING - 1, false},
+};
+
+START_TEST(test_cut_at_the_switch)
+{
+    struct guest g = {0};
+    guest_boot(&g, 2, 32 * MiB, 256, 0, 0);
+    for (unsigned i = 0; i < ARRAY_SIZE(cuts); i++) {
+        struct relay relay = {.to_dest = UINT64_MAX, .to_source = cuts[i].to_source};
+        struct cut_result result = {0};
+        move_over(&g, cuts[i].mode, &relay, &result);
+        ck_assert(relay.cut);
+        ck_assert_msg((result.report.owner == SOURCE_RUNNING) == cuts[i].stays, "cut %u: owner %s",
+                      i, owner_source_name(result.report.owner));
+        follow(&g, &result);
+        arrival_free(&result.arrival);
+        guest_check(&g);
+    }
+    guest_end(&g);
+}
+END_TEST
+
+// COMMIT was sent and nobody can be asked any more: the source stays paused and says so, until a
+// human decides. Here the guest has in fact moved, so it is the destination's that goes on.
+START_TEST(test_doubt)
+{
+    struct guest g = {0};
+    struct relay relay = {
+        .to_dest = UINT64_MAX, .to_source = SAID_PREPARED, .dead_afterwards = true};
+    struct cut_result result = {0};
+    guest_boot(&g, 1, 32 * MiB, 256, 0, 0);
+    move_over(&g, MIGRATE_PRECOPY, &relay, &result);
+    ck_assert_int_eq(result.report.owner, SOURCE_DOUBT);
+    ck_assert_int_eq(result.ret, -EOWNERDEAD);
+    ck_assert_ptr_nonnull(strstr(result.err.text, "--force-resume"));
+    ck_assert(vm_paused(g.bare->vm));
+    ck_assert_ptr_nonnull(result.arrival.vm);
+    ck_assert(!vm_paused(result.arrival.vm));
+    arrival_free(&result.arrival);
+    // The human makes sure that it does not run there, then says so.
+    bare_end(result.arrival.host.bare);
+    free(result.arrival.host.bare);
+    OK(migrate_force_resume(g.bare->vm, &result.report, &err));
+    ck_assert_int_lt(migrate_force_resume(g.bare->vm, &result.report, NULL), 0);
+    guest_check(&g);
+    guest_end(&g);
+}
+END_TEST
+
+// The link breaks while pages are pushed: the guest is the destination's, both sides stand still
+// and keep what they have; the source does not run.
+START_TEST(test_postcopy_broken)
+{
+    struct guest g = {0};
+    for (unsigned connection = 0; connection < 2; connection++) {
+        struct relay relay = {.connection = connection,
+                              .to_dest = connection ? 10000 : 400000,
+                              .to_source = UINT64_MAX};
+        struct cut_result result = {0};
+        guest_boot(&g, 1, 32 * MiB, 2048, 0, 0);
+        move_over(&g, MIGRATE_POSTCOPY, &relay, &result);
+        ck_assert(connection || (relay.cut && result.ret < 0 && result.arrival.ret < 0));
+        printf("post-copy broken: %s | %s\n", result.err.text, result.arrival.err.text);
+        ck_assert_int_eq(result.report.owner, SOURCE_GONE);
+        ck_assert_ptr_nonnull(result.arrival.vm);
+        ck_assert(vm_paused(g.bare->vm));
+        if (result.arrival.ret) {
+            ck_assert_uint_gt(result.arrival.report.missing_pages, 0);
+            ck_assert(vm_paused(result.arrival.vm));
+        }
+        vm_request_stop(result.arrival.vm, VM_STOP_HOST, 0, "test");
+        arrival_free(&result.arrival);
+        bare_end(result.arrival.host.bare);
+        free(result.arrival.host.bare);
+        guest_end(&g);
+    }
+}
+END_TEST
+
 // --- snapshots
 
 static void temp_name(char *path, size_t size)
@@ -503,8 +784,8 @@ static void snapshot_once(struct guest *g, bool paused, const char *path)
     OK(snapshot_save(g->bare->vm, path, &hooks, NULL, &report, &err));
     printf("snapshot save: %llu data %llu zero, %llu KiB, pause %llu us total %llu us\n",
            (unsigned long long)report.data_pages, (unsigned long long)report.zero_pages,
-           (unsigned long long)report.file_bytes / 1024,
-           (unsigned long long)report.pause_ns / 1000, (unsigned long long)report.total_ns / 1000);
+           (unsigned long long)report.file_bytes / 1024, (unsigned long long)report.pause_ns / 1000,
+           (unsigned long long)report.total_ns / 1000);
     ck_assert_int_eq(vm_paused(g->bare->vm), paused);
     if (paused)
         bare_resume(g->bare);
@@ -563,8 +844,8 @@ START_TEST(test_snapshot_damage)
         bad = byte ^ (uint8_t)(1u << (seed >> 61));
         ck_assert_int_eq(pwrite(fd, &bad, 1, at), 1);
         int ret = snapshot_load(path, &hooks, &vm, &report, &err);
-        ck_assert_msg(ret < 0, "flip of bit %u of byte %lld was not found",
-                      (unsigned)(seed >> 61), (long long)at);
+        ck_assert_msg(ret < 0, "flip of bit %u of byte %lld was not found", (unsigned)(seed >> 61),
+                      (long long)at);
         ck_assert_ptr_null(vm);
         ck_assert_ptr_null(host.bare);
         ck_assert_int_eq(pwrite(fd, &byte, 1, at), 1);
@@ -618,6 +899,10 @@ static void add_tests(TCase *tc)
     tcase_add_test(tc, test_abort_before_commit);
     tcase_add_test(tc, test_not_converging);
     tcase_add_test(tc, test_stall_policy);
+    tcase_add_test(tc, test_cut_anywhere);
+    tcase_add_test(tc, test_cut_at_the_switch);
+    tcase_add_test(tc, test_doubt);
+    tcase_add_test(tc, test_postcopy_broken);
     tcase_add_test(tc, test_snapshot);
     tcase_add_test(tc, test_snapshot_damage);
     tcase_add_test(tc, test_snapshot_failures);

@@ -345,9 +345,9 @@ START_TEST(test_only_no_resumes)
             enum owner_source state = after[i];
             enum owner_action action;
             int ret = owner_source_step(&state, event, &action);
-            bool may = (after[i] == SOURCE_DOUBT &&
-                        (event == SOURCE_EV_NO || event == SOURCE_EV_FORCE)) ||
-                       (after[i] == SOURCE_COMMITTING && event == SOURCE_EV_REFUSED);
+            bool may =
+                (after[i] == SOURCE_DOUBT && (event == SOURCE_EV_NO || event == SOURCE_EV_FORCE)) ||
+                (after[i] == SOURCE_COMMITTING && event == SOURCE_EV_REFUSED);
             ck_assert_int_eq(state == SOURCE_RUNNING, may);
             ck_assert_int_eq(action == OWNER_RESUME, may);
             if (ret)

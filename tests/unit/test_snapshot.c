@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The snapshot format without a VM: a small file made in memory, then every truncation, 10,000 random
-// bit flips, records dropped, doubled and exchanged.
+// The snapshot format without a VM: a small file made in memory, then every truncation, 10,000
+// random bit flips, records dropped, doubled and exchanged.
 #include <check.h>
 #include <errno.h>
 #include <stdio.h>
@@ -38,8 +38,11 @@ static int image_writev(struct wire *w, struct iovec *iov, unsigned nr, struct e
 static void write_machine(struct image *image)
 {
     struct kvm_cpuid2 cpuid = {.nent = 0};
-    struct machine machine = {.ram_size = MEMORY, .cpus = 1, .nr_regions = 1, .cpuid = &cpuid,
-                              .json = (char *)(uintptr_t)"{}"};
+    struct machine machine = {.ram_size = MEMORY,
+                              .cpus = 1,
+                              .nr_regions = 1,
+                              .cpuid = &cpuid,
+                              .json = (char *)(uintptr_t) "{}"};
     machine.regions[0] = (struct wire_region) {0, MEMORY};
     void *meta;
     size_t len;
@@ -74,8 +77,8 @@ static void write_pages(struct image *image)
 static void image_create(struct image *image)
 {
     *image = (struct image) {.wire = {.name = "image", .writev = image_writev}};
-    struct snapshot_header header = {.version = WIRE_VERSION, .oldest = WIRE_VERSION,
-                                     .kind = SNAPSHOT_FULL};
+    struct snapshot_header header = {
+        .version = WIRE_VERSION, .oldest = WIRE_VERSION, .kind = SNAPSHOT_FULL};
     memcpy(header.magic, SNAPSHOT_MAGIC, sizeof(header.magic));
     header.crc = crc32c(0, &header, offsetof(struct snapshot_header, crc));
     struct iovec iov = {&header, sizeof(header)};

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The record format: round trips, every truncation and every single-bit flip of a recorded stream,
-// claims that lie; and the pure helpers beside it (checksums, bitmaps, switch-over rule, push order).
+// claims that lie; and the pure helpers beside it (checksums, bitmaps, switch-over rule, push
+// order).
 #include <check.h>
 #include <errno.h>
 #include <stdio.h>
@@ -174,7 +175,7 @@ START_TEST(test_stream_truncated)
     memory_create(&to, MEMORY);
     record_stream(&r, &from);
     // Every length where a header or meta may be cut; inside page data every 97th.
-    for (size_t len = 0; len < r.len; len += len % PAGE_SIZE > 600 && len + 97 < r.len ? 97 : 1) {
+    for (size_t len = 0; len<r.len; len += len % PAGE_SIZE> 600 && len + 97 < r.len ? 97 : 1) {
         struct error err = {0};
         ck_assert_msg(read_stream(r.data, len, &to, &err) == -ENODATA, "%zu of %zu bytes: %s", len,
                       r.len, err.text);
@@ -193,7 +194,7 @@ START_TEST(test_stream_flipped)
     memory_create(&to, MEMORY);
     record_stream(&r, &from);
     unsigned flips = 0;
-    for (size_t at = 0; at < r.len; at += at > 2048 ? 41 : 1)
+    for (size_t at = 0; at<r.len; at += at> 2048 ? 41 : 1)
         for (unsigned bit = at % 2; bit < 8; bit += 2, flips++) {
             r.data[at] ^= (uint8_t)(1u << bit);
             ck_assert_msg(read_stream(r.data, r.len, &to, NULL) < 0,
@@ -212,9 +213,9 @@ END_TEST
 
 static int parse_pages(const void *meta, uint32_t len, uint32_t data_len, uint64_t ram_pages)
 {
-    struct wire_record record = {.header = {.type = WIRE_PAGES, .meta_len = len,
-                                            .data_len = data_len},
-                                 .meta = (uint8_t *)(uintptr_t)meta};
+    struct wire_record record = {
+        .header = {.type = WIRE_PAGES, .meta_len = len, .data_len = data_len},
+        .meta = (uint8_t *)(uintptr_t)meta};
     struct wire_pages_view view;
     struct error err;
     int ret = wire_header_check(&record.header, &err);
@@ -238,11 +239,11 @@ START_TEST(test_pages_lies)
     ck_assert_int_lt(parse_pages(&good, len, data - 1, 107), 0);
     ck_assert_int_lt(parse_pages(&good, len, 0, 107), 0);
     struct lying_pages bad;
-#define LIE(change)                                                                      \
-    do {                                                                                 \
-        bad = good;                                                                      \
-        bad.change;                                                                      \
-        ck_assert_msg(parse_pages(&bad, len, data, 107) < 0, "accepted: %s", #change);   \
+#define LIE(change)                                                                    \
+    do {                                                                               \
+        bad = good;                                                                    \
+        bad.change;                                                                    \
+        ck_assert_msg(parse_pages(&bad, len, data, 107) < 0, "accepted: %s", #change); \
     } while (0)
     LIE(head.nr_runs = 0);
     LIE(head.nr_runs = 1);
@@ -282,12 +283,12 @@ START_TEST(test_machine_lies)
     machine_free(&parsed);
     struct wire_machine *head = meta, good = *head;
     struct wire_region *region = (struct wire_region *)(head + 1), good_region = *region;
-#define LIE(change)                                                                          \
-    do {                                                                                     \
-        change;                                                                              \
-        ck_assert_msg(machine_parse(&record, &parsed, &err) < 0, "accepted: %s", #change);   \
-        *head = good;                                                                        \
-        *region = good_region;                                                               \
+#define LIE(change)                                                                        \
+    do {                                                                                   \
+        change;                                                                            \
+        ck_assert_msg(machine_parse(&record, &parsed, &err) < 0, "accepted: %s", #change); \
+        *head = good;                                                                      \
+        *region = good_region;                                                             \
     } while (0)
     LIE(head->ram_size = 0);
     LIE(head->ram_size = 1ull << 40);
@@ -535,8 +536,7 @@ START_TEST(test_crc32c)
         data[i] = (uint8_t)i;
     ck_assert_uint_eq(crc32c(0, data, 32), 0x46dd794e);
     for (unsigned cut = 0; cut < 40; cut++)
-        ck_assert_uint_eq(crc32c(crc32c(0, data, cut), data + cut, 40 - cut),
-                          crc32c(0, data, 40));
+        ck_assert_uint_eq(crc32c(crc32c(0, data, cut), data + cut, 40 - cut), crc32c(0, data, 40));
     uint32_t lanes[4], sum = page_sum(data);
     for (unsigned i = 0; i < 4; i++)
         lanes[i] = crc32c(0, data + i * 1024, 1024);
@@ -572,31 +572,57 @@ static const struct {
     {"nothing left", {.bandwidth = 1000000000, .limit_ns = 0, .round = 1}, SWITCHOVER_STOP, 0},
     {"fits exactly",
      {.remaining = 1000000, .bandwidth = 1000000000, .limit_ns = 1000000, .round = 1},
-     SWITCHOVER_STOP, 1000000},
+     SWITCHOVER_STOP,
+     1000000},
     {"one byte too much",
      {.remaining = 1000001, .bandwidth = 1000000000, .limit_ns = 1000000, .round = 1},
-     SWITCHOVER_CONTINUE, 1000001},
+     SWITCHOVER_CONTINUE,
+     1000001},
     {"state counts",
-     {.remaining = 900000, .state = 100001, .bandwidth = 1000000000, .limit_ns = 1000000,
+     {.remaining = 900000,
+      .state = 100001,
+      .bandwidth = 1000000000,
+      .limit_ns = 1000000,
       .round = 1},
-     SWITCHOVER_CONTINUE, 1000001},
+     SWITCHOVER_CONTINUE,
+     1000001},
     {"every part counts",
-     {.remaining = 1000, .bandwidth = 1000000000, .stop_ns = 1, .save_ns = 10, .load_ns = 100,
-      .resume_ns = 1000, .rtt_ns = 10000, .limit_ns = 22111, .round = 1},
-     SWITCHOVER_STOP, 22111},
-    {"bandwidth unknown", {.remaining = 1, .limit_ns = 1000, .round = 1}, SWITCHOVER_CONTINUE,
+     {.remaining = 1000,
+      .bandwidth = 1000000000,
+      .stop_ns = 1,
+      .save_ns = 10,
+      .load_ns = 100,
+      .resume_ns = 1000,
+      .rtt_ns = 10000,
+      .limit_ns = 22111,
+      .round = 1},
+     SWITCHOVER_STOP,
+     22111},
+    {"bandwidth unknown",
+     {.remaining = 1, .limit_ns = 1000, .round = 1},
+     SWITCHOVER_CONTINUE,
      UINT64_MAX},
-    {"stalled", {.remaining = 2000, .bandwidth = 1, .round = 3, .max_rounds = 3},
-     SWITCHOVER_STALLED, 2000000000000},
-    {"not yet stalled", {.remaining = 2000, .bandwidth = 1, .round = 2, .max_rounds = 3},
-     SWITCHOVER_CONTINUE, 2000000000000},
+    {"stalled",
+     {.remaining = 2000, .bandwidth = 1, .round = 3, .max_rounds = 3},
+     SWITCHOVER_STALLED,
+     2000000000000},
+    {"not yet stalled",
+     {.remaining = 2000, .bandwidth = 1, .round = 2, .max_rounds = 3},
+     SWITCHOVER_CONTINUE,
+     2000000000000},
     {"fits in the last round",
      {.remaining = 1, .bandwidth = 1000000000, .limit_ns = 1, .round = 3, .max_rounds = 3},
-     SWITCHOVER_STOP, 1},
+     SWITCHOVER_STOP,
+     1},
     {"sums saturate",
-     {.remaining = UINT64_MAX, .state = UINT64_MAX, .bandwidth = 1, .stop_ns = UINT64_MAX,
-      .limit_ns = UINT64_MAX - 1, .round = 1},
-     SWITCHOVER_CONTINUE, UINT64_MAX},
+     {.remaining = UINT64_MAX,
+      .state = UINT64_MAX,
+      .bandwidth = 1,
+      .stop_ns = UINT64_MAX,
+      .limit_ns = UINT64_MAX - 1,
+      .round = 1},
+     SWITCHOVER_CONTINUE,
+     UINT64_MAX},
 };
 
 START_TEST(test_switchover)
