@@ -75,7 +75,7 @@ static void *demand_main(void *arg)
     return NULL;
 }
 
-static int send_discard(struct outgoing *out, struct error *err)
+int postcopy_discard(struct outgoing *out, struct error *err)
 {
     uint64_t pages = out->vm->ram.pages;
     autofree uint8_t *meta =
@@ -97,7 +97,7 @@ static int send_discard(struct outgoing *out, struct error *err)
 
 int postcopy_begin(struct outgoing *out, struct error *err)
 {
-    int ret = send_discard(out, err);
+    int ret = postcopy_discard(out, err);
     if (ret)
         return ret;
     struct postcopy_source *ps = calloc(1, sizeof(*ps));

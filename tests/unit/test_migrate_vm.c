@@ -594,10 +594,11 @@ static void relay_end(struct relay *r)
     close(r->listen_fd);
 }
 
-// Byte positions in what the destination says: HELLO, READY, PREPARED, RUNNING.
+// Byte positions in what the destination says in a pre-copy of one round.
 #define REC(T)        (WIRE_HEADER_LEN + sizeof(T))
 #define SAID_READY    (REC(struct wire_hello) + WIRE_HEADER_LEN)
-#define SAID_PREPARED (SAID_READY + REC(struct wire_times))
+#define SAID_ROUND    (SAID_READY + REC(struct wire_round))
+#define SAID_PREPARED (SAID_ROUND + REC(struct wire_times))
 #define SAID_RUNNING  (SAID_PREPARED + REC(struct wire_times))
 
 struct cut_result {
@@ -617,6 +618,7 @@ static void move_over(struct guest *g, enum migrate_mode mode, struct relay *rel
     struct migrate_params p = params_for(a, mode);
     p.to = relay->address;
     p.ask_ms = 500;
+    p.downtime_ns = 3600000000000; // one round is enough
     OK(migration_init(&m, &err));
     result->ret = migrate_out(g->bare->vm, &p, &m, &result->report, &result->err);
     migration_free(&m);
@@ -684,7 +686,8 @@ static const struct {
     bool stays;         // at the source
 } cuts[] = {
     {MIGRATE_PRECOPY, SAID_READY, true},        {MIGRATE_POSTCOPY, SAID_READY, true},
-    {MIGRATE_HYBRID, SAID_READY, true},         {MIGRATE_PRECOPY, SAID_PREPARED - 1, true},
+    {MIGRATE_HYBRID, SAID_READY, true},         {MIGRATE_HYBRID, SAID_ROUND, true},
+    {MIGRATE_PRECOPY, SAID_ROUND, true},        {MIGRATE_PRECOPY, SAID_PREPARED - 1, true},
     {MIGRATE_PRECOPY, SAID_PREPARED, false}, // COMMIT came through, RUNNING did not: asked, yes
     {MIGRATE_PRECOPY, SAID_RUNNING - 1, false},
 };
