@@ -486,6 +486,7 @@ static int settle(struct receive *r, int ret, struct error *err)
         r->postcopy = NULL;
         return 0;
     }
+    postcopy_dest_cause(r->postcopy, err);
     postcopy_dest_stop(r->postcopy);
     r->report->missing_pages = postcopy_dest_missing(r->postcopy);
     if (!r->report->missing_pages) {

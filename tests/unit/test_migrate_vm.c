@@ -248,9 +248,12 @@ static void guest_move(struct guest *g, enum migrate_mode mode, struct migrate_r
     arrival_start(&a, g);
     struct migrate_params p = params_for(&a, mode);
     OK(migration_init(&m, &err));
-    OK(migrate_out(g->bare->vm, &p, &m, report, &err));
+    struct error why = {0};
+    int sent = migrate_out(g->bare->vm, &p, &m, report, &why);
     migration_free(&m);
+    receive_cancel(a.receive);
     int ret = arrival_join(&a);
+    ck_assert_msg(!sent, "migrate: %s; receive: %s", why.text, a.err.text);
     ck_assert_msg(!ret, "receive: %s", a.err.text);
     ck_assert_int_eq(report->owner, SOURCE_GONE);
     ck_assert_int_eq(a.report.owner, DEST_RUNNING);
