@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import tempfile
@@ -149,7 +148,7 @@ class Vm(Process):
         ours, theirs = socket.socketpair()
         self.socket = ours
         argv = [ferry, command, *args, "--name", self.name, "--console", f"fd:{theirs.fileno()}"]
-        if namespace:
+        if namespace:  # a Namespaces.Side
             argv = namespace.enter + argv
         super().__init__(argv, env=lab.env, pass_fds=(theirs.fileno(),),
                          stdout=subprocess.DEVNULL)
@@ -310,9 +309,6 @@ class LabTest(unittest.TestCase):
         self.assertIn(text, vm.errors())
         self.assertEqual([], [s for s in self.lab.sockets() if s.startswith(vm.name + ".")])
 
-
-def signal_name(number):
-    return signal.Signals(number).name
 
 
 if __name__ == "__main__":
