@@ -261,9 +261,13 @@ void control_destroy(struct control *c)
 
 int control_path(const char *name, char *path, size_t size, struct error *err)
 {
-    if (!*name || strchr(name, '/') || *name == '.' || strlen(name) > 63)
+    bool plain = *name && *name != '.' && strlen(name) <= 63;
+    for (const char *p = name; *p; p++)
+        plain &= *p != '/' && (unsigned char)*p >= ' ' && *p != 0x7f;
+    if (!plain)
         return error_set(err, -EINVAL,
-                         "VM name '%s': expected 1 to 63 characters, no '/', not starting with '.'",
+                         "VM name '%s': expected 1 to 63 characters, no '/', no control "
+                         "characters, not starting with '.'",
                          name);
     const char *dir = getenv("FERRY_RUN_DIR"), *user = getenv("XDG_RUNTIME_DIR");
     char base[256];
