@@ -25,6 +25,7 @@ import ferrylab as lab
 PACKAGE = "linux-image-cloud-amd64"
 CMDLINE = "console=ttyS0 nokaslr panic=-1 quiet"
 MEMORY_MIB = 128
+LIMIT = 4 * lab.LIMIT  # a minute of emulation each, when nothing else runs
 
 RIP = re.compile(r"\brip ([0-9a-f]{16})  cs \w+ \(ring 0\)")
 BYTES = re.compile(r"bytes at rip: ((?:[0-9a-f]{2} ?)+)\n")
@@ -145,7 +146,7 @@ class QemuStop:
     def get(self):
         """RIP and the bytes from there on."""
         if self.process:
-            code = self.process.stderr.wait(QEMU_CODE)
+            code = self.process.stderr.wait(QEMU_CODE, limit=LIMIT)
             dump = bytes(self.process.stderr.data)
             stop = {"rip": QEMU_RIP.search(dump).group(1).decode(),
                     "bytes": (code.group(1) + code.group(2)).decode().split()}
@@ -176,7 +177,7 @@ class Stock(unittest.TestCase):
     def stop_of(self, kind):
         """RIP and bytes in ferry's diagnosis."""
         vm = self.vms[kind]
-        self.assertEqual(lab.EMULATION, vm.wait(), vm.errors())
+        self.assertEqual(lab.EMULATION, vm.wait(LIMIT), vm.errors())
         text = vm.errors()
         rip, code = RIP.search(text), BYTES.search(text)
         self.assertTrue(rip and code, text)
@@ -185,7 +186,7 @@ class Stock(unittest.TestCase):
     def check_explained(self, kind):
         if not self.emulated:
             vm = self.vms[kind]
-            vm.wait_for(b"Kernel panic - not syncing: VFS")
+            vm.wait_for(b"Kernel panic - not syncing: VFS", limit=LIMIT)
             return
         self.stop_of(kind)
         text = self.vms[kind].errors()
