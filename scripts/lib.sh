@@ -32,7 +32,6 @@ guest make                builds the guest kernel
 guest bc                  generates the guest kernel's time constants
 guest bison               parser of the guest kernel's configuration
 guest flex                scanner of the guest kernel's configuration
-guest libelf-dev          the guest kernel's build tools read ELF
 guest patch               applies our quirk patches to the guest kernel
 guest xz-utils            unpacks the kernel source
 guest cpio                packs the guest's initramfs
@@ -44,6 +43,7 @@ test libclang-rt-14-dev   sanitizer and libFuzzer run time of clang
 test lz4                  makes lz4 kernels, seeds of the fuzzers
 test zstd                 makes zstd kernels, seeds of the fuzzers
 test iproute2             two "hosts" are two network namespaces
+test qemu-system-x86      a stock kernel must get as far under Ferry as under it
 test acpica-tools         disassembles the ACPI tables a guest gets
 bench qemu-system-x86     the peer the benchmarks run beside Ferry
 dev clang-format          formats the C code

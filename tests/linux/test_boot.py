@@ -25,12 +25,12 @@ def spec(cpus, memory_mib, *args, append=None, **options):
 
 def specs():
     """In the order of the tests."""
-    keyboard = lab.guest_cmdline("reboot=k", drop=["reboot="])
+    triple = lab.guest_cmdline("acpi=off reboot=t", drop=["reboot="])
     return {
-        "one": spec(1, 128, "--boot", "linux64", append=keyboard),
+        "one": spec(1, 128, "--boot", "linux64"),
         "two": spec(2, 96, "--boot", "pvh"),
         "four": spec(4, 160, kernel="bzImage"),
-        "mptable": spec(2, 128, append=lab.guest_cmdline("acpi=off")),
+        "mptable": spec(2, 128, append=triple),
         "panic": spec(1, 64, initrd=False),
     }
 
