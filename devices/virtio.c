@@ -241,7 +241,7 @@ void virtio_status_write(struct virtio *v, uint8_t value)
     if (wanted & ~old & VIRTIO_FEATURES_OK && !features_good(v)) {
         driver_blame(v, "features 0x%llx of 0x%llx: not accepted", (unsigned long long)v->accepted,
                      (unsigned long long)v->offered);
-        wanted &= (uint8_t)~(VIRTIO_FEATURES_OK | VIRTIO_DRIVER_OK); // the driver sees it missing
+        wanted &= (uint8_t) ~(VIRTIO_FEATURES_OK | VIRTIO_DRIVER_OK); // the driver sees it missing
     }
     v->status |= wanted;
     if (!(wanted & ~old & VIRTIO_DRIVER_OK))
@@ -264,8 +264,7 @@ uint64_t virtio_config_read(const struct virtio *v, uint64_t offset, unsigned si
 
 void virtio_config_write(struct virtio *v, uint64_t offset, unsigned size, uint64_t value)
 {
-    if (v->ops->config_write && size <= sizeof(value) &&
-        range_within(offset, size, v->config_len))
+    if (v->ops->config_write && size <= sizeof(value) && range_within(offset, size, v->config_len))
         v->ops->config_write(v, (uint32_t)offset, size, value);
 }
 
@@ -289,7 +288,7 @@ int virtio_realize(struct virtio *v, const struct virtio_setup *s, struct error 
     v->ops = s->ops;
     v->transport = s->attach->transport;
     v->features = s->features | VIRTIO_F_VERSION_1 | VIRTIO_F_INDIRECT | VIRTIO_F_EVENT_IDX |
-                 (s->attach->packed ? VIRTIO_F_PACKED : 0);
+                  (s->attach->packed ? VIRTIO_F_PACKED : 0);
     v->offered = v->features;
     v->nr_queues = s->nr_queues;
     v->config_len = s->config_len;
@@ -372,7 +371,8 @@ int virtio_save(void *object, struct error *err)
 static int fields_check(const struct virtio *v, struct error *err)
 {
     if (v->offered != v->features)
-        return error_set(err, -EINVAL, "the guest was offered features 0x%llx, here they are 0x%llx",
+        return error_set(err, -EINVAL,
+                         "the guest was offered features 0x%llx, here they are 0x%llx",
                          (unsigned long long)v->offered, (unsigned long long)v->features);
     bool negotiated = v->status & VIRTIO_FEATURES_OK;
     if (!status_order(v->status) || (negotiated && !features_good(v)))

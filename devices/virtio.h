@@ -23,8 +23,8 @@
 
 enum {
     VIRTIO_QUEUES_MAX = 16,
-    VIRTIO_CONFIG_MAX = 256,             // bytes of config space
-    VIRTIO_SAVED_MAX = 512 * 1024,       // bytes of saved queues
+    VIRTIO_CONFIG_MAX = 256,       // bytes of config space
+    VIRTIO_SAVED_MAX = 512 * 1024, // bytes of saved queues
 };
 
 enum { VIRTIO_ID_RNG = 4, VIRTIO_ID_BLK = 2 }; // section 5
@@ -51,8 +51,8 @@ struct virtio;
 
 struct virtio_ops {
     uint32_t id; // VIRTIO_ID_...
-    // Takes what virtio_next gives until it gives nothing: true. False: it can take no more now, and
-    // will ring (virtio_ring) when it can.
+    // Takes what virtio_next gives until it gives nothing: true. False: it can take no more now,
+    // and will ring (virtio_ring) when it can.
     bool (*run)(struct virtio *v, unsigned queue);
     // Returns when nothing of the device is under way outside. May be NULL.
     void (*drain)(struct virtio *v);
@@ -68,7 +68,7 @@ struct virtio_transport {
     // Connects registers, v->bells[queue]->fd (doorbells) and the interrupt. `place` is the
     // transport's own struct.
     int (*attach)(struct virtio *v, const void *place, struct error *err);
-    void (*detach)(struct virtio *v); // also after a failed attach
+    void (*detach)(struct virtio *v);            // also after a failed attach
     void (*signal)(struct virtio *v, int queue); // raises an interrupt; queue -1: configuration
 };
 
@@ -152,23 +152,23 @@ void virtio_bell_close(struct virtio_bell *bell); // NULL is fine; when or where
 
 // Fields of a device's state table, T being its struct with `struct virtio v` in it, and the hooks
 // that go with them: virtio_load checks them, and nothing of the device's own.
-#define VIRTIO_STATE_FIELDS(T)                                                                     \
-    STATE_FIELD_INT(T, v.offered, 1), STATE_FIELD_INT(T, v.accepted, 1),                           \
-        STATE_FIELD_INT(T, v.status, 1), STATE_FIELD_INT(T, v.isr, 1),                             \
-        STATE_FIELD_INT(T, v.generation, 1), STATE_FIELD_INT(T, v.offered_sel, 1),                 \
-        STATE_FIELD_INT(T, v.accepted_sel, 1), STATE_FIELD_INT(T, v.queue_sel, 1),                 \
+#define VIRTIO_STATE_FIELDS(T)                                                     \
+    STATE_FIELD_INT(T, v.offered, 1), STATE_FIELD_INT(T, v.accepted, 1),           \
+        STATE_FIELD_INT(T, v.status, 1), STATE_FIELD_INT(T, v.isr, 1),             \
+        STATE_FIELD_INT(T, v.generation, 1), STATE_FIELD_INT(T, v.offered_sel, 1), \
+        STATE_FIELD_INT(T, v.accepted_sel, 1), STATE_FIELD_INT(T, v.queue_sel, 1), \
         STATE_FIELD_VAR(T, v.saved, v.saved_len, 1)
 int virtio_save(void *v, struct error *err);
 int virtio_load(void *v, uint16_t version, struct error *err);
 
 // --- for transports; dev.lock is held
 
-uint32_t virtio_features_read(const struct virtio *v);             // half that offered_sel names
-void virtio_features_write(struct virtio *v, uint32_t value);      // half that accepted_sel names
-void virtio_status_write(struct virtio *v, uint8_t value);         // 0 resets
-struct virtqueue *virtio_selected(struct virtio *v);               // NULL: no such queue
+uint32_t virtio_features_read(const struct virtio *v);        // half that offered_sel names
+void virtio_features_write(struct virtio *v, uint32_t value); // half that accepted_sel names
+void virtio_status_write(struct virtio *v, uint8_t value);    // 0 resets
+struct virtqueue *virtio_selected(struct virtio *v);          // NULL: no such queue
 // The selected queue while its size and addresses may be written, else NULL.
 struct virtqueue *virtio_configurable(struct virtio *v);
-void virtio_queue_ready(struct virtio *v, bool ready);             // of the selected queue
+void virtio_queue_ready(struct virtio *v, bool ready); // of the selected queue
 uint64_t virtio_config_read(const struct virtio *v, uint64_t offset, unsigned size);
 void virtio_config_write(struct virtio *v, uint64_t offset, unsigned size, uint64_t value);

@@ -39,7 +39,7 @@ struct range_segment {
 };
 
 struct __attribute__((packed)) blk_space { // config space, 5.2.4
-    uint64_t capacity; // sectors
+    uint64_t capacity;                     // sectors
     uint32_t size_max, seg_max;
     uint16_t cylinders;
     uint8_t heads, sectors;
@@ -86,9 +86,9 @@ struct virtio_blk {
     struct virtio_bell *completion;
     struct request *pool, *free;
     unsigned in_flight;
-    bool lost;         // the image belongs to somebody else
+    bool lost;            // the image belongs to somebody else
     uint8_t flush_failed; // see the header
-    uint32_t touched;  // queues with completions not yet signalled, a bit each
+    uint32_t touched;     // queues with completions not yet signalled, a bit each
     uint8_t serial[BLK_SERIAL_MAX];
 };
 
@@ -147,7 +147,8 @@ static void zeroes_iov(struct request *r)
     }
 }
 
-// Punching keeps the size, and reads give zeroes afterwards. Without leave to unmap, the space stays.
+// Punching keeps the size, and reads give zeroes afterwards. Without leave to unmap, the space
+// stays.
 static int range_mode(const struct request *r)
 {
     bool unmap = r->type == T_DISCARD || r->range_flags & ZEROES_UNMAP;
@@ -388,7 +389,8 @@ static bool blk_run(struct virtio *v, unsigned queue)
             virtio_push(v, queue, &r->chain, 0);
             r->next = b->free;
             b->free = r;
-            virtio_break(v, queue, "request without %s", r->chain.in_len ? "header" : "status byte");
+            virtio_break(v, queue, "request without %s",
+                         r->chain.in_len ? "header" : "status byte");
             break;
         }
         int status = request_begin(b, r, &h);
@@ -399,15 +401,13 @@ static bool blk_run(struct virtio *v, unsigned queue)
     return true;
 }
 
-static const struct virtio_ops blk_ops = {
-    .id = VIRTIO_ID_BLK, .run = blk_run, .drain = blk_drain};
+static const struct virtio_ops blk_ops = {.id = VIRTIO_ID_BLK, .run = blk_run, .drain = blk_drain};
 
 // --- the image
 
 static struct flock image_lock(const struct virtio_blk *b)
 {
-    return (struct flock) {.l_type = b->config.read_only ? F_RDLCK : F_WRLCK,
-                           .l_whence = SEEK_SET};
+    return (struct flock) {.l_type = b->config.read_only ? F_RDLCK : F_WRLCK, .l_whence = SEEK_SET};
 }
 
 static int image_busy(const struct virtio_blk *b, struct error *err)
@@ -503,8 +503,8 @@ static int ring_create(struct virtio_blk *b, struct error *err)
     if (ret)
         return error_set(err, ret, "io_uring_setup: %s", strerror(-ret));
     b->ring_up = true;
-    const int files[] = {[FILE_CACHED] = b->fd,
-                         [FILE_DIRECT] = b->direct_fd >= 0 ? b->direct_fd : b->fd};
+    const int files[] = {
+        [FILE_CACHED] = b->fd, [FILE_DIRECT] = b->direct_fd >= 0 ? b->direct_fd : b->fd};
     ret = io_uring_register_files(&b->ring, files, ARRAY_SIZE(files));
     if (ret)
         return error_set(err, ret, "io_uring_register_files: %s", strerror(-ret));
@@ -521,7 +521,7 @@ static int ring_create(struct virtio_blk *b, struct error *err)
 static int pool_create(struct virtio_blk *b, struct error *err)
 {
     size_t n = (size_t)b->config.queues * QUEUE_SIZE + 1; // one to look with
-    b->pool = calloc(n, sizeof(*b->pool)); // touched as far as it is used
+    b->pool = calloc(n, sizeof(*b->pool));                // touched as far as it is used
     if (!b->pool)
         return error_set(err, -ENOMEM, "no memory for %zu requests", n);
     for (size_t i = n; i-- > 0;) {
@@ -636,8 +636,7 @@ static int blk_load(void *object, uint16_t version, struct error *err)
     int ret = image_size(b, &st, err);
     if (!ret && saved != b->capacity)
         ret = error_set(err, -EINVAL, "%s has %llu bytes, the disk that was saved had %llu",
-                        b->config.path, (unsigned long long)b->capacity,
-                        (unsigned long long)saved);
+                        b->config.path, (unsigned long long)b->capacity, (unsigned long long)saved);
     if (!ret)
         ret = image_free(b, err); // a migration's source has given it up; it is taken on resume
     return ret ? ret : virtio_load(&b->v, version, err);

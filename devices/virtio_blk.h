@@ -11,11 +11,12 @@
 // answered with success. When a flush has failed, the kernel may have dropped what was not written;
 // every later flush fails, too, until the VM ends.
 //
-// Lock. A writable image is locked (OFD lock) against every other opener that takes locks; a read-only
-// one may be shared with readers. When a VM is saved its lock is given up (the VM is paused), so
-// that a destination can continue it; whoever does continue, there or here, takes the lock on resume.
-// Loading saved state fails when the image is locked by somebody then. Resume cannot fail: a device
-// that finds its image taken answers every request with an error, and says so in the log.
+// Lock. A writable image is locked (OFD lock) against every other opener that takes locks; a
+// read-only one may be shared with readers. When a VM is saved its lock is given up (the VM is
+// paused), so that a destination can continue it; whoever does continue, there or here, takes the
+// lock on resume. Loading saved state fails when the image is locked by somebody then. Resume
+// cannot fail: a device that finds its image taken answers every request with an error, and says so
+// in the log.
 #pragma once
 
 #include "devices/virtio.h"

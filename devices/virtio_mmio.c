@@ -26,7 +26,7 @@ enum {
     REG_ISR = 0x060,
     REG_ISR_ACK = 0x064,
     REG_STATUS = 0x070,
-    REG_QUEUE_DESC = 0x080,   // and the high half after it, as the next two
+    REG_QUEUE_DESC = 0x080, // and the high half after it, as the next two
     REG_QUEUE_DRIVER = 0x090,
     REG_QUEUE_DEVICE = 0x0a0,
     REG_SHM_LEN = 0x0b0, // to 0x0bc: length and base of a shared memory region, all ones = none
@@ -79,8 +79,7 @@ static void address_write(struct virtio *v, uint64_t offset, uint32_t value)
     uint64_t *slot = offset < REG_QUEUE_DRIVER   ? &vq->desc_gpa
                      : offset < REG_QUEUE_DEVICE ? &vq->driver_gpa
                                                  : &vq->device_gpa;
-    *slot = offset & 4 ? (uint32_t)*slot | (uint64_t)value << 32
-                       : (*slot & ~0xffffffffull) | value;
+    *slot = offset & 4 ? (uint32_t)*slot | (uint64_t)value << 32 : (*slot & ~0xffffffffull) | value;
 }
 
 static void size_write(struct virtio *v, uint32_t value)
@@ -179,8 +178,8 @@ static int mmio_attach(struct virtio *v, const void *place, struct error *err)
         return error_errno(err, "eventfd");
 
     struct vm *vm = v->dev.vm;
-    struct bus_range range = {m->place.base, VIRTIO_MMIO_LEN, v->dev.class->name, &mmio_ops,
-                              &v->dev, &v->dev.lock};
+    struct bus_range range = {m->place.base, VIRTIO_MMIO_LEN, v->dev.class->name,
+                              &mmio_ops,     &v->dev,         &v->dev.lock};
     int ret = wiring->irqfd(vm, m->place.gsi, m->irq_fd, -1, err);
     for (unsigned i = 0; i < v->nr_queues && !ret; i++)
         ret = wiring->doorbell(vm, m->place.base + REG_NOTIFY, i, v->bells[i]->fd, err);
@@ -226,9 +225,9 @@ int virtio_mmio_cmdline(const struct acpi_virtio_mmio *windows, unsigned nr, cha
     if (size)
         *text = 0;
     for (unsigned i = 0; i < nr; i++) {
-        int n = snprintf(text + len, size - len, " virtio_mmio.device=%uK@0x%llx:%u",
-                         windows[i].len / 1024, (unsigned long long)windows[i].base,
-                         windows[i].gsi);
+        int n =
+            snprintf(text + len, size - len, " virtio_mmio.device=%uK@0x%llx:%u",
+                     windows[i].len / 1024, (unsigned long long)windows[i].base, windows[i].gsi);
         if (n < 0 || (size_t)n >= size - len)
             return error_set(err, -ENOSPC, "%u virtio-mmio windows do not fit into %zu bytes", nr,
                              size);

@@ -40,7 +40,7 @@ struct replay_chain {
     struct replay_segment {
         uint64_t gpa;
         uint32_t len;
-    } *segments;
+    } * segments;
 };
 
 struct virtqueue_replay {
@@ -138,16 +138,16 @@ static int rings_map(struct virtqueue *vq, struct error *err)
     if (!vq->size || vq->size > vq->size_max || (!vq->packed && !power_of_two))
         return error_set(err, -EINVAL, "%u entries: expected 1 to %u%s", vq->size, vq->size_max,
                          vq->packed ? "" : ", a power of two");
-    const char *const *names = vq->packed
-        ? (const char *const[]) {"descriptor ring", "driver event area", "device event area"}
-        : (const char *const[]) {"descriptor table", "available ring", "used ring"};
+    const char *const *names =
+        vq->packed
+            ? (const char *const[]) {"descriptor ring", "driver event area", "device event area"}
+            : (const char *const[]) {"descriptor table", "available ring", "used ring"};
     uint64_t driver_len = vq->packed ? EVENT_SIZE : 6 + 2ull * vq->size;
     uint64_t device_len = vq->packed ? EVENT_SIZE : 6 + 8ull * vq->size;
-    uint8_t *desc = area_map(vq, names[0], vq->desc_gpa, (uint64_t)DESC_SIZE * vq->size, DESC_SIZE,
-                             err);
-    uint8_t *driver = desc ? area_map(vq, names[1], vq->driver_gpa, driver_len,
-                                      vq->packed ? 4 : 2, err)
-                           : NULL;
+    uint8_t *desc =
+        area_map(vq, names[0], vq->desc_gpa, (uint64_t)DESC_SIZE * vq->size, DESC_SIZE, err);
+    uint8_t *driver =
+        desc ? area_map(vq, names[1], vq->driver_gpa, driver_len, vq->packed ? 4 : 2, err) : NULL;
     uint8_t *device = driver ? area_map(vq, names[2], vq->device_gpa, device_len, 4, err) : NULL;
     if (!device)
         return err->code;
@@ -422,8 +422,8 @@ static void packed_push(struct virtqueue *vq, const struct virtqueue_chain *c, u
     uint8_t *d = vq->desc + offset;
     memcpy(d + 8, &written, sizeof(written));
     memcpy(d + 12, &c->id, sizeof(c->id));
-    uint16_t flags = (uint16_t)((vq->used_wrap ? DESC_AVAIL | DESC_USED : 0) |
-                                (written ? DESC_WRITE : 0));
+    uint16_t flags =
+        (uint16_t)((vq->used_wrap ? DESC_AVAIL | DESC_USED : 0) | (written ? DESC_WRITE : 0));
     store16(d + 14, flags);
     ram_mark_dirty(vq->ram, vq->desc_gpa + offset, DESC_SIZE);
     packed_advance(vq, &vq->next_used, &vq->used_wrap, c->slots);
@@ -752,8 +752,8 @@ static int fields_load(struct virtqueue *vq, struct stream *in, struct error *er
     vq->next_avail = (uint16_t)n[5].value;
     vq->next_used = (uint16_t)n[6].value;
     if (vq->packed && (vq->next_avail >= vq->size || vq->next_used >= vq->size))
-        return error_set(err, -EBADMSG, "saved positions %u and %u in a ring of %u",
-                         vq->next_avail, vq->next_used, vq->size);
+        return error_set(err, -EBADMSG, "saved positions %u and %u in a ring of %u", vq->next_avail,
+                         vq->next_used, vq->size);
     return replay_load(vq, (uint16_t)n[7].value, in, err);
 }
 

@@ -30,10 +30,10 @@ enum {
 // It belongs to the queue's list of what is in flight from virtqueue_next to virtqueue_push.
 struct virtqueue_chain {
     struct virtqueue_chain *next, *prev;
-    uint16_t id;     // split: index of the head descriptor; packed: buffer id
-    uint16_t slots;  // entries of a packed ring that it takes; 1 in a split ring
-    uint16_t nr_out; // segments that the device reads: iov[0 .. nr_out-1]
-    uint16_t nr_in;  // segments that the device writes: iov[nr_out ...]
+    uint16_t id;              // split: index of the head descriptor; packed: buffer id
+    uint16_t slots;           // entries of a packed ring that it takes; 1 in a split ring
+    uint16_t nr_out;          // segments that the device reads: iov[0 .. nr_out-1]
+    uint16_t nr_in;           // segments that the device writes: iov[nr_out ...]
     uint64_t out_len, in_len; // bytes
     uint64_t gpa[VQ_SEGMENTS_MAX];
     struct iovec iov[VQ_SEGMENTS_MAX];
@@ -45,11 +45,11 @@ struct virtqueue {
     struct ram *ram;
     uint16_t size_max; // what the device offers; also the size after reset
     // What the driver sets before it enables the queue.
-    uint16_t size;                     // entries
-    uint64_t desc_gpa;                 // descriptor table or descriptor ring
-    uint64_t driver_gpa;               // available ring or driver event suppression
-    uint64_t device_gpa;               // used ring or device event suppression
-    bool packed, event_idx, indirect;  // as negotiated
+    uint16_t size;                    // entries
+    uint64_t desc_gpa;                // descriptor table or descriptor ring
+    uint64_t driver_gpa;              // available ring or driver event suppression
+    uint64_t device_gpa;              // used ring or device event suppression
+    bool packed, event_idx, indirect; // as negotiated
     bool enabled, broken;
 
     uint8_t *desc, *driver, *device; // host addresses while enabled

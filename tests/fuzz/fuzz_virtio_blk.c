@@ -71,9 +71,10 @@ static void turn(struct machine *m)
 static void queue_up(struct machine *m, bool packed)
 {
     uint32_t high = 1u | (packed ? 4u : 0u);
-    const uint32_t writes[][2] = {
-        {0x70, 1}, {0x70, 3}, {0x24, 0}, {0x20, 3u << 28}, {0x24, 1}, {0x20, high}, {0x70, 11},
-        {0x30, 0}, {0x38, 16}, {0x80, 0}, {0x90, 0x100}, {0xa0, 0x200}, {0x44, 1}, {0x70, 15}};
+    const uint32_t writes[][2] = {{0x70, 1},  {0x70, 3},    {0x24, 0},     {0x20, 3u << 28},
+                                  {0x24, 1},  {0x20, high}, {0x70, 11},    {0x30, 0},
+                                  {0x38, 16}, {0x80, 0},    {0x90, 0x100}, {0xa0, 0x200},
+                                  {0x44, 1},  {0x70, 15}};
     for (size_t i = 0; i < ARRAY_SIZE(writes); i++)
         set(m, writes[i][0], writes[i][1]);
 }

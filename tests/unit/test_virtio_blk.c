@@ -68,8 +68,7 @@ static void image_create(struct rig *r)
     close(fd);
 }
 
-static int rig_add(struct rig *r, const struct device_class *class, void *config,
-                   struct error *err)
+static int rig_add(struct rig *r, const struct device_class *class, void *config, struct error *err)
 {
     const struct virtio_mmio_place place = {.base = BASE, .gsi = GSI_VIRTIO, .wiring = &wiring};
     struct virtio_attach *attach = config; // first member of each
@@ -609,9 +608,9 @@ START_TEST(hostile_state)
     static const struct {
         const char *field;
         uint64_t value;
-    } rows[] = {{"v.offered", 0},        {"v.accepted", 1},        {"v.accepted", ~0ull},
-                {"v.status", 4},         {"v.status", 2},          {"v.isr", 0x80},
-                {"v.saved_len", 1},      {"v.saved_len", 100},     {"capacity", 512},
+    } rows[] = {{"v.offered", 0},        {"v.accepted", 1},    {"v.accepted", ~0ull},
+                {"v.status", 4},         {"v.status", 2},      {"v.isr", 0x80},
+                {"v.saved_len", 1},      {"v.saved_len", 100}, {"capacity", 512},
                 {"capacity", 1ull << 60}};
     for (unsigned i = 0; i < ARRAY_SIZE(rows); i++) {
         start(r, false);
@@ -664,15 +663,17 @@ END_TEST
 
 START_TEST(option_text)
 {
-    static const char *const bad[] = {"", ",ro", "a,rw", "a,serial=", "a,serial=123456789012345678901",
-                                      "a,queues=0", "a,queues=17", "a,queues=-1", "a,queues=2x",
-                                      "a,", "a,ro,"};
+    static const char *const bad[] = {
+        "",           ",ro",         "a,rw",        "a,serial=",   "a,serial=123456789012345678901",
+        "a,queues=0", "a,queues=17", "a,queues=-1", "a,queues=2x", "a,",
+        "a,ro,"};
     struct virtio_blk_config config;
     struct error err = {0};
     for (unsigned i = 0; i < ARRAY_SIZE(bad); i++)
         ck_assert_msg(virtio_blk_parse(bad[i], &config, &err) == -EINVAL, "'%s'", bad[i]);
     ck_assert_int_eq(virtio_blk_parse("/x y,ro,serial=12345678901234567890,queues=16,cached,packed",
-                                      &config, &err), 0);
+                                      &config, &err),
+                     0);
     ck_assert_str_eq(config.path, "/x y");
     ck_assert_str_eq(config.serial, "12345678901234567890");
     ck_assert(config.read_only && config.cached && config.attach.packed && config.queues == 16);
@@ -685,7 +686,8 @@ START_TEST(command_line_text)
     const struct acpi_virtio_mmio w[] = {virtio_mmio_window(0), virtio_mmio_window(9)};
     struct error err = {0};
     ck_assert_int_eq(virtio_mmio_cmdline(w, 2, text, sizeof(text), &err), 0);
-    ck_assert_str_eq(text, " virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0009000:17");
+    ck_assert_str_eq(text,
+                     " virtio_mmio.device=4K@0xd0000000:16 virtio_mmio.device=4K@0xd0009000:17");
     ck_assert_int_eq(virtio_mmio_cmdline(w, 2, text, 60, &err), -ENOSPC);
 }
 END_TEST

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The walker: both ring formats give the same on the same log of requests; every way to break a
-// rule latches the queue; nothing outside RAM is reached. That each guard is what makes its row pass
-// was checked by taking it out.
+// rule latches the queue; nothing outside RAM is reached. That each guard is what makes its row
+// pass was checked by taking it out.
 #include <check.h>
 #include <errno.h>
 #include <stdlib.h>
@@ -45,19 +45,26 @@ static void rig_free(struct rig *r)
     free(r);
 }
 
-static int next(struct rig *r)
+// `says`: what the message of a refusal must contain; NULL: none is expected.
+static int next_saying(struct rig *r, const char *says)
 {
     struct error err = {0};
     int ret = virtqueue_next(&r->vq, &r->chain, &err);
+    ck_assert_msg((ret < 0) == (says != NULL), "%d %s, expected '%s'", ret, err.text, says);
     if (ret < 0) {
         ck_assert_int_eq(ret, -EBADMSG);
-        ck_assert_uint_gt(strlen(err.text), 5);
+        ck_assert_msg(strstr(err.text, says), "'%s', expected '%s'", err.text, says);
         ck_assert(r->vq.broken);
         // Latched: it is empty from now on, whatever the rings say.
         ck_assert_int_eq(virtqueue_next(&r->vq, &r->chain, &err), 0);
         ck_assert(!virtqueue_kicks(&r->vq, true));
     }
     return ret;
+}
+
+static int next(struct rig *r)
+{
+    return next_saying(r, NULL);
 }
 
 // --- the same log through both formats
@@ -217,7 +224,7 @@ END_TEST
 struct hostile {
     const char *name;
     void (*make)(struct rig *r);
-    int ret;
+    const char *says; // NULL: a good chain
 };
 
 static void split_head(struct rig *r, uint16_t head)
@@ -236,22 +243,22 @@ static void d_packed(struct rig *r, unsigned i, uint64_t a, uint32_t len, uint16
     desc_write(&r->ram, r->d.desc, i, a, len, 0, flags | D_AVAIL);
 }
 
-#define SPLIT(name, ...)                                                                           \
-    static void name(struct rig *r)                                                                \
-    {                                                                                              \
-        __VA_ARGS__;                                                                               \
-        split_head(r, 0);                                                                          \
+#define SPLIT(name, ...)            \
+    static void name(struct rig *r) \
+    {                               \
+        __VA_ARGS__;                \
+        split_head(r, 0);           \
     }
-#define PACKED(name, ...)                                                                          \
-    static void name(struct rig *r)                                                                \
-    {                                                                                              \
-        __VA_ARGS__;                                                                               \
+#define PACKED(name, ...)           \
+    static void name(struct rig *r) \
+    {                               \
+        __VA_ARGS__;                \
     }
 
 SPLIT(s_good, d_split(r, 0, DATA, 16, D_NEXT, 1); d_split(r, 1, DATA, 16, D_WRITE, 0))
 SPLIT(s_self, d_split(r, 0, DATA, 16, D_NEXT, 0))
 SPLIT(s_cycle, d_split(r, 0, DATA, 16, D_NEXT, 1); d_split(r, 1, DATA, 16, D_NEXT, 0))
-SPLIT(s_next, d_split(r, 0, DATA, 16, D_NEXT, 8))
+SPLIT(s_next, d_split(r, 0, DATA, 16, D_NEXT, 512); d_split(r, 512, DATA, 16, 0, 0))
 SPLIT(s_zero, d_split(r, 0, DATA, 0, 0, 0))
 SPLIT(s_outside, d_split(r, 0, 16 * MiB - 8, 16, 0, 0))
 SPLIT(s_wraps, d_split(r, 0, 0xffffffffffffff00, 512, 0, 0))
@@ -269,13 +276,14 @@ SPLIT(s_ind_cycle, d_split(r, 0, TABLES, 32, D_INDIRECT, 0);
       desc_write(&r->ram, TABLES, 0, DATA, 16, D_NEXT, 1);
       desc_write(&r->ram, TABLES, 1, DATA, 16, D_NEXT, 0))
 SPLIT(s_ind_next, d_split(r, 0, TABLES, 32, D_INDIRECT, 0);
-      desc_write(&r->ram, TABLES, 0, DATA, 16, D_NEXT, 2))
+      desc_write(&r->ram, TABLES, 0, DATA, 16, D_NEXT, 2);
+      desc_write(&r->ram, TABLES, 2, DATA, 16, 0, 0))
 SPLIT(s_ind_refused, r->vq.indirect = false; d_split(r, 0, TABLES, 16, D_INDIRECT, 0);
       desc_write(&r->ram, TABLES, 0, DATA, 16, 0, 0))
 PACKED(s_head, split_head(r, 8))
 PACKED(s_head_far, split_head(r, 0xffff))
-PACKED(s_ahead, guest16_set(&r->ram, r->d.avail + 2, 9))
-PACKED(s_ahead_far, guest16_set(&r->ram, r->d.avail + 2, 0xffff))
+PACKED(s_ahead, d_split(r, 0, DATA, 16, 0, 0); guest16_set(&r->ram, r->d.avail + 2, 9))
+PACKED(s_ahead_far, d_split(r, 0, DATA, 16, 0, 0); guest16_set(&r->ram, r->d.avail + 2, 0xffff))
 PACKED(p_good, d_packed(r, 0, DATA, 16, D_NEXT); d_packed(r, 1, DATA, 16, D_WRITE))
 PACKED(p_endless, for (unsigned i = 0; i < 8; i++) d_packed(r, i, DATA, 16, D_NEXT))
 PACKED(p_zero, d_packed(r, 0, DATA, 0, 0))
@@ -293,21 +301,46 @@ PACKED(p_ind_nested, d_packed(r, 0, TABLES, 16, D_INDIRECT);
 PACKED(p_ind_refused, r->vq.indirect = false; d_packed(r, 0, TABLES, 16, D_INDIRECT);
        desc_write(&r->ram, TABLES, 0, DATA, 16, 0, 0))
 
-#define ROW(name, ret) {#name, name, ret}
+#define ROW(name, says)   \
+    {                     \
+#name, name, says \
+    }
 static const struct hostile hostile[] = {
-    ROW(s_good, 1),           ROW(s_self, -EBADMSG),       ROW(s_cycle, -EBADMSG),
-    ROW(s_next, -EBADMSG),    ROW(s_zero, -EBADMSG),       ROW(s_outside, -EBADMSG),
-    ROW(s_wraps, -EBADMSG),   ROW(s_order, -EBADMSG),      ROW(s_ind_empty, -EBADMSG),
-    ROW(s_ind_odd, -EBADMSG), ROW(s_ind_long, -EBADMSG),   ROW(s_ind_end, -EBADMSG),
-    ROW(s_ind_wrap, -EBADMSG), ROW(s_ind_chained, -EBADMSG), ROW(s_ind_nested, -EBADMSG),
-    ROW(s_ind_cycle, -EBADMSG), ROW(s_ind_next, -EBADMSG), ROW(s_ind_refused, -EBADMSG),
-    ROW(s_head, -EBADMSG),    ROW(s_head_far, -EBADMSG),   ROW(s_ahead, -EBADMSG),
-    ROW(s_ahead_far, -EBADMSG),
-    ROW(p_good, 1),           ROW(p_endless, -EBADMSG),    ROW(p_zero, -EBADMSG),
-    ROW(p_outside, -EBADMSG), ROW(p_wraps, -EBADMSG),      ROW(p_order, -EBADMSG),
-    ROW(p_ind_empty, -EBADMSG), ROW(p_ind_odd, -EBADMSG),  ROW(p_ind_long, -EBADMSG),
-    ROW(p_ind_end, -EBADMSG), ROW(p_ind_chained, -EBADMSG), ROW(p_ind_nested, -EBADMSG),
-    ROW(p_ind_refused, -EBADMSG),
+    ROW(s_good, NULL),
+    ROW(s_self, "cycle"),
+    ROW(s_cycle, "cycle"),
+    ROW(s_next, "descriptor 512 of a table of 8"),
+    ROW(s_zero, "no bytes"),
+    ROW(s_outside, "buffer at"),
+    ROW(s_wraps, "buffer at"),
+    ROW(s_order, "readable buffer follows"),
+    ROW(s_ind_empty, "table of 0 bytes"),
+    ROW(s_ind_odd, "table of 24 bytes"),
+    ROW(s_ind_long, "table of 4112 bytes"),
+    ROW(s_ind_end, "table at"),
+    ROW(s_ind_wrap, "table at"),
+    ROW(s_ind_chained, "also chained"),
+    ROW(s_ind_nested, "in an indirect table"),
+    ROW(s_ind_cycle, "cycle"),
+    ROW(s_ind_next, "descriptor 2 of a table of 2"),
+    ROW(s_ind_refused, "not negotiated"),
+    ROW(s_head, "head 8"),
+    ROW(s_head_far, "head 65535"),
+    ROW(s_ahead, "9 ahead"),
+    ROW(s_ahead_far, "65535 ahead"),
+    ROW(p_good, NULL),
+    ROW(p_endless, "more than the ring's 8"),
+    ROW(p_zero, "no bytes"),
+    ROW(p_outside, "buffer at"),
+    ROW(p_wraps, "buffer at"),
+    ROW(p_order, "readable buffer follows"),
+    ROW(p_ind_empty, "table of 0 bytes"),
+    ROW(p_ind_odd, "table of 24 bytes"),
+    ROW(p_ind_long, "table of 4112 bytes"),
+    ROW(p_ind_end, "table at"),
+    ROW(p_ind_chained, "also chained"),
+    ROW(p_ind_nested, "in an indirect table"),
+    ROW(p_ind_refused, "not negotiated"),
 };
 
 START_TEST(hostile_chains_latch)
@@ -315,8 +348,7 @@ START_TEST(hostile_chains_latch)
     const struct hostile *h = &hostile[_i];
     struct rig *r = rig_new(*h->name == 'p', 8);
     h->make(r);
-    int ret = next(r);
-    ck_assert_msg(ret == h->ret, "%s: %d, expected %d", h->name, ret, h->ret);
+    ck_assert_msg(next_saying(r, h->says) == (h->says ? -EBADMSG : 1), "%s", h->name);
     virtqueue_reset(&r->vq);
     ck_assert(!r->vq.broken);
     rig_free(r);
@@ -375,8 +407,10 @@ END_TEST
 START_TEST(slices)
 {
     struct rig *r = rig_new(false, 8);
-    const struct buffer b[] = {{DATA, 10, false},      {DATA + 100, 20, false},
-                               {DATA + 200, 5, true},  {DATA + 300, 1, true},
+    const struct buffer b[] = {{DATA, 10, false},
+                               {DATA + 100, 20, false},
+                               {DATA + 200, 5, true},
+                               {DATA + 300, 1, true},
                                {DATA + 400, 50, true}};
     ck_assert_int_ge(driver_add(&r->d, b, 5, 0), 0);
     ck_assert_int_eq(next(r), 1);

@@ -22,12 +22,12 @@ struct driver {
     struct ram *ram;
     bool packed;
     uint16_t size;
-    uint64_t desc, avail, used; // packed: ring, driver events, device events
-    uint16_t next, seen;        // next avail; next used
-    bool wrap, seen_wrap;       // packed
-    bool taken[VQ_SIZE_MAX];    // split: descriptors; packed: ids
+    uint64_t desc, avail, used;  // packed: ring, driver events, device events
+    uint16_t next, seen;         // next avail; next used
+    bool wrap, seen_wrap;        // packed
+    bool taken[VQ_SIZE_MAX];     // split: descriptors; packed: ids
     uint16_t slots[VQ_SIZE_MAX]; // by id: ring entries or descriptors in the chain
-    uint16_t free;              // packed: free ring entries
+    uint16_t free;               // packed: free ring entries
 };
 
 static inline void desc_write(struct ram *ram, uint64_t table, unsigned i, uint64_t addr,
@@ -97,8 +97,8 @@ static inline int driver_add(struct driver *d, const struct buffer *b, unsigned 
     int head = free_index(d), index = head;
     uint16_t first_flags = 0, at = d->next;
     for (unsigned i = 0; i < slots; i++) {
-        uint16_t flags = (list[i].write ? D_WRITE : 0) | (i + 1 < slots ? D_NEXT : 0) |
-                         (table ? D_INDIRECT : 0);
+        uint16_t flags =
+            (list[i].write ? D_WRITE : 0) | (i + 1 < slots ? D_NEXT : 0) | (table ? D_INDIRECT : 0);
         if (d->packed) {
             flags |= d->wrap ? D_AVAIL : D_USED;
             if (!i)
