@@ -85,6 +85,7 @@ struct virtio_blk {
     bool ring_up;
     struct virtio_bell *completion;
     struct request *pool, *free;
+    size_t fresh; // pool entries never used so far
     unsigned in_flight;
     bool lost;            // the image belongs to somebody else
     uint8_t flush_failed; // see the header
@@ -372,11 +373,18 @@ static int request_begin(struct virtio_blk *b, struct request *r, const struct h
     }
 }
 
+// The walker never has more in flight than the rings' entries, so the pool cannot run dry.
+static struct request *request_next_free(struct virtio_blk *b)
+{
+    if (!b->free)
+        b->free = &b->pool[b->fresh++]; // its `next` is NULL
+    return b->free;
+}
+
 static bool blk_run(struct virtio *v, unsigned queue)
 {
     struct virtio_blk *b = blk_of(v);
-    // The walker never has more in flight than the ring's entries, so the pool cannot run dry.
-    while (virtio_next(v, queue, &b->free->chain)) {
+    while (virtio_next(v, queue, &request_next_free(b)->chain)) {
         struct request *r = b->free;
         b->free = r->next;
         struct header h = {0};
@@ -521,13 +529,9 @@ static int ring_create(struct virtio_blk *b, struct error *err)
 static int pool_create(struct virtio_blk *b, struct error *err)
 {
     size_t n = (size_t)b->config.queues * QUEUE_SIZE + 1; // one to look with
-    b->pool = calloc(n, sizeof(*b->pool));                // touched as far as it is used
+    b->pool = calloc(n, sizeof(*b->pool)); // memory is used as far as request_next_free goes
     if (!b->pool)
         return error_set(err, -ENOMEM, "no memory for %zu requests", n);
-    for (size_t i = n; i-- > 0;) {
-        b->pool[i].next = b->free;
-        b->free = &b->pool[i];
-    }
     return 0;
 }
 

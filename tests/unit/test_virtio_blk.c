@@ -608,10 +608,10 @@ START_TEST(hostile_state)
     static const struct {
         const char *field;
         uint64_t value;
-    } rows[] = {{"v.offered", 0},        {"v.accepted", 1},    {"v.accepted", ~0ull},
-                {"v.status", 4},         {"v.status", 2},      {"v.isr", 0x80},
-                {"v.saved_len", 1},      {"v.saved_len", 100}, {"capacity", 512},
-                {"capacity", 1ull << 60}};
+    } rows[] = {{"v.offered", 0},      {"v.offered", ~0ull},    {"v.accepted", 1},
+                {"v.accepted", ~0ull}, {"v.status", 4},         {"v.status", 2},
+                {"v.isr", 0x80},       {"v.saved_len", 1},      {"v.saved_len", 100},
+                {"capacity", 512},     {"capacity", 1ull << 60}};
     for (unsigned i = 0; i < ARRAY_SIZE(rows); i++) {
         start(r, false);
         struct error err = {0};

@@ -593,6 +593,21 @@ START_TEST(hostile_saved_queue)
                     virtqueue_push(&r->vq, &r->chain, 0);
             }
         ck_assert_uint_gt(refused, 1000);
+        // Places in the blob: see virtqueue.c. The chain begins at byte 33.
+        enum { SLOTS = 35, GPA = 41, LEN = 49 };
+        static const struct {
+            size_t at;
+            uint8_t value;
+        } wrong[] = {{SLOTS, 0},     {SLOTS, 9},   {SLOTS + 1, 1}, {GPA + 3, 1},
+                     {GPA + 7, 255}, {LEN + 3, 1}, {LEN, 0}};
+        for (size_t i = 0; i < ARRAY_SIZE(wrong); i++) {
+            uint8_t old = mem.data[wrong[i].at];
+            mem.data[wrong[i].at] = wrong[i].value;
+            ck_assert_msg(load_from(r, &mem, mem.len) == -EBADMSG, "row %zu", i);
+            r->vq.packed = packed;
+            mem.data[wrong[i].at] = old;
+        }
+        ck_assert_int_eq(load_from(r, &mem, mem.len), 0);
         for (size_t len = 0; len < mem.len; len++)
             ck_assert_int_ne(load_from(r, &mem, len), 0);
         stream_mem_free(&mem);
