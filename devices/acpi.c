@@ -9,7 +9,7 @@
 #include "vmm/layout.h"
 
 enum {
-    CPUS_MAX = 4096,  // names C000 .. CFFF
+    CPUS_MAX = 4096,
     VIRTIO_MAX = 256, // names V000 .. V0FF
     TABLE_ALIGN = 16,
 };
@@ -136,6 +136,10 @@ static void header_set(struct header *h, const char *signature, uint8_t revision
 }
 
 // --- DSDT
+//
+// Only what a kernel cannot find out otherwise: each device costs it a walk, a platform device and
+// a driver probe (0.1 s where ring 0 is emulated). Processors are in the MADT, and the clock is at
+// the ports every PC has.
 
 static void dsdt_power(struct aml *aml)
 {
@@ -156,18 +160,6 @@ static void dsdt_com1(struct aml *aml)
     size_t crs = aml_resources(aml);
     aml_resource_io(aml, PORT_COM1, 8);
     aml_resource_irq_edge(aml, GSI_COM1);
-    aml_resources_end(aml, crs);
-    aml_end(aml, device);
-}
-
-// No interrupt is described: none is raised, and hwclock would wait for it. Linux then uses the
-// clock without alarms.
-static void dsdt_rtc(struct aml *aml)
-{
-    size_t device = aml_device(aml, "RTC");
-    aml_name_eisa_id(aml, "_HID", "PNP0B00");
-    size_t crs = aml_resources(aml);
-    aml_resource_io(aml, PORT_RTC, 2);
     aml_resources_end(aml, crs);
     aml_end(aml, device);
 }
@@ -222,18 +214,6 @@ static void dsdt_event_device(struct aml *aml)
     aml_end(aml, device);
 }
 
-static void dsdt_processors(struct aml *aml, unsigned cpus)
-{
-    for (unsigned i = 0; i < cpus; i++) {
-        char name[8];
-        snprintf(name, sizeof(name), "C%03X", i & 0xfff);
-        size_t device = aml_device(aml, name);
-        aml_name_string(aml, "_HID", "ACPI0007");
-        aml_name_int(aml, "_UID", i);
-        aml_end(aml, device);
-    }
-}
-
 static void dsdt_virtio(struct aml *aml, const struct acpi_config *config)
 {
     for (unsigned i = 0; i < config->nr_virtio; i++) {
@@ -264,11 +244,9 @@ static uint32_t dsdt_build(struct area *area, const struct acpi_config *config)
     dsdt_power(&aml);
     size_t scope = aml_scope(&aml, "_SB");
     dsdt_com1(&aml);
-    dsdt_rtc(&aml);
     dsdt_pvpanic(&aml);
     dsdt_power_button(&aml);
     dsdt_event_device(&aml);
-    dsdt_processors(&aml, config->cpus);
     dsdt_virtio(&aml, config);
     aml_end(&aml, scope);
     if (aml.overflow)

@@ -8,6 +8,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
@@ -182,6 +183,9 @@ static int tcp_resolve(const char *address, bool passive, struct addrinfo **out,
     struct addrinfo hints = {.ai_family = AF_UNSPEC,
                              .ai_socktype = SOCK_STREAM,
                              .ai_flags = (passive ? AI_PASSIVE : 0) | AI_NUMERICSERV};
+    // getaddrinfo would take a larger number modulo 65536.
+    if (strspn(port, "0123456789") != strlen(port) || strtoul(port, NULL, 10) > UINT16_MAX)
+        return error_set(err, -EINVAL, "address '%s': expected a port from 0 to 65535", address);
     ret = getaddrinfo(*host ? host : NULL, port, &hints, out);
     if (ret)
         return error_set(err, -EHOSTUNREACH, "address '%s': %s", address, gai_strerror(ret));

@@ -47,7 +47,8 @@ uint32_t crc32c(uint32_t crc, const void *data, size_t len)
 
 #define QUARTER (PAGE_SIZE / 4)
 
-__attribute__((target("sse4.2"))) static void quarters_hard(const uint8_t *page, uint32_t out[4])
+__attribute__((target("sse4.2"), no_sanitize("thread"))) static void quarters_hard(
+    const uint8_t *page, uint32_t out[4])
 {
     uint64_t c[4] = {~0u, ~0u, ~0u, ~0u};
     for (size_t i = 0; i < QUARTER; i += 8) {

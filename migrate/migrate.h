@@ -72,8 +72,8 @@ int migrate_stall_parse(const char *text, enum migrate_stall *stall, struct erro
 // The parts of the downtime as the source's clock sees them, ns; load is the destination's figure.
 struct migrate_downtime {
     uint64_t stop, save, last_pages, transfer, load, resume;
-    uint64_t
-        total; // from the moment before pausing to RUNNING received: half a round trip too much
+    // From the moment before pausing to RUNNING received: half a round trip too much.
+    uint64_t total;
 };
 
 struct migrate_report {
@@ -121,9 +121,8 @@ void migration_cancel(struct migration *m);
 void migration_get(struct migration *m, struct migrate_progress *progress);
 
 // Moves the guest away; blocks until it is decided, so call it in a thread of its own.
-//   0: the guest is the destination's; this VM is paused and must never be resumed: the caller ends
-//   it
-//     with vm_request_stop(vm, VM_STOP_MIGRATED, ...).
+//   0: the guest is the destination's; this VM is paused and must never be resumed: the caller
+//     ends it with vm_request_stop(vm, VM_STOP_MIGRATED, ...).
 //   error, report->owner RUNNING: the guest goes on here (in the state it was in before).
 //   error, report->owner DOUBT: COMMIT was sent and nobody could be asked what became of it; the
 //     guest stays paused until migrate_force_resume.

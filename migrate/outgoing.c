@@ -240,8 +240,8 @@ static int wait_prepared(struct outgoing *out, struct error *err)
         return ret;
     wire_fixed(&out->record, &times, sizeof(times));
     uint64_t waited = time_ns() - start;
-    d->load = times.load_ns < waited ? times.load_ns : waited;
-    d->transfer = waited - d->load;
+    d->load = times.load_ns;
+    d->transfer = waited > d->load ? waited - d->load : 0;
     ret = owner_source_step(&out->owner, SOURCE_EV_PREPARED, &action);
     return ret ? error_set(err, ret, "PREPARED in state %s", owner_source_name(out->owner)) : 0;
 }

@@ -24,7 +24,6 @@ struct outgoing {
     struct page_batch *batch;
     struct page_presence presence;
     uint64_t bandwidth; // estimate, bytes/s
-    uint64_t write_ns;  // spent writing pages in this round
     uint64_t rtt_ns;    // measured in the handshake
     struct stream_mem state;
     struct postcopy_source *postcopy; // NULL unless the switch is a post-copy
@@ -36,9 +35,13 @@ int outgoing_check_cancel(struct outgoing *out, struct error *err);
 
 // Sends what `todo` has, in one pass upwards. Paces progress reports.
 int precopy_pass(struct outgoing *out, struct error *err);
+// Waits until the destination has dealt with all that was sent.
+int precopy_flush(struct outgoing *out, struct error *err);
 // Rounds until the guest may be stopped. `*postcopy` says how the switch is to be done.
 int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err);
 
+// Tells the destination that its copies of the pages in `todo` are stale.
+int postcopy_discard(struct outgoing *out, struct error *err);
 // The guest is paused and `todo` has what the destination lacks: says so (DISCARD) and starts to
 // serve its page requests.
 int postcopy_begin(struct outgoing *out, struct error *err);

@@ -26,6 +26,8 @@ struct page_presence {
 };
 void page_presence_init(struct page_presence *p);
 void page_presence_free(struct page_presence *p);
+// Never touched, or all zero. Cheap for pages asked for in ascending order.
+bool page_known_zero(struct page_presence *p, const struct ram *ram, uint64_t page);
 
 // One PAGES record under construction. Data is sent from guest memory itself.
 struct page_batch {

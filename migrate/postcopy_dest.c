@@ -395,6 +395,14 @@ int postcopy_dest_wait(struct postcopy_dest *pd, unsigned timeout_ms, struct err
     return ret;
 }
 
+void postcopy_dest_cause(struct postcopy_dest *pd, struct error *err)
+{
+    pthread_mutex_lock(&pd->lock);
+    if (pd->failure && pd->failure != -ENODATA)
+        *err = pd->err;
+    pthread_mutex_unlock(&pd->lock);
+}
+
 uint64_t postcopy_dest_missing(struct postcopy_dest *pd)
 {
     pthread_mutex_lock(&pd->lock);

@@ -28,6 +28,8 @@ int postcopy_dest_place(struct postcopy_dest *pd, struct wire *w, const struct w
 // error when it broke.
 int postcopy_dest_wait(struct postcopy_dest *pd, unsigned timeout_ms, struct error *err);
 
+// When its own threads failed, puts their error in `err`: the main connection's is a consequence.
+void postcopy_dest_cause(struct postcopy_dest *pd, struct error *err);
 uint64_t postcopy_dest_missing(struct postcopy_dest *pd);
 void postcopy_dest_counts(struct postcopy_dest *pd, uint64_t *faults, uint64_t *requested);
 

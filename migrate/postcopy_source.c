@@ -20,7 +20,8 @@ struct postcopy_source {
     struct page_batch *batch; // of the demand thread
     uint64_t demanded;        // pages sent on request
     uint64_t demanded_zero;
-    int failure; // of the demand thread; read after it has ended
+    bool ended;  // the thread has been joined
+    int failure; // of the thread; read after it has ended
     struct error err;
 };
 
@@ -75,7 +76,7 @@ static void *demand_main(void *arg)
     return NULL;
 }
 
-static int send_discard(struct outgoing *out, struct error *err)
+int postcopy_discard(struct outgoing *out, struct error *err)
 {
     uint64_t pages = out->vm->ram.pages;
     autofree uint8_t *meta =
@@ -97,7 +98,7 @@ static int send_discard(struct outgoing *out, struct error *err)
 
 int postcopy_begin(struct outgoing *out, struct error *err)
 {
-    int ret = send_discard(out, err);
+    int ret = postcopy_discard(out, err);
     if (ret)
         return ret;
     struct postcopy_source *ps = calloc(1, sizeof(*ps));
@@ -142,12 +143,12 @@ static void claim(struct postcopy_source *ps, struct page_batch *batch)
         if (!fits)
             return;
         for (uint64_t p = first; p < first + n; p++)
-            page_batch_add(batch, p, page_is_zero(ram_page(ram, p)));
+            page_batch_add(batch, p, page_known_zero(&ps->out->presence, ram, p));
         end = first + n;
     }
 }
 
-int postcopy_push(struct outgoing *out, struct error *err)
+static int push_all(struct outgoing *out, struct error *err)
 {
     struct postcopy_source *ps = out->postcopy;
     uint64_t start = time_ns(), report_at = start;
@@ -184,13 +185,31 @@ int postcopy_push(struct outgoing *out, struct error *err)
     return 0;
 }
 
+// When the demand connection broke first, its error is the cause and the main one's a consequence.
+int postcopy_push(struct outgoing *out, struct error *err)
+{
+    struct postcopy_source *ps = out->postcopy;
+    int ret = push_all(out, err);
+    if (!ret)
+        return 0;
+    channel_shutdown(&out->demand);
+    pthread_join(ps->thread, NULL);
+    ps->ended = true;
+    if (ps->failure != -ENODATA) {
+        *err = ps->err;
+        ret = ps->failure;
+    }
+    return ret;
+}
+
 void postcopy_end(struct outgoing *out)
 {
     struct postcopy_source *ps = out->postcopy;
     if (!ps)
         return;
     channel_shutdown(&out->demand);
-    pthread_join(ps->thread, NULL);
+    if (!ps->ended)
+        pthread_join(ps->thread, NULL);
     out->report->demand_pages = ps->demanded;
     out->report->data_pages += out->report->pushed_pages + ps->demanded;
     out->report->zero_pages += ps->demanded_zero;

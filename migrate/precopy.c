@@ -38,11 +38,9 @@ int precopy_pass(struct outgoing *out, struct error *err)
             return ret;
         page_batch_reset(out->batch, ram);
         page_batch_take(out->batch, out->todo, &cursor, batch_pages(out), &out->presence);
-        uint64_t start = time_ns();
         ret = page_batch_put(out->batch, &out->main.wire, 0, err);
         if (ret)
             return ret;
-        out->write_ns += time_ns() - start;
         out->report->data_pages += out->batch->nr_data;
         out->report->zero_pages += out->batch->nr_zero;
         remaining -= out->batch->nr_data + out->batch->nr_zero;
@@ -101,34 +99,41 @@ static int stalled(struct outgoing *out, bool *stop, bool *postcopy, struct erro
     return 0;
 }
 
-// Only the time spent writing counts: looking for zero pages would make the link look slow. What a
-// few KiB took says nothing about the link.
-static void bandwidth_update(struct outgoing *out, uint64_t bytes)
+int precopy_flush(struct outgoing *out, struct error *err)
+{
+    struct wire_round round = {.round = out->report->rounds, .data_pages = out->report->data_pages};
+    int ret = wire_put(&out->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
+    return ret ? ret : wire_expect(&out->main.wire, &out->record, WIRE_ROUND, err);
+}
+
+// What a few KiB took says nothing about the link.
+static void bandwidth_update(struct outgoing *out, uint64_t bytes, uint64_t ns)
 {
     uint64_t limit = atomic_load(&out->m->bandwidth);
     if (bytes >= SAMPLE_MIN)
-        out->bandwidth = switchover_bandwidth(out->bandwidth, bytes, out->write_ns);
+        out->bandwidth = switchover_bandwidth(out->bandwidth, bytes, ns);
     else if (!out->bandwidth)
         out->bandwidth = BANDWIDTH_GUESS;
     if (limit && out->bandwidth > limit)
         out->bandwidth = limit;
 }
 
+// The time of a round ends when the destination has taken it all: socket buffers hold megabytes,
+// which would otherwise make the link look fast and then be waited for while the guest stands
+// still.
 static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
 {
-    uint64_t before = out->main.wire.out;
-    out->write_ns = 0;
+    uint64_t start = time_ns(), before = out->main.wire.out;
     int ret = precopy_pass(out, err);
-    if (ret)
-        return ret;
-    bandwidth_update(out, out->main.wire.out - before);
     out->report->rounds++;
-    ret = ram_dirty_sync(&out->vm->ram, out->todo, NULL, err);
+    if (!ret)
+        ret = precopy_flush(out, err);
     if (ret)
         return ret;
+    bandwidth_update(out, out->main.wire.out - before, time_ns() - start);
+    ret = ram_dirty_sync(&out->vm->ram, out->todo, NULL, err);
     *dirty = bitmap_count(out->todo, out->vm->ram.pages);
-    struct wire_round round = {.round = out->report->rounds, .remaining = *dirty * PAGE_SIZE};
-    return wire_put(&out->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
+    return ret;
 }
 
 int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
@@ -150,5 +155,8 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
         if (verdict == SWITCHOVER_STALLED && !stop)
             ret = stalled(out, &stop, postcopy, err);
     }
-    return ret;
+    // Giving back what is stale already takes the destination long: better while the guest runs.
+    if (!ret && *postcopy)
+        ret = postcopy_discard(out, err);
+    return ret ? ret : *postcopy ? precopy_flush(out, err) : 0;
 }

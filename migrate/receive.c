@@ -282,6 +282,36 @@ static int take_state(struct receive *r, struct error *err)
     return ret;
 }
 
+static int echo_round(struct receive *r, struct error *err)
+{
+    struct wire_round round;
+    wire_fixed(&r->record, &round, sizeof(round));
+    return wire_put(&r->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
+}
+
+// Gives stale pages back at once: that takes long, and the guest may still be running over there.
+static int take_discard(struct receive *r, struct error *err)
+{
+    struct ram *ram = &r->vm->ram;
+    if (!r->stale)
+        return wire_unexpected(&r->main.wire, &r->record, "pages", err);
+    int ret = wire_discard_parse(&r->record, ram->pages, r->stale, err);
+    for (uint64_t first = 0; !ret;) {
+        first = bitmap_find(r->stale, ram->pages, first, true);
+        if (first == ram->pages)
+            break;
+        uint64_t end = bitmap_find(r->stale, ram->pages, first, false);
+        // Zero pages never were placed.
+        first = bitmap_find(r->intake.touched, end, first, true);
+        uint64_t stop = bitmap_find(r->intake.touched, end, first, false);
+        if (first < stop)
+            ret = ram_drop(ram, first, stop - first, err);
+        bitmap_fill(r->intake.touched, first, stop - first, false);
+        first = stop;
+    }
+    return ret;
+}
+
 // Everything up to PREPARE, which is left in r->record.
 static int take_memory(struct receive *r, struct error *err)
 {
@@ -294,10 +324,10 @@ static int take_memory(struct receive *r, struct error *err)
             ret = page_intake_record(&r->intake, &r->main.wire, &r->record, err);
             break;
         case WIRE_ROUND:
+            ret = echo_round(r, err);
             break;
         case WIRE_DISCARD:
-            ret = r->stale ? wire_discard_parse(&r->record, r->vm->ram.pages, r->stale, err)
-                           : wire_unexpected(&r->main.wire, &r->record, "pages", err);
+            ret = take_discard(r, err);
             break;
         case WIRE_STATE:
             ret = take_state(r, err);
@@ -456,6 +486,7 @@ static int settle(struct receive *r, int ret, struct error *err)
         r->postcopy = NULL;
         return 0;
     }
+    postcopy_dest_cause(r->postcopy, err);
     postcopy_dest_stop(r->postcopy);
     r->report->missing_pages = postcopy_dest_missing(r->postcopy);
     if (!r->report->missing_pages) {

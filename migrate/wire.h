@@ -14,7 +14,10 @@
 //     | MACHINE(RAM, cpus, CPUID, json) ------------------------> | checks, builds the VM
 //     | <--------------------------------------------------- READY|
 //     |   demand connection (post-copy): HELLO(demand, id) -----> |
-//     | PAGES ... ROUND ... PAGES ... ROUND --------------------> | while the guest runs
+//     | PAGES ... ROUND ----------------------------------------> | while the guest runs,
+//     | <--------------------------------------------------- ROUND| again and again
+//     | DISCARD ... ROUND --------------------------------------> | (post-copy)
+//     | <--------------------------------------------------- ROUND|
 //     | = guest paused =                                          |
 //     | PAGES ... (pre-copy) | DISCARD ... (post-copy) ---------> |
 //     | STATE, PREPARE -----------------------------------------> | loads
@@ -131,10 +134,10 @@ struct wire_run {   // runs are in ascending order and do not overlap
     uint32_t kind;  // enum wire_run_kind
 };
 
-struct wire_round {
+struct wire_round { // echoed when everything before it has been dealt with
     uint32_t round; // completed
     uint32_t reserved;
-    uint64_t remaining; // bytes dirty now
+    uint64_t data_pages; // sent so far
 };
 
 struct wire_discard { // then u64 words[]: a set bit = this page is not valid at the destination

@@ -88,10 +88,25 @@ void control_reply_ok(struct control_request *req, json_t *result)
     control_answer(req, json_pack("{s:o}", "ok", result ? result : json_object()), true);
 }
 
+// JSON takes UTF-8 only; error texts name files and requests, and may be cut inside a character.
+static json_t *text_value(const char *text)
+{
+    json_t *value = json_string(text);
+    if (value)
+        return value;
+    char plain[ERROR_TEXT_MAX];
+    size_t len = strnlen(text, sizeof(plain));
+    for (size_t i = 0; i < len; i++)
+        plain[i] = text[i] & 0x80 ? '?' : text[i];
+    return json_stringn(plain, len);
+}
+
 void control_reply_error(struct control_request *req, const struct error *err)
 {
-    control_answer(req, json_pack("{s:{s:i,s:s}}", "error", "code", err->code, "text", err->text),
-                   true);
+    control_answer(
+        req,
+        json_pack("{s:{s:i,s:o}}", "error", "code", err->code, "text", text_value(err->text)),
+        true);
 }
 
 void control_event(struct control_request *req, json_t *event)

@@ -25,6 +25,27 @@ static int connect_to(const char *path, struct error *err)
     return take_fd(&fd);
 }
 
+static int error_code(json_t *error)
+{
+    json_int_t code = json_integer_value(json_object_get(error, "code"));
+    return code < 0 && code >= -4095 ? (int)code : -EPROTO; // as the kernel's errno values
+}
+
+// The VM may close at any moment: an error then, and no SIGPIPE.
+static int request_send(int sock, char *text)
+{
+    size_t len = strlen(text);
+    text[len++] = '\n'; // over the terminating zero: sent by length
+    while (len) {
+        ssize_t n = send(sock, text, len, MSG_NOSIGNAL);
+        if (n < 0 && errno != EINTR)
+            return -errno;
+        text += n > 0 ? n : 0;
+        len -= n > 0 ? (size_t)n : 0;
+    }
+    return 0;
+}
+
 // 1 = the last answer (in *result or err), 0 = an event, <0 = broken.
 static int take_answer(const char *line, json_t **result,
                        void (*on_event)(json_t *event, void *arg), void *arg, struct error *err)
@@ -41,8 +62,8 @@ static int take_answer(const char *line, json_t **result,
     if (event)
         ret = 0;
     else if (error)
-        ret = error_set(err, (int)json_integer_value(json_object_get(error, "code")) ?: -EPROTO,
-                        "%s", json_string_value(json_object_get(error, "text")) ?: "no reason");
+        ret = error_set(err, error_code(error), "%s",
+                        json_string_value(json_object_get(error, "text")) ?: "no reason");
     else if (!ok)
         ret = error_set(err, -EPROTO, "answer is not understood: %.200s", line);
     json_decref(root);
@@ -67,9 +88,7 @@ int control_call(const char *path, const char *cmd, json_t *args, json_t **resul
     if (!in)
         return error_errno(err, "control socket %s", path);
     int sock = take_fd(&fd); // `in` closes it
-    int ret = write_all(sock, text, strlen(text));
-    if (!ret)
-        ret = write_all(sock, "\n", 1);
+    int ret = request_send(sock, text);
     if (ret)
         error_set(err, ret, "control socket %s: %s", path, strerror(-ret));
 

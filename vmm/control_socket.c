@@ -21,7 +21,9 @@ struct control_conn {
     struct control_conn *next;
     struct loop_watch watch;
     int fd; // -1 once closed
-    unsigned refs;
+    bool ended;        // the client says no more, but may still wait for answers
+    unsigned requests; // not answered yet
+    unsigned refs;     // the watch's and one a request
     size_t len;
     char line[LINE_MAX_LEN];
 };
@@ -67,6 +69,12 @@ static void conn_send(struct control_conn *conn, json_t *answer)
         conn_close(conn);
 }
 
+static void conn_close_if_done(struct control_conn *conn)
+{
+    if (conn->ended && !conn->requests)
+        conn_close(conn);
+}
+
 struct answer {
     struct loop_call call;
     struct control_conn *conn;
@@ -79,8 +87,11 @@ static void answer_deliver(void *arg)
     struct answer *a = arg;
     conn_send(a->conn, a->json);
     json_decref(a->json);
-    if (a->last)
+    if (a->last) {
+        a->conn->requests--;
+        conn_close_if_done(a->conn);
         conn_put(a->conn);
+    }
     free(a);
 }
 
@@ -109,6 +120,7 @@ static void take_lines(struct control_conn *conn)
         }
         *req = (struct control_request) {conn, conn->control->vm->loop};
         conn->refs++;
+        conn->requests++;
         control_dispatch(conn->control, conn->line, len, req);
         conn->len -= len + 1;
         memmove(conn->line, end + 1, conn->len);
@@ -127,7 +139,12 @@ static void conn_ready(struct loop_watch *watch, uint32_t revents)
             recv(conn->fd, conn->line + conn->len, sizeof(conn->line) - conn->len, MSG_DONTWAIT);
         if (n < 0 && (errno == EAGAIN || errno == EINTR))
             return;
-        if (n <= 0) {
+        if (n == 0) {
+            conn->ended = true;
+            conn_close_if_done(conn);
+            return;
+        }
+        if (n < 0) {
             conn_close(conn);
             return;
         }
@@ -164,7 +181,9 @@ static void listen_ready(struct loop_watch *watch, uint32_t revents)
         // Not zeroed as a whole: the line buffer is large and need not be touched.
         conn->control = c;
         conn->fd = fd;
-        conn->refs = 1; // the watch's
+        conn->refs = 1;
+        conn->ended = false;
+        conn->requests = 0;
         conn->len = 0;
         if (loop_watch(c->vm->loop, &conn->watch, fd, POLLIN | POLLRDHUP, conn_ready, NULL)) {
             close(fd);
@@ -242,9 +261,13 @@ void control_destroy(struct control *c)
 
 int control_path(const char *name, char *path, size_t size, struct error *err)
 {
-    if (!*name || strchr(name, '/') || *name == '.' || strlen(name) > 63)
+    bool plain = *name && *name != '.' && strlen(name) <= 63;
+    for (const char *p = name; *p; p++)
+        plain &= *p != '/' && (unsigned char)*p >= ' ' && *p != 0x7f;
+    if (!plain)
         return error_set(err, -EINVAL,
-                         "VM name '%s': expected 1 to 63 characters, no '/', not starting with '.'",
+                         "VM name '%s': expected 1 to 63 characters, no '/', no control "
+                         "characters, not starting with '.'",
                          name);
     const char *dir = getenv("FERRY_RUN_DIR"), *user = getenv("XDG_RUNTIME_DIR");
     char base[256];

@@ -5,7 +5,7 @@
 #pragma once
 
 // --- RAM below 1 MiB, in order of address
-#define LAYOUT_GDT        0x00000500 // boot GDT, 64-bit entry
+#define LAYOUT_GDT        0x00000500 // boot GDT
 #define LAYOUT_PVH_INFO   0x00006000 // hvm_start_info, module list, memory map
 #define LAYOUT_ZERO_PAGE  0x00007000 // struct boot_params, Linux boot protocol
 #define LAYOUT_REAL_IMAGE 0x00007c00 // raw real-mode image (no zero page then)
@@ -48,7 +48,6 @@
 
 // --- interrupt lines (GSI)
 #define GSI_COM1    4  // 16550
-#define GSI_RTC     8  // CMOS clock (no interrupt is raised; described only)
 #define GSI_EVENT   9  // generic event device: power button
 #define GSI_VIRTIO  16 // first virtio-mmio line
 #define GSI_MAX     24 // lines of the I/O APIC

@@ -29,7 +29,7 @@ struct ram_config {
 };
 
 #define RAM_MIN (16 * MiB)
-#define RAM_MAX (1ull << 44) // 16 TiB: beyond what an x86 guest could address here
+#define RAM_MAX (4096 * GiB) // a KVM memory slot holds less than 2^31 pages
 
 struct ram_region {
     uint64_t gpa, size; // bytes

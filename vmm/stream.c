@@ -43,7 +43,8 @@ static int mem_read(struct stream *s, void *data, size_t len, struct error *err)
     if (len > m->len - m->pos)
         return error_set(err, -ENODATA, "%s: ends at byte %zu, %zu more wanted", s->name, m->len,
                          len - (m->len - m->pos));
-    memcpy(data, m->data + m->pos, len);
+    if (len)
+        memcpy(data, m->data + m->pos, len);
     m->pos += len;
     return 0;
 }

@@ -28,7 +28,7 @@ static int kvm_open(struct vm *vm, const char *path, struct error *err)
             : code == -ENOENT ? "there is no KVM here; load kvm_intel or kvm_amd, or switch on "
                                 "virtualization in the firmware"
                               : strerror(-code);
-        return error_set(err, code, "%s: %s (see `ferry check`)", path, remedy);
+        return error_set(err, -ENODEV, "%s: %s (see `ferry check`)", path, remedy);
     }
     int version = ioctl(vm->kvm_fd, KVM_GET_API_VERSION, 0);
     if (version != KVM_API_VERSION)

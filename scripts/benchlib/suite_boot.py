@@ -33,11 +33,11 @@ def memory_beyond_ram(vmm):
         raise Failed("its memory does not settle")
 
 
-def userspace(vmm, cpus):
+def userspace(vmm, cpus, acpi):
     with open(linux_guest("cmdline")) as f:
-        append = f.read().strip()
+        append = f.read().strip() + ("" if acpi else " acpi=off")
     kernel, initrd = linux_guest("vmlinux"), linux_guest("initramfs.cpio")
-    with vmm.start(kernel, initrd, append, cpus=cpus) as machine:
+    with vmm.start(kernel, initrd, append, cpus=cpus, acpi=acpi) as machine:
         return {"userspace": machine.wait_console(USERSPACE_LINE, 180) / 1e9}
 
 
@@ -80,11 +80,12 @@ def register():
     add(Row("boot", "memory", "the VMM's memory (PSS) beyond the guest's RAM, one vCPU that sleeps",
             both(memory_beyond_ram),
             [Metric("pss", "VMM memory beyond guest RAM", "MiB", goal=3)], runs=5))
-    for cpus in (1, 2):
-        add(Row("boot", f"userspace, {cpus} vCPU", "exec of the VMM to the first user process of "
+    for cpus, acpi in ((1, False), (2, False), (1, True)):
+        name = f"{cpus} vCPU" + (", ACPI" if acpi else "")
+        add(Row("boot", f"userspace, {name}", "exec of the VMM to the first user process of "
                 "the Linux guest, 128 MiB, the same kernel, initramfs and command line",
-                both(userspace, cpus),
-                [Metric("userspace", f"boot to userspace, {cpus} vCPU", "s",
+                both(userspace, cpus, acpi),
+                [Metric("userspace", f"boot to userspace, {name}", "s",
                         goal_ratio=("qemu", 0.8))], runs=3))
     for title, ring in EXITS_RING.items():
         contestants = both(exits, ring)

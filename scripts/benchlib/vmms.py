@@ -242,7 +242,8 @@ class Ferry:
         self.serial += 1
         return f"bench-{os.getpid()}-{self.serial}"
 
-    def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False):
+    # `acpi`: Ferry always has tables; what counts is whether the guest's command line uses them.
+    def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False):
         name = self._name()
         argv = [program(FERRY, "ninja -C build"), "run", "-n", name, "-k", kernel, "-a", append,
                 "-c", str(cpus), "-m", f"{memory}M", "--console", "stdio"]
@@ -311,9 +312,10 @@ class Qemu:
             raise Absent(f"no {cls.BINARY}: scripts/install --with bench")
         return [cls.BINARY, "--version"]
 
-    def _argv(self, directory, kernel, initrd, append, memory, cpus):
+    def _argv(self, directory, kernel, initrd, append, memory, cpus, acpi=False):
         self.version()
-        argv = [self.BINARY, "-M", "microvm,accel=kvm,acpi=off,pit=on,pic=on,rtc=on,isa-serial=on",
+        argv = [self.BINARY, "-M", f"microvm,accel=kvm,acpi={'on' if acpi else 'off'},pit=on,"
+                "pic=on,rtc=on,isa-serial=on",
                 "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
                 "-cpu", QEMU_CPU, "-smp", str(cpus), "-m", f"{memory}M",
                 "-chardev", "file,id=console,path=/dev/stdout", "-serial", "chardev:console",
@@ -337,9 +339,9 @@ class Qemu:
             machine.mark_fd = mark_read
         return machine
 
-    def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False):
+    def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False):
         directory = tempfile.mkdtemp(prefix="ferry-bench-")
-        argv = self._argv(directory, kernel, initrd, append, memory, cpus)
+        argv = self._argv(directory, kernel, initrd, append, memory, cpus, acpi)
         return self._start(argv, directory, memory, mark)
 
     def receive(self, memory, kernel):

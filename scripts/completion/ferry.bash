@@ -8,7 +8,8 @@ _ferry_commands()
 
 _ferry_options()
 {
-    "$1" "$2" --help 2>/dev/null | grep -oE -- '(^| )--[a-z-]+' | tr -d ' ' | sort -u
+    "$1" "$2" --help 2>/dev/null | sed '/^examples\{0,1\}:/,/^$/d' |
+        grep -oE -- '(^|[ []|, )--[a-z-]+' | tr -d ' [,' | sort -u
 }
 
 _ferry_vms()

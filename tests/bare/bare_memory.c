@@ -52,12 +52,22 @@ struct shadow {
     uint64_t *bitmap;
 };
 
+// Reads what the guest and its devices are writing, which TSan calls a race and the dirty log makes
+// good: hence not instrumented, and word by word, since TSan watches memcpy too.
+__attribute__((no_sanitize("thread"))) static void live_copy(void *to, const void *from, size_t len)
+{
+    const volatile uint64_t *source = from;
+    uint64_t *target = to;
+    for (size_t i = 0; i < len / sizeof(*target); i++)
+        target[i] = source[i];
+}
+
 static void shadow_create(struct shadow *s, struct ram *ram, uint64_t first, uint64_t pages)
 {
     *s = (struct shadow) {ram, first, pages, malloc(pages * PAGE_SIZE),
                           calloc(ram_bitmap_words(ram), sizeof(uint64_t))};
     ck_assert(s->copy && s->bitmap);
-    memcpy(s->copy, ram_page(ram, first), pages * PAGE_SIZE);
+    live_copy(s->copy, ram_page(ram, first), pages * PAGE_SIZE);
 }
 
 static void shadow_free(struct shadow *s)
@@ -200,7 +210,7 @@ START_TEST(copy_by_rounds_is_exact)
         ck_assert_msg(!ram_dirty_sync(ram, s.bitmap, NULL, &err), "%s", err.text);
         for (uint64_t p = 0; p < pages; p++)
             if (bit(s.bitmap, first + p))
-                memcpy(s.copy + p * PAGE_SIZE, ram_page(ram, first + p), PAGE_SIZE);
+                live_copy(s.copy + p * PAGE_SIZE, ram_page(ram, first + p), PAGE_SIZE);
     }
     ck_assert_int_eq(memcmp(s.copy, ram_page(ram, first), pages * PAGE_SIZE), 0);
     oracle_check(&b);

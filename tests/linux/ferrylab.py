@@ -6,6 +6,7 @@ Environment (scripts/test sets it): FERRY the program, FERRY_BUILD the build dir
 the Linux guest, FERRY_TEST_LONG=1 the long variants. Tests wait for events; LIMIT only ends what hangs.
 """
 
+import atexit
 import json
 import os
 import re
@@ -31,6 +32,9 @@ OK, FAILED, USAGE, HOST = 0, 1, 2, 3
 REBOOT, PANIC, TRIPLE_FAULT, EMULATION, STOPPED = 16, 17, 18, 19, 20
 
 PROMPT = b"ferry# "
+
+# Told to end, a test run ends what it started: atexit functions run, which they do not by default.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def guest_file(name):
@@ -149,7 +153,7 @@ class Vm(Process):
         ours, theirs = socket.socketpair()
         self.socket = ours
         argv = [ferry, command, *args, "--name", self.name, "--console", f"fd:{theirs.fileno()}"]
-        if namespace:
+        if namespace:  # a Namespaces.Side
             argv = namespace.enter + argv
         super().__init__(argv, env=lab.env, pass_fds=(theirs.fileno(),),
                          stdout=subprocess.DEVNULL)
@@ -220,6 +224,7 @@ class Namespaces:
         if os.geteuid():
             raise unittest.SkipTest("network namespaces need root")
         self.sides = []
+        atexit.register(self.close)
         try:
             for index in range(2):
                 self.sides.append(self.Side(index))
@@ -238,6 +243,7 @@ class Namespaces:
             side.run("ip", "link", "set", side.link, "up")
 
     def close(self):
+        atexit.unregister(self.close)
         for side in self.sides:
             side.holder.kill()
             side.holder.wait()
@@ -257,6 +263,7 @@ class Lab:
         self.env = {**os.environ, "FERRY_RUN_DIR": self.run_dir, "TMPDIR": self.tmp}
         self.started = []
         self.names = 0
+        atexit.register(self.close)
 
     def new_name(self):
         self.names += 1
@@ -287,6 +294,7 @@ class Lab:
         return sorted(os.listdir(self.run_dir)) if os.path.isdir(self.run_dir) else []
 
     def close(self):
+        atexit.unregister(self.close)
         for process in reversed(self.started):
             process.end()
         self.started = []
@@ -310,9 +318,6 @@ class LabTest(unittest.TestCase):
         self.assertIn(text, vm.errors())
         self.assertEqual([], [s for s in self.lab.sockets() if s.startswith(vm.name + ".")])
 
-
-def signal_name(number):
-    return signal.Signals(number).name
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ int boot_place_initrd(const struct load *load, struct error *err)
     uint64_t top = above >= size ? limit : entry->kernel_start;
     if (above < size && below < size)
         return error_set(
-            err, -ENOSPC,
+            err, -E2BIG,
             "%s: %llu KiB do not fit: beside the kernel (%#llx..%#llx) there are %llu "
             "KiB in one piece below %#llx; give the guest more memory or make the "
             "initrd smaller",

@@ -9,19 +9,19 @@
 #include "vmm/host.h"
 #include "vmm/util.h"
 
-static void help(FILE *out)
+static void help(void)
 {
-    fprintf(out, "Says what this host can do for Ferry, and a remedy for each lack.\n\n"
-                 "usage: ferry check [--json] [--quiet]\n\n"
-                 "  -j, --json       one JSON object instead of the table\n"
-                 "  -q, --quiet      only what keeps guests from running; nothing if they can\n"
-                 "      --kvm PATH   the KVM device (default /dev/kvm)\n"
-                 "  -h, --help       this text\n\n"
-                 "exit status: 0 guests can run, 3 they cannot, 2 wrong usage\n\n"
-                 "examples:\n"
-                 "  ferry check\n"
-                 "  ferry check --quiet && ferry run --kernel vmlinux --memory 128M\n"
-                 "  ferry check --json | jq '.findings[] | select(.status != \"ok\")'\n");
+    printf("Says what this host can do for Ferry, and a remedy for each lack.\n\n"
+           "usage: ferry check [--json] [--quiet]\n\n"
+           "  -j, --json       one JSON object instead of the table\n"
+           "  -q, --quiet      only what keeps guests from running; nothing if they can\n"
+           "      --kvm PATH   the KVM device (default /dev/kvm)\n"
+           "  -h, --help       this text\n\n"
+           "exit status: 0 guests can run, 3 they cannot, 2 wrong usage\n\n"
+           "examples:\n"
+           "  ferry check\n"
+           "  ferry check --quiet && ferry run --kernel vmlinux --memory 128M\n"
+           "  ferry check --json | jq '.findings[] | select(.status != \"ok\")'\n");
 }
 
 static const char *status_name(enum host_status status)
@@ -93,6 +93,7 @@ int cli_check(int argc, char **argv)
     bool json = false, quiet = false;
     const char *kvm_path = "/dev/kvm";
     int opt;
+    opterr = 0;
     optind = 0; // glibc: start afresh, whoever parsed before
     while ((opt = getopt_long(argc, argv, "jqh", options, NULL)) != -1) {
         switch (opt) {
@@ -106,10 +107,11 @@ int cli_check(int argc, char **argv)
             kvm_path = optarg;
             break;
         case 'h':
-            help(stdout);
+            help();
             return EXIT_OK;
         default:
-            help(stderr);
+            fprintf(stderr, "ferry: check: bad option '%s' (ferry check --help)\n",
+                    argv[optind - 1]);
             return EXIT_USAGE;
         }
     }

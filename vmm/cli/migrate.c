@@ -21,8 +21,12 @@ static const char migrate_usage[] =
     "      --on-stall WHAT    continue, cancel, switch (pause longer), postcopy\n"
     "  -j, --json             the report as JSON\n"
     "  -q, --quiet            no progress\n\n"
-    "example: ferry migrate web tcp:10.0.0.2:7000 --downtime-ms 30\n"
-    "also: ferry migrate NAME --status | --cancel | --force-resume";
+    "With NAME alone:\n"
+    "      --status           the migration under way, or how the last one ended\n"
+    "      --cancel           end it; the guest goes on here\n"
+    "      --force-resume     the hand-over was never answered: run the guest here (you know that it\n"
+    "                         does not run there)\n\n"
+    "example: ferry migrate web tcp:10.0.0.2:7000 --downtime-ms 30";
 
 struct migrate_args {
     json_t *request;

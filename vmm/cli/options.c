@@ -303,6 +303,8 @@ int options_parse(struct vm_options *o, unsigned command, int argc, char **argv,
         if (c == ':')
             return error_set(err, -EINVAL, "%s needs a value (ferry %s --help)", argv[optind - 1],
                              argv[0]);
+        if (c == '?' && optopt >= 256)
+            return error_set(err, -EINVAL, "%s: this option takes no value", argv[optind - 1]);
         if (c == '?')
             return error_set(err, -EINVAL, "unknown option '%s' (ferry %s --help)",
                              argv[optind - 1], argv[0]);

@@ -41,15 +41,15 @@ static const char *build_features(void)
 #endif
 }
 
-static void help(FILE *out)
+static void help(void)
 {
-    fprintf(out, "Says which Ferry this is and what it was built with.\n\n"
-                 "usage: ferry version [--json]\n\n"
-                 "  -j, --json   one JSON object\n"
-                 "  -h, --help   this text\n\n"
-                 "examples:\n"
-                 "  ferry version\n"
-                 "  ferry version --json | jq -r .version\n");
+    printf("Says which Ferry this is and what it was built with.\n\n"
+           "usage: ferry version [--json]\n\n"
+           "  -j, --json   one JSON object\n"
+           "  -h, --help   this text\n\n"
+           "examples:\n"
+           "  ferry version\n"
+           "  ferry version --json | jq -r .version\n");
 }
 
 static int print_json(const struct fact *facts, size_t nr)
@@ -69,14 +69,16 @@ int cli_version(int argc, char **argv)
         {"json", no_argument, NULL, 'j'}, {"help", no_argument, NULL, 'h'}, {0}};
     bool json = false;
     int opt;
+    opterr = 0;
     optind = 0;
     while ((opt = getopt_long(argc, argv, "jh", options, NULL)) != -1) {
         if (opt == 'h') {
-            help(stdout);
+            help();
             return EXIT_OK;
         }
         if (opt != 'j') {
-            help(stderr);
+            fprintf(stderr, "ferry: version: bad option '%s' (ferry version --help)\n",
+                    argv[optind - 1]);
             return EXIT_USAGE;
         }
         json = true;
