@@ -443,3 +443,17 @@ int vm_ioeventfd(struct vm *vm, bool pio, uint64_t addr, unsigned len, int event
         return error_errno(err, "KVM_IOEVENTFD at %#llx", (unsigned long long)addr);
     return 0;
 }
+
+int vm_ioeventfd_value(struct vm *vm, uint64_t addr, uint32_t value, int event_fd, bool add,
+                       struct error *err)
+{
+    struct kvm_ioeventfd ioe = {.datamatch = value,
+                                .addr = addr,
+                                .len = sizeof(value),
+                                .fd = event_fd,
+                                .flags = KVM_IOEVENTFD_FLAG_DATAMATCH |
+                                         (add ? 0u : KVM_IOEVENTFD_FLAG_DEASSIGN)};
+    if (ioctl(vm->fd, KVM_IOEVENTFD, &ioe))
+        return error_errno(err, "KVM_IOEVENTFD at %#llx for %u", (unsigned long long)addr, value);
+    return 0;
+}

@@ -127,3 +127,6 @@ int vm_msi(struct vm *vm, uint64_t address, uint32_t data);
 // A write of `len` bytes (0 = any) at addr signals event_fd without an exit to us.
 int vm_ioeventfd(struct vm *vm, bool pio, uint64_t addr, unsigned len, int event_fd, bool add,
                  struct error *err);
+// The same for a 32-bit write of `value` to memory: one address serves several queues.
+int vm_ioeventfd_value(struct vm *vm, uint64_t addr, uint32_t value, int event_fd, bool add,
+                       struct error *err);

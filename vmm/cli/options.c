@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "devices/virtio_blk.h"
+
 enum { OPTIONS_MAX = 40, CONFIG_FILE_MAX = 1024 * 1024 };
 
 struct option_row {
@@ -124,7 +126,20 @@ SWITCH(mark)
 SWITCH(ucall)
 SWITCH(debug_exit)
 SWITCH(control)
+SWITCH(rng)
 #undef SWITCH
+
+static int set_disk(struct vm_options *o, const char *value, struct error *err)
+{
+    struct virtio_blk_config config;
+    int ret = virtio_blk_parse(value, &config, err);
+    if (!ret && o->nr_disks == VIRTIO_MMIO_MAX - 1) // one window is the entropy device's
+        ret = error_set(err, -E2BIG, "'%s': at most %d disks", value, VIRTIO_MMIO_MAX - 1);
+    if (!ret)
+        ret = set_text(&o->disks[o->nr_disks], value, err);
+    o->nr_disks += !ret;
+    return ret;
+}
 
 static int set_trace(struct vm_options *o, const char *value, struct error *err)
 {
@@ -157,6 +172,10 @@ static const struct option_row rows[] = {
      set_nothing, TEXT(numa)},
     {"console", 'o', FOR_ALL, false, "WHERE",
      "stdio[,escape=KEY] (default), file:PATH[,append], pty[,link=PATH], unix:PATH, fd:N, null", set_console, 0},
+    {"disk", 'd', FOR_ALL, false, "FILE",
+     "block device: FILE[,ro][,serial=TEXT][,queues=N][,cached][,packed]; may be repeated",
+     set_disk, 0},
+    {"rng", 0, FOR_RUN, true, NULL, "entropy device", set_rng, 0},
     {"name", 'n', FOR_ALL, false, "NAME", "name of the VM and its control socket (default ferry-PID)",
      set_nothing, TEXT(name)},
     {"listen", 'l', FOR_RECEIVE, false, "ADDRESS", "tcp:HOST:PORT to wait on", set_nothing,
@@ -191,6 +210,8 @@ void options_free(struct vm_options *o)
     for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
         if (rows[i].text)
             free(*(char **)((char *)o + rows[i].text));
+    for (unsigned i = 0; i < o->nr_disks; i++)
+        free(o->disks[i]);
     *o = (struct vm_options) {0};
 }
 
@@ -307,6 +328,17 @@ static int json_option(struct vm_options *o, unsigned command, const char *key, 
                        struct error *err)
 {
     char number[32];
+    size_t i;
+    json_t *element;
+    if (json_is_array(value)) { // an option that may be repeated
+        int ret = 0;
+        json_array_foreach(value, i, element) {
+            if (!json_is_string(element))
+                return error_set(err, -EINVAL, "%s: expected an array of strings", key);
+            ret = ret ? ret : options_set(o, command, key, json_string_value(element), err);
+        }
+        return ret;
+    }
     if (json_is_string(value))
         return options_set(o, command, key, json_string_value(value), err);
     if (json_is_boolean(value))
@@ -343,9 +375,9 @@ int options_load(struct vm_options *o, unsigned command, const char *path, struc
 
 static json_t *machine_json(const struct vm_options *o)
 {
-    return json_pack("{s:i, s:s, s:s, s:b, s:b}", "cpus", (int)o->vm.cpus, "memory",
+    return json_pack("{s:i, s:s, s:s, s:b, s:b, s:b}", "cpus", (int)o->vm.cpus, "memory",
                      o->memory ? o->memory : "128M", "cpu", o->cpu ? o->cpu : "host", "ucall",
-                     (int)o->ucall, "debug-exit", (int)o->debug_exit);
+                     (int)o->ucall, "debug-exit", (int)o->debug_exit, "rng", (int)o->rng);
 }
 
 char *options_describe(const struct vm_options *o)
@@ -391,6 +423,10 @@ json_t *options_json(const struct vm_options *o)
         if (text)
             json_object_set_new(json, rows[i].name, json_string(text));
     }
+    json_t *disks = json_array();
+    for (unsigned i = 0; i < o->nr_disks; i++)
+        json_array_append_new(disks, json_string(o->disks[i]));
+    json_object_set_new(json, "disk", disks);
     json_object_set_new(json, "boot", json_string(boot_protocol_name(o->boot.protocol)));
     return json;
 }

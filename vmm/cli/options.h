@@ -8,6 +8,7 @@
 #include <stdio.h>
 
 #include "devices/console.h"
+#include "devices/virtio_mmio.h"
 #include "vmm/boot/boot.h"
 #include "vmm/error.h"
 #include "vmm/vm.h"
@@ -21,7 +22,9 @@ struct vm_options {
     struct console_config console;
     char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
     char *kernel, *initrd, *append, *numa, *listen;
-    bool dry_run, mark, ucall, debug_exit, control;
+    char *disks[VIRTIO_MMIO_MAX]; // as given; virtio_blk_parse takes them
+    unsigned nr_disks;
+    bool dry_run, mark, ucall, debug_exit, control, rng;
 };
 
 void options_init(struct vm_options *o);

@@ -10,6 +10,8 @@
 
 #include "devices/platform.h"
 #include "devices/ucall.h"
+#include "devices/virtio_blk.h"
+#include "devices/virtio_rng.h"
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 
@@ -56,16 +58,66 @@ static void stopped(struct vm *vm, void *arg)
     loop_stop(vm->loop);
 }
 
+// A kernel that is told not to use ACPI finds the windows on its command line.
+static int cmdline_make(const struct session *s, char **cmdline, struct error *err)
+{
+    char windows[VIRTIO_MMIO_MAX * VIRTIO_MMIO_TEXT + 1] = "";
+    const char *append = s->options->append ? s->options->append : "";
+    const char *off = strstr(append, "acpi=off");
+    bool word = off && (off == append || off[-1] == ' ') && (!off[8] || off[8] == ' ');
+    int ret = word ? virtio_mmio_cmdline(s->windows, s->nr_windows, windows, sizeof(windows), err)
+                   : 0;
+    if (!ret && asprintf(cmdline, "%s%s", append, windows) < 0)
+        ret = error_set(err, -ENOMEM, "no memory for the command line");
+    return ret;
+}
+
 static int kernel_load(struct session *s, struct error *err)
 {
     struct vm_options *o = s->options;
     struct boot_entry entry;
+    autofree char *cmdline = NULL;
+    int ret = cmdline_make(s, &cmdline, err);
+    if (ret)
+        return ret;
     o->boot.kernel = o->kernel;
     o->boot.initrd = o->initrd;
-    o->boot.cmdline = o->append ? o->append : "";
+    o->boot.cmdline = cmdline;
     o->boot.rsdp = s->board.rsdp;
-    int ret = boot_load(&s->vm->ram, &o->boot, &entry, err);
+    ret = boot_load(&s->vm->ram, &o->boot, &entry, err);
+    o->boot.cmdline = NULL;
     return ret ? ret : vm_set_entry(s->vm, &entry, err);
+}
+
+static void windows_place(struct session *s)
+{
+    s->nr_windows = s->options->nr_disks + s->options->rng;
+    for (unsigned i = 0; i < s->nr_windows; i++)
+        s->windows[i] = virtio_mmio_window(i);
+}
+
+static int virtio_add(struct session *s, struct error *err)
+{
+    const struct vm_options *o = s->options;
+    struct virtio_mmio_place place;
+    int ret = 0;
+    for (unsigned i = 0; i < s->nr_windows && !ret; i++) {
+        place = (struct virtio_mmio_place) {.base = s->windows[i].base, .gsi = s->windows[i].gsi};
+        struct virtio_attach attach = {.transport = &virtio_mmio_transport, .place = &place};
+        if (i == o->nr_disks) {
+            const struct virtio_rng_config rng = {.attach = attach};
+            ret = device_add(s->vm, &virtio_rng_class, &rng, NULL, err);
+            continue;
+        }
+        struct virtio_blk_config disk;
+        ret = virtio_blk_parse(o->disks[i], &disk, err);
+        attach.packed = disk.attach.packed;
+        disk.attach = attach;
+        disk.arrives = !o->kernel;
+        if (!ret)
+            ret = device_add(s->vm, &virtio_blk_class, &disk, NULL, err);
+    }
+    return ret;
 }
 
 int session_build(struct session *s, struct error *err)
@@ -81,13 +133,18 @@ int session_build(struct session *s, struct error *err)
         ret = console_open(&s->console, &o->console, s->loop, err);
     if (ret)
         return ret;
+    windows_place(s);
     static const struct ucall_config ucall = {0}; // defaults only
     const struct mark_config mark = {.start_ns = cli_start_ns, .fd = STDERR_FILENO};
     const struct board_config board = {.console = s->console,
                                        .ucall = o->ucall ? &ucall : NULL,
                                        .debug_exit = o->debug_exit,
-                                       .mark = o->mark ? &mark : NULL};
+                                       .mark = o->mark ? &mark : NULL,
+                                       .virtio = s->windows,
+                                       .nr_virtio = s->nr_windows};
     ret = board_create(s->vm, &board, &s->board, err);
+    if (!ret)
+        ret = virtio_add(s, err);
     if (ret)
         return ret;
     return o->kernel ? kernel_load(s, err) : 0;

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "devices/board.h"
+#include "devices/virtio_mmio.h"
 #include "migrate/commands.h"
 #include "vmm/cli/options.h"
 #include "vmm/control.h"
@@ -15,6 +16,8 @@ struct session {
     struct loop *loop;
     struct vm *vm;
     struct board board;
+    struct acpi_virtio_mmio windows[VIRTIO_MMIO_MAX]; // disks first, then the entropy device
+    unsigned nr_windows;
     struct console *console; // the board's; outlives the VM, is closed after the loop
     struct control *control;
     struct migrate_commands *migrate;
