@@ -65,8 +65,8 @@ void bus_free(struct bus *bus)
     bus->nr = bus->cap = 0;
 }
 
-// An access that crosses the end of a range belongs to nobody, nor do the odd sizes that KVM makes of
-// accesses across a page's end.
+// An access that crosses the end of a range belongs to nobody, nor do the odd sizes that KVM makes
+// of accesses across a page's end.
 static const struct bus_range *find_access(const struct bus *bus, uint64_t addr, unsigned size)
 {
     if (size != 1 && size != 2 && size != 4 && size != 8)

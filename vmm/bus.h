@@ -25,7 +25,7 @@ struct bus_range {
 
 // Filled before the vCPUs start, then only read: no lock of its own.
 struct bus {
-    const char *name; // "port", "mmio"
+    const char *name;         // "port", "mmio"
     struct bus_range *ranges; // sorted by base
     unsigned nr, cap;
 };

@@ -104,8 +104,7 @@ static json_t *text_value(const char *text)
 void control_reply_error(struct control_request *req, const struct error *err)
 {
     control_answer(
-        req,
-        json_pack("{s:{s:i,s:o}}", "error", "code", err->code, "text", text_value(err->text)),
+        req, json_pack("{s:{s:i,s:o}}", "error", "code", err->code, "text", text_value(err->text)),
         true);
 }
 

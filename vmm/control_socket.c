@@ -20,7 +20,7 @@ struct control_conn {
     struct control *control;
     struct control_conn *next;
     struct loop_watch watch;
-    int fd; // -1 once closed
+    int fd;            // -1 once closed
     bool ended;        // the client says no more, but may still wait for answers
     unsigned requests; // not answered yet
     unsigned refs;     // the watch's and one a request

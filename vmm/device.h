@@ -17,7 +17,7 @@ struct device_class {
     size_t size;      // of the struct that starts with `struct device`
     // Claims ports, windows, lines; `config` is the class's own struct (NULL = defaults).
     int (*realize)(struct device *dev, const void *config, struct error *err);
-    void (*reset)(struct device *dev);   // to power-on values; may be NULL
+    void (*reset)(struct device *dev); // to power-on values; may be NULL
     // With the vCPUs parked: stops touching guest memory and the outside, so that saved fields are
     // whole; resume undoes it. May be NULL.
     int (*quiesce)(struct device *dev, struct error *err);

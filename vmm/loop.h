@@ -69,7 +69,8 @@ struct io_uring_sqe *loop_sqe(struct loop *loop, struct loop_op *op);
 // Any thread; runs `fn(arg)` in the loop's thread. `call` must live until then.
 void loop_call(struct loop *loop, struct loop_call *call);
 
-// Calls watch->fn whenever `events` show on fd, until loop_unwatch. Loop thread, or before loop_run.
+// Calls watch->fn whenever `events` show on fd, until loop_unwatch. Loop thread, or before
+// loop_run.
 int loop_watch(struct loop *loop, struct loop_watch *watch, int fd, uint32_t events,
                void (*fn)(struct loop_watch *, uint32_t), struct error *err);
 // After this `fn` is not called again; the kernel may still hold the poll, so the memory of `watch`

@@ -24,18 +24,18 @@ enum ram_backing {
 struct ram_config {
     uint64_t size; // bytes, a multiple of 4 KiB, at least RAM_MIN
     enum ram_backing backing;
-    bool thp;            // ask for transparent huge pages
-    const char *numa;    // NULL, or "bind:0,1", "interleave:0-3", "preferred:1"
+    bool thp;         // ask for transparent huge pages
+    const char *numa; // NULL, or "bind:0,1", "interleave:0-3", "preferred:1"
 };
 
 #define RAM_MIN (16 * MiB)
 #define RAM_MAX (4096 * GiB) // a KVM memory slot holds less than 2^31 pages
 
 struct ram_region {
-    uint64_t gpa, size; // bytes
+    uint64_t gpa, size;  // bytes
     uint64_t first_page; // page index of its first page
-    uint8_t *hva;       // 2 MiB aligned
-    uint32_t slot;      // KVM memory slot
+    uint8_t *hva;        // 2 MiB aligned
+    uint32_t slot;       // KVM memory slot
 };
 
 struct ram {
@@ -53,7 +53,7 @@ struct ram {
     _Atomic uint64_t *own_dirty;
 };
 
-#define ram_for_each_region(ram, r)                                                                \
+#define ram_for_each_region(ram, r) \
     for (struct ram_region *r = (ram)->regions; r < (ram)->regions + (ram)->nr_regions; r++)
 
 int ram_create(struct ram *ram, const struct ram_config *config, struct error *err);
@@ -66,8 +66,8 @@ int ram_attach(struct ram *ram, int vm_fd, struct error *err);
 // Whoever writes through the pointer calls ram_mark_dirty afterwards (KVM does not see it).
 void *ram_at(const struct ram *ram, uint64_t gpa, uint64_t len);
 bool ram_contains(const struct ram *ram, uint64_t gpa, uint64_t len);
-int ram_read(const struct ram *ram, uint64_t gpa, void *data, uint64_t len);       // 0 or -EFAULT
-int ram_write(struct ram *ram, uint64_t gpa, const void *data, uint64_t len);      // 0 or -EFAULT
+int ram_read(const struct ram *ram, uint64_t gpa, void *data, uint64_t len);  // 0 or -EFAULT
+int ram_write(struct ram *ram, uint64_t gpa, const void *data, uint64_t len); // 0 or -EFAULT
 void ram_mark_dirty(struct ram *ram, uint64_t gpa, uint64_t len);
 
 // Page index <-> address. Both are exact inverses for pages that exist.

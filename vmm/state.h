@@ -33,18 +33,26 @@ struct state_field {
     uint32_t len_offset;
 };
 
-#define STATE_FIELD_INT(T, m, ver)                                                                 \
-    {.name = #m, .type = STATE_INT, .since = (ver), .offset = offsetof(T, m),                      \
-     .size = sizeof(((T *)0)->m), .count = 1}
-#define STATE_FIELD_INTS(T, m, ver)                                                                \
-    {.name = #m, .type = STATE_INT, .since = (ver), .offset = offsetof(T, m),                      \
-     .size = sizeof(((T *)0)->m[0]), .count = sizeof(((T *)0)->m) / sizeof(((T *)0)->m[0])}
-#define STATE_FIELD_BYTES(T, m, ver)                                                               \
-    {.name = #m, .type = STATE_BYTES, .since = (ver), .offset = offsetof(T, m),                    \
-     .size = sizeof(((T *)0)->m), .count = 1}
-#define STATE_FIELD_VAR(T, m, len_m, ver)                                                          \
-    {.name = #m, .type = STATE_VAR, .since = (ver), .offset = offsetof(T, m),                      \
-     .size = sizeof(((T *)0)->m), .count = 1, .len_offset = offsetof(T, len_m)}
+#define STATE_FIELD_INT(T, m, ver)                                               \
+    {                                                                            \
+        .name = #m, .type = STATE_INT, .since = (ver), .offset = offsetof(T, m), \
+        .size = sizeof(((T *)0)->m), .count = 1                                  \
+    }
+#define STATE_FIELD_INTS(T, m, ver)                                                           \
+    {                                                                                         \
+        .name = #m, .type = STATE_INT, .since = (ver), .offset = offsetof(T, m),              \
+        .size = sizeof(((T *)0)->m[0]), .count = sizeof(((T *)0)->m) / sizeof(((T *)0)->m[0]) \
+    }
+#define STATE_FIELD_BYTES(T, m, ver)                                               \
+    {                                                                              \
+        .name = #m, .type = STATE_BYTES, .since = (ver), .offset = offsetof(T, m), \
+        .size = sizeof(((T *)0)->m), .count = 1                                    \
+    }
+#define STATE_FIELD_VAR(T, m, len_m, ver)                                         \
+    {                                                                             \
+        .name = #m, .type = STATE_VAR, .since = (ver), .offset = offsetof(T, m),  \
+        .size = sizeof(((T *)0)->m), .count = 1, .len_offset = offsetof(T, len_m) \
+    }
 
 struct state_table {
     const char *name; // section name, at most 31 bytes

@@ -14,11 +14,11 @@
 #include "devices/console.h"
 #include "vmm/util.h"
 
-#define CHECK(call)                                          \
-    do {                                                     \
-        struct error err = {0};                              \
-        if (call)                                            \
-            ck_abort_msg("%s: %s", #call, err.text);         \
+#define CHECK(call)                                  \
+    do {                                             \
+        struct error err = {0};                      \
+        if (call)                                    \
+            ck_abort_msg("%s: %s", #call, err.text); \
     } while (0)
 
 // --- what the guest tells
@@ -114,11 +114,11 @@ void bare_create(struct bare *b, const struct bare_config *config)
 
     CHECK(loop_create(&b->loop, &err));
     console_create(b);
-    const struct vm_config vm = {.name = config->guest,
-                                 .cpus = config->cpus ? config->cpus : 1,
-                                 .ram = {.size = config->memory ? config->memory : 32 * MiB,
-                                         .backing = config->backing},
-                                 .log_level = LOG_WARN};
+    const struct vm_config vm = {
+        .name = config->guest,
+        .cpus = config->cpus ? config->cpus : 1,
+        .ram = {.size = config->memory ? config->memory : 32 * MiB, .backing = config->backing},
+        .log_level = LOG_WARN};
     CHECK(vm_create(&b->vm, &vm, b->loop, &err));
     b->vm->on_stop = stopped;
     b->vm->on_stop_arg = b;

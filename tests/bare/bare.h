@@ -33,7 +33,8 @@ struct bare_config {
     const char *cmdline;                       // NULL = ""
     struct bare_param params[BARE_PARAMS_MAX]; // up to `nr_params`
     unsigned nr_params;
-    bool hold; // every SYNC keeps its vCPU until the VM is paused: saved there, it goes on behind it
+    bool
+        hold; // every SYNC keeps its vCPU until the VM is paused: saved there, it goes on behind it
     bool quiet_panic; // the test expects a guest assertion or exception
 };
 

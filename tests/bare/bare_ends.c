@@ -140,8 +140,8 @@ START_TEST(missing_instruction)
     ck_assert_int_eq(vm_stop_status(stop), EXIT_GUEST_EMULATION);
     char rip[64];
     snprintf(rip, sizeof(rip), "rip %016llx", (unsigned long long)b.stage_value);
-    const char *expected[] = {"vCPU 0",       rip,           "ring 0",        "rax ",
-                              "cr3 ",         insns[_i].bytes, insns[_i].name, insns[_i].remedy};
+    const char *expected[] = {
+        "vCPU 0", rip, "ring 0", "rax ", "cr3 ", insns[_i].bytes, insns[_i].name, insns[_i].remedy};
     for (size_t i = 0; i < ARRAY_SIZE(expected); i++)
         ck_assert_msg(strstr(stop->text, expected[i]) != NULL, "no \"%s\" in: %s", expected[i],
                       stop->text);

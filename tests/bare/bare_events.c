@@ -70,7 +70,8 @@ static void interrupts(void (*raise)(struct bare *b, int fd), uint64_t n)
     ck_assert_int_eq(vm_irqfd(b.vm, IRQ_LINE, fd, -1, &err), -EBUSY);
     bare_run(&b);
     bare_wait_syncs(&b, 1);
-    uint64_t lines = bare_value(&b, UCALL_V_COUNTER, 0), messages = bare_value(&b, UCALL_V_COUNTER, 1);
+    uint64_t lines = bare_value(&b, UCALL_V_COUNTER, 0),
+             messages = bare_value(&b, UCALL_V_COUNTER, 1);
     for (uint64_t i = 0; i < n; i++) {
         raise(&b, fd);
         ck_assert_uint_eq(bare_wait_change(&b, lines, i), i + 1);

@@ -12,8 +12,8 @@ enum { ROUNDS = 21 };
 
 enum step { LOOP, VM, BOARD, BOOT, START, FIRST, DESTROY, STEPS };
 static const char *const step_names[STEPS] = {
-    [LOOP] = "loop_create",  [VM] = "vm_create",         [BOARD] = "board_create",
-    [BOOT] = "boot_load",    [START] = "vm_start",       [FIRST] = "resume to first exit",
+    [LOOP] = "loop_create",   [VM] = "vm_create",   [BOARD] = "board_create",
+    [BOOT] = "boot_load",     [START] = "vm_start", [FIRST] = "resume to first exit",
     [DESTROY] = "vm_destroy",
 };
 
@@ -98,11 +98,10 @@ START_TEST(exits)
     for (unsigned ring = 0; ring <= 3; ring += 3)
         for (unsigned write = 0; write <= 1; write++) {
             struct bare b;
-            const struct bare_config config = {.guest = "exits",
-                                               .params = {{UCALL_P_N, 50000},
-                                                          {UCALL_P_RING, ring},
-                                                          {UCALL_P_WRITE, write}},
-                                               .nr_params = 3};
+            const struct bare_config config = {
+                .guest = "exits",
+                .params = {{UCALL_P_N, 50000}, {UCALL_P_RING, ring}, {UCALL_P_WRITE, write}},
+                .nr_params = 3};
             bare_create(&b, &config);
             bare_run(&b);
             bare_wait_done(&b);

@@ -95,9 +95,8 @@ END_TEST
 START_TEST(storm_on_exits)
 {
     struct bare b;
-    const struct bare_config config = {.guest = "exits",
-                                       .params = {{UCALL_P_N, 100000}, {UCALL_P_WRITE, 1}},
-                                       .nr_params = 2};
+    const struct bare_config config = {
+        .guest = "exits", .params = {{UCALL_P_N, 100000}, {UCALL_P_WRITE, 1}}, .nr_params = 2};
     bare_create(&b, &config);
     bare_run(&b);
     for (uint64_t before = 0;; before = atomic_load(&b.vm->vcpus[0].exits)) {
@@ -205,7 +204,8 @@ static void threads_wait(unsigned expected)
 {
     const uint64_t end = time_ns() + BARE_WAIT_SECONDS * 1000000000ull;
     while (entries("/proc/self/task") != expected) {
-        ck_assert_msg(time_ns() < end, "%u threads are left", entries("/proc/self/task") - expected);
+        ck_assert_msg(time_ns() < end, "%u threads are left",
+                      entries("/proc/self/task") - expected);
         sched_yield();
     }
 }

@@ -177,7 +177,8 @@ END_TEST
 
 START_TEST(port_accesses_happen_once)
 {
-    // The guest counts the answers it gets; each `in` of the ucall port gives the magic number once.
+    // The guest counts the answers it gets; each `in` of the ucall port gives the magic number
+    // once.
     struct bare vm[2];
     const struct bare_config config = {
         .guest = "exits",
@@ -215,9 +216,10 @@ END_TEST
 START_TEST(interrupts_survive_moves)
 {
     struct bare vm[2];
-    const struct bare_config config = {
-        .guest = _i ? "smp" : "timer", .cpus = _i ? 4 : 1, .params = {{UCALL_P_N, 20}},
-        .nr_params = 1};
+    const struct bare_config config = {.guest = _i ? "smp" : "timer",
+                                       .cpus = _i ? 4 : 1,
+                                       .params = {{UCALL_P_N, 20}},
+                                       .nr_params = 1};
     bare_create(&vm[0], &config);
     bare_run(&vm[0]);
     unsigned at = 0;
@@ -230,7 +232,8 @@ START_TEST(interrupts_survive_moves)
         stream_mem_free(&blob);
         at = 1 - at;
         bare_run(&vm[at]);
-        // Most of its exits stay in the kernel: time is all that lets it get on. Any length is right.
+        // Most of its exits stay in the kernel: time is all that lets it get on. Any length is
+        // right.
         const struct timespec slice = {.tv_nsec = 3000000};
         nanosleep(&slice, NULL);
     }

@@ -45,8 +45,8 @@ START_TEST(overlaps_are_refused)
     ck_assert_int_eq(add(&bus, 0x100, 0x10, NULL), 0);
     static const struct {
         uint64_t base, len;
-    } clashes[] = {{0x100, 0x10}, {0x0ff, 2},    {0x10f, 1}, {0x108, 0x100},
-                   {0, 0x101},    {0x0, ~0ull},  {0x104, 4}};
+    } clashes[] = {{0x100, 0x10}, {0x0ff, 2},   {0x10f, 1}, {0x108, 0x100},
+                   {0, 0x101},    {0x0, ~0ull}, {0x104, 4}};
     for (size_t i = 0; i < ARRAY_SIZE(clashes); i++)
         ck_assert_int_eq(add(&bus, clashes[i].base, clashes[i].len, NULL), -EEXIST);
     ck_assert_int_eq(add(&bus, 0x110, 1, NULL), 0); // right behind
@@ -152,7 +152,8 @@ START_TEST(one_way_devices)
     struct bus bus = {.name = "test"};
     struct error err;
     struct probe p = {0};
-    const struct bus_range w = {0, 8, "w", &write_only, &p, NULL}, r = {8, 8, "r", &read_only, &p, NULL};
+    const struct bus_range w = {0, 8, "w", &write_only, &p, NULL},
+                           r = {8, 8, "r", &read_only, &p, NULL};
     bus_add(&bus, &w, &err);
     bus_add(&bus, &r, &err);
     uint64_t value;

@@ -83,7 +83,7 @@ static void cmd_release(struct vm *vm, json_t *args, struct control_request *req
 }
 
 static const struct control_command commands[] = {
-    {"echo", "", cmd_echo, NULL}, {"fail", "", cmd_fail, NULL},   {"big", "", cmd_big, NULL},
+    {"echo", "", cmd_echo, NULL}, {"fail", "", cmd_fail, NULL}, {"big", "", cmd_big, NULL},
     {"slow", "", cmd_slow, NULL}, {"keep", "", cmd_keep, NULL}, {"release", "", cmd_release, NULL},
 };
 
@@ -188,7 +188,8 @@ START_TEST(commands_and_errors)
     server_start(&s);
     for (unsigned i = 0; i < 100; i++)
         works(&s);
-    ck_assert_int_eq(call(&s, "fail", json_pack("{s:s}", "text", "busy today"), &result, &err), -EBUSY);
+    ck_assert_int_eq(call(&s, "fail", json_pack("{s:s}", "text", "busy today"), &result, &err),
+                     -EBUSY);
     ck_assert_str_eq(err.text, "busy today");
     ck_assert_ptr_null(result);
     ck_assert_int_eq(call(&s, "nonsense", NULL, NULL, &err), -ENOSYS);
@@ -244,10 +245,23 @@ END_TEST
 START_TEST(malformed_lines_are_answered)
 {
     static const char *const lines[] = {
-        "\n", "{\n", "[]\n", "7\n", "null\n", "\"echo\"\n", "{}\n", "{\"cmd\":7}\n",
-        "{\"cmd\":null}\n", "{\"cmd\":\"echo\",\"args\":[]}\n", "{\"cmd\":\"echo\",\"args\":1}\n",
-        "{\"cmd\":\"echo\",\"more\":1}\n", "{\"cmd\":\"echo\",\"cmd\":\"echo\"}\n",
-        "{\"cmd\":\"echo\"} {}\n", "{\"cmd\":\"ec\\u0000ho\"}\n", "\xff\xfe\n", "{\"cmd\":\"\xc3\"}\n",
+        "\n",
+        "{\n",
+        "[]\n",
+        "7\n",
+        "null\n",
+        "\"echo\"\n",
+        "{}\n",
+        "{\"cmd\":7}\n",
+        "{\"cmd\":null}\n",
+        "{\"cmd\":\"echo\",\"args\":[]}\n",
+        "{\"cmd\":\"echo\",\"args\":1}\n",
+        "{\"cmd\":\"echo\",\"more\":1}\n",
+        "{\"cmd\":\"echo\",\"cmd\":\"echo\"}\n",
+        "{\"cmd\":\"echo\"} {}\n",
+        "{\"cmd\":\"ec\\u0000ho\"}\n",
+        "\xff\xfe\n",
+        "{\"cmd\":\"\xc3\"}\n",
         "GET / HTTP/1.1\r\n",
     };
     struct server s;
@@ -375,7 +389,7 @@ START_TEST(slow_readers_are_dropped)
     for (unsigned i = 0; i < 64; i++)
         if (send(fd, request, strlen(request), MSG_NOSIGNAL) < 0)
             break; // dropped already
-    works(&s); // nobody waits for it
+    works(&s);     // nobody waits for it
     struct pollfd p = {.fd = fd, .events = POLLRDHUP};
     ck_assert_int_eq(poll(&p, 1, 60000), 1);
     close(fd);
@@ -461,8 +475,9 @@ START_TEST(paths)
     struct stat st;
     ck_assert_int_eq(stat(sub, &st), 0);
     ck_assert_uint_eq(st.st_mode & 0777, 0700);
-    static const char *const bad[] = {"", "..", ".hidden", "a/b", "/etc/passwd",
-                                      "0123456789012345678901234567890123456789012345678901234567890123"};
+    static const char *const bad[] = {
+        "",    "..",          ".hidden",
+        "a/b", "/etc/passwd", "0123456789012345678901234567890123456789012345678901234567890123"};
     for (size_t i = 0; i < ARRAY_SIZE(bad); i++)
         ck_assert_int_eq(control_path(bad[i], path, sizeof(path), &err), -EINVAL);
     ck_assert_int_eq(control_path("a", path, 8, &err), -ENAMETOOLONG);

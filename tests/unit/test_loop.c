@@ -110,7 +110,7 @@ START_TEST(unwatched_is_not_called_again)
     int out = r->fds[1], in = r->fds[0];
     loop_unwatch(&r->watch, reader_closed);
     loop_unwatch(&r->watch, reader_closed); // once is enough
-    close(in); // at once: the header allows it
+    close(in);                              // at once: the header allows it
     while (!r->closed)
         ck_assert_int_eq(loop_turn(loop, true, &err), 0);
     ck_assert_uint_eq(r->calls, 0);

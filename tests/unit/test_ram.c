@@ -63,8 +63,14 @@ END_TEST
 
 START_TEST(bad_sizes)
 {
-    static const uint64_t bad[] = {0,           1,       16 * MiB - 4096,    16 * MiB + 1,
-                                   RAM_MAX + 1, 1 << 30 | 0x200, RAM_MAX + 4096, UINT64_MAX,
+    static const uint64_t bad[] = {0,
+                                   1,
+                                   16 * MiB - 4096,
+                                   16 * MiB + 1,
+                                   RAM_MAX + 1,
+                                   1 << 30 | 0x200,
+                                   RAM_MAX + 4096,
+                                   UINT64_MAX,
                                    UINT64_MAX & ~4095ull};
     for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
         struct error err;
@@ -93,7 +99,8 @@ START_TEST(accessor_edges)
     ck_assert_ptr_eq(ram_at(&ram, high, 64 * MiB), ram.regions[1].hva);
     ck_assert_ptr_null(ram_at(&ram, high, 64 * MiB + 1));
     ck_assert_ptr_null(ram_at(&ram, end, 1));
-    // Although both regions lie back to back in this process, nothing reaches from one to the other.
+    // Although both regions lie back to back in this process, nothing reaches from one to the
+    // other.
     ck_assert_ptr_null(ram_at(&ram, low - PAGE_SIZE, high - low + 2 * PAGE_SIZE));
     for (size_t i = 0; i < ARRAY_SIZE(huge); i++) { // wraps
         ck_assert_ptr_null(ram_at(&ram, huge[i], 1));
@@ -115,7 +122,7 @@ END_TEST
 START_TEST(page_indexes_are_inverse)
 {
     static const uint64_t memory[] = {16 * MiB + 4096, LAYOUT_RAM_LOW_MAX,
-                                   LAYOUT_RAM_LOW_MAX + 4096, LAYOUT_RAM_LOW_MAX + 1 * GiB};
+                                      LAYOUT_RAM_LOW_MAX + 4096, LAYOUT_RAM_LOW_MAX + 1 * GiB};
     for (size_t i = 0; i < ARRAY_SIZE(memory); i++) {
         struct ram ram;
         uint64_t back, last_gpa = 0;
@@ -173,12 +180,17 @@ START_TEST(numa_policies)
         const char *text;
         bool good;
     } policies[] = {
-        {"bind:0", true},      {"interleave:0", true}, {"preferred:0", true}, {"bind:0-0", true},
-        {"bind:0,0", true},    {"bind:", false},       {"bind", false},       {"", false},
-        {"local:0", false},    {"bind:a", false},      {"bind:0,", false},    {"bind:,0", false},
-        {"bind:1-0", false},   {"bind:-1", false},     {"bind:0-", false},    {"bind:0x0", false},
-        {"bind:1024", false},  {"bind:99999999999999999999", false},          {"bind:0 ", false},
-        {"bind:0-1023-2", false}, {"BIND:0", false},
+        {"bind:0", true},      {"interleave:0", true},
+        {"preferred:0", true}, {"bind:0-0", true},
+        {"bind:0,0", true},    {"bind:", false},
+        {"bind", false},       {"", false},
+        {"local:0", false},    {"bind:a", false},
+        {"bind:0,", false},    {"bind:,0", false},
+        {"bind:1-0", false},   {"bind:-1", false},
+        {"bind:0-", false},    {"bind:0x0", false},
+        {"bind:1024", false},  {"bind:99999999999999999999", false},
+        {"bind:0 ", false},    {"bind:0-1023-2", false},
+        {"BIND:0", false},
     };
     for (size_t i = 0; i < ARRAY_SIZE(policies); i++) {
         struct error err;
@@ -237,12 +249,12 @@ START_TEST(own_writes_are_logged)
     ck_assert_uint_eq(fresh, 0);
 
     const uint64_t high_first = LAYOUT_RAM_LOW_MAX / PAGE_SIZE;
-    ram_mark_dirty(&ram, 5 * PAGE_SIZE + 4095, 2);                  // 5 and 6
-    ram_mark_dirty(&ram, 8 * PAGE_SIZE, 0);                         // nothing
-    ram_mark_dirty(&ram, LAYOUT_RAM_LOW_MAX - 1, 1);                // the last below the hole
-    ram_mark_dirty(&ram, LAYOUT_RAM_LOW_MAX - 1, 2);                // not RAM
-    ram_mark_dirty(&ram, LAYOUT_RAM_HIGH, 1);                       // the first above
-    ram_mark_dirty(&ram, ram_page_gpa(&ram, ram.pages - 1), 4096);  // the very last
+    ram_mark_dirty(&ram, 5 * PAGE_SIZE + 4095, 2);                 // 5 and 6
+    ram_mark_dirty(&ram, 8 * PAGE_SIZE, 0);                        // nothing
+    ram_mark_dirty(&ram, LAYOUT_RAM_LOW_MAX - 1, 1);               // the last below the hole
+    ram_mark_dirty(&ram, LAYOUT_RAM_LOW_MAX - 1, 2);               // not RAM
+    ram_mark_dirty(&ram, LAYOUT_RAM_HIGH, 1);                      // the first above
+    ram_mark_dirty(&ram, ram_page_gpa(&ram, ram.pages - 1), 4096); // the very last
     ram_mark_dirty(&ram, LAYOUT_LAPIC, 4);
     ram_mark_dirty(&ram, UINT64_MAX, 2);
     ram_mark_dirty(&ram, 0, UINT64_MAX);

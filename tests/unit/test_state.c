@@ -46,14 +46,17 @@ static int thing_load(void *object, uint16_t version, struct error *err)
 }
 
 static const struct state_field fields[] = {
-    STATE_FIELD_INT(struct thing, byte, 1),     STATE_FIELD_INT(struct thing, word, 1),
-    STATE_FIELD_INT(struct thing, dword, 1),    STATE_FIELD_INT(struct thing, qword, 1),
-    STATE_FIELD_INTS(struct thing, words, 1),   STATE_FIELD_BYTES(struct thing, raw, 1),
-    STATE_FIELD_INT(struct thing, added, 2),    STATE_FIELD_VAR(struct thing, var, var_len, 1),
+    STATE_FIELD_INT(struct thing, byte, 1),   STATE_FIELD_INT(struct thing, word, 1),
+    STATE_FIELD_INT(struct thing, dword, 1),  STATE_FIELD_INT(struct thing, qword, 1),
+    STATE_FIELD_INTS(struct thing, words, 1), STATE_FIELD_BYTES(struct thing, raw, 1),
+    STATE_FIELD_INT(struct thing, added, 2),  STATE_FIELD_VAR(struct thing, var, var_len, 1),
 };
-static const struct state_table v1 = {"thing", 1, 1, ARRAY_SIZE(fields), fields, thing_save, thing_load};
-static const struct state_table v2 = {"thing", 2, 1, ARRAY_SIZE(fields), fields, thing_save, thing_load};
-static const struct state_table v3 = {"thing", 3, 2, ARRAY_SIZE(fields), fields, thing_save, thing_load};
+static const struct state_table v1 = {"thing", 1,          1,         ARRAY_SIZE(fields),
+                                      fields,  thing_save, thing_load};
+static const struct state_table v2 = {"thing", 2,          1,         ARRAY_SIZE(fields),
+                                      fields,  thing_save, thing_load};
+static const struct state_table v3 = {"thing", 3,          2,         ARRAY_SIZE(fields),
+                                      fields,  thing_save, thing_load};
 static const struct state_table other = {"other", 1, 1, 0, NULL, NULL, NULL};
 
 static struct thing example(unsigned n)
@@ -378,8 +381,10 @@ START_TEST(long_names_are_refused)
 {
     struct state_registry reg = {0};
     struct error err;
-    const struct state_table good = {.name = "a-name-of-thirty-one-characters", .version = 1, .oldest = 1};
-    const struct state_table bad = {.name = "a-name-of-thirty-two-characters!", .version = 1, .oldest = 1};
+    const struct state_table good = {
+        .name = "a-name-of-thirty-one-characters", .version = 1, .oldest = 1};
+    const struct state_table bad = {
+        .name = "a-name-of-thirty-two-characters!", .version = 1, .oldest = 1};
     const struct state_table empty = {.name = "", .version = 1, .oldest = 1};
     ck_assert_int_eq(state_register(&reg, &good, 0, NULL, &err), 0);
     ck_assert_int_eq(state_register(&reg, &bad, 0, NULL, &err), -EINVAL);

@@ -56,7 +56,7 @@ START_TEST(limits)
     ck_assert_uint_eq(m.len, 10);
     ck_assert_int_eq(stream_read(&m.stream, data, 11, &err), -ENODATA);
     ck_assert_int_eq(stream_read(&m.stream, data, SIZE_MAX, &err), -ENODATA);
-    ck_assert_uint_eq(m.pos, 0); // nothing was taken
+    ck_assert_uint_eq(m.pos, 0);                                 // nothing was taken
     ck_assert_int_eq(stream_read(&m.stream, data, 10, &err), 0); // a writer can be read back
     stream_mem_free(&m);
     stream_mem_reader(&m, "fixed", data, sizeof(data));

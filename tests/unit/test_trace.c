@@ -29,7 +29,8 @@ START_TEST(counts_per_kind_and_address)
     trace_exit(trace, 1, 0, TRACE_MMIO_READ, 0xd0000000, 4, 0, "virtio0");
     char *text = table_text(trace);
     ck_assert_ptr_nonnull(strstr(text, "321 exits"));
-    const char *first = strstr(text, " 300 "), *second = strstr(text, " 20 "), *third = strstr(text, "virtio0");
+    const char *first = strstr(text, " 300 "), *second = strstr(text, " 20 "),
+               *third = strstr(text, "virtio0");
     ck_assert(first && second && third && first < second && second < third); // most first
     ck_assert_ptr_nonnull(strstr(text, "pio out"));
     ck_assert_ptr_nonnull(strstr(text, "0xd0000000"));

@@ -51,7 +51,8 @@ START_TEST(sizes_are_parsed)
     for (size_t i = 0; i < ARRAY_SIZE(table); i++) {
         uint64_t bytes = 4711;
         int ret = size_parse(table[i].text, MiB, &bytes);
-        ck_assert_msg(ret == table[i].ret, "'%s': %d, expected %d", table[i].text, ret, table[i].ret);
+        ck_assert_msg(ret == table[i].ret, "'%s': %d, expected %d", table[i].text, ret,
+                      table[i].ret);
         ck_assert_uint_eq(bytes, ret ? 4711 : table[i].bytes);
     }
 }

@@ -88,8 +88,9 @@ int image_read(const struct image *img, uint64_t offset, void *data, uint64_t le
     return 0;
 }
 
-// Makes the pages there in one call instead of one fault each, and as huge pages where whole ones will
-// be filled anyway, so that they waste nothing; only a matter of speed (3x on a 10 MiB kernel).
+// Makes the pages there in one call instead of one fault each, and as huge pages where whole ones
+// will be filled anyway, so that they waste nothing; only a matter of speed (3x on a 10 MiB
+// kernel).
 static void populate(uint8_t *start, uint64_t len)
 {
 #ifdef MADV_POPULATE_WRITE

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A guest on its way into this process: `ferry receive`. It is taken in by a thread of its own, while
-// the main thread runs the event loop, so that its console and control socket live from the moment
-// it runs here, which in post-copy is long before the last page has come.
+// A guest on its way into this process: `ferry receive`. It is taken in by a thread of its own,
+// while the main thread runs the event loop, so that its console and control socket live from the
+// moment it runs here, which in post-copy is long before the last page has come.
 #pragma once
 
 struct arrival;

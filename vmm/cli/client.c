@@ -52,7 +52,8 @@ static void print_members(json_t *object)
 {
     const char *key;
     json_t *value;
-    json_object_foreach(object, key, value) {
+    json_object_foreach(object, key, value)
+    {
         autofree char *text = json_dumps(value, JSON_ENCODE_ANY | JSON_COMPACT);
         printf("%-14s %s\n", key, json_is_string(value) ? json_string_value(value) : text);
     }

@@ -20,9 +20,9 @@ static void cmd_info(struct vm *vm, json_t *args, struct control_request *req, v
     for (unsigned i = 0; i < vm->nr_vcpus; i++)
         json_array_append_new(vcpus, json_pack("{s:i, s:I}", "index", (int)i, "exits",
                                                (json_int_t)atomic_load(&vm->vcpus[i].exits)));
-    json_t *info = json_pack("{s:s, s:s, s:i, s:I, s:o}", "name", vm->name, "state",
-                             phase_name(vm), "pid", (int)getpid(), "memory_bytes",
-                             (json_int_t)vm->ram.size, "vcpus", vcpus);
+    json_t *info =
+        json_pack("{s:s, s:s, s:i, s:I, s:o}", "name", vm->name, "state", phase_name(vm), "pid",
+                  (int)getpid(), "memory_bytes", (json_int_t)vm->ram.size, "vcpus", vcpus);
     const char *console = console_path(s->console);
     if (console && *console)
         json_object_set_new(info, "console", json_string(console));

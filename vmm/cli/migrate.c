@@ -12,7 +12,8 @@
 
 static const char migrate_usage[] =
     "ferry migrate NAME tcp:HOST:PORT [OPTIONS]\n\n"
-    "Moves the running VM to a host where `ferry receive` waits. On any failure before the hand-over\n"
+    "Moves the running VM to a host where `ferry receive` waits. On any failure before the "
+    "hand-over\n"
     "the guest goes on here.\n\n"
     "      --mode MODE        precopy (default), postcopy, hybrid\n"
     "      --downtime-ms N    longest pause to aim at (default 300)\n"
@@ -24,7 +25,8 @@ static const char migrate_usage[] =
     "With NAME alone:\n"
     "      --status           the migration under way, or how the last one ended\n"
     "      --cancel           end it; the guest goes on here\n"
-    "      --force-resume     the hand-over was never answered: run the guest here (you know that it\n"
+    "      --force-resume     the hand-over was never answered: run the guest here (you know that "
+    "it\n"
     "                         does not run there)\n\n"
     "example: ferry migrate web tcp:10.0.0.2:7000 --downtime-ms 30";
 
@@ -85,13 +87,18 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
 
 static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct error *err)
 {
-    static const struct option longs[] = {
-        {"mode", required_argument, NULL, 'm'},       {"downtime-ms", required_argument, NULL, 'd'},
-        {"bandwidth", required_argument, NULL, 'b'},  {"max-rounds", required_argument, NULL, 'r'},
-        {"on-stall", required_argument, NULL, 's'},   {"json", no_argument, NULL, 'j'},
-        {"quiet", no_argument, NULL, 'q'},            {"help", no_argument, NULL, 'h'},
-        {"status", no_argument, NULL, 1},             {"cancel", no_argument, NULL, 2},
-        {"force-resume", no_argument, NULL, 3},       {0}};
+    static const struct option longs[] = {{"mode", required_argument, NULL, 'm'},
+                                          {"downtime-ms", required_argument, NULL, 'd'},
+                                          {"bandwidth", required_argument, NULL, 'b'},
+                                          {"max-rounds", required_argument, NULL, 'r'},
+                                          {"on-stall", required_argument, NULL, 's'},
+                                          {"json", no_argument, NULL, 'j'},
+                                          {"quiet", no_argument, NULL, 'q'},
+                                          {"help", no_argument, NULL, 'h'},
+                                          {"status", no_argument, NULL, 1},
+                                          {"cancel", no_argument, NULL, 2},
+                                          {"force-resume", no_argument, NULL, 3},
+                                          {0}};
     opterr = 0;
     optind = 0;
     int c;
@@ -126,15 +133,16 @@ static void show_progress(json_t *event, void *arg)
     json_int_t rate = json_integer_value(json_object_get(event, "bandwidth"));
     fprintf(stderr, "%-10s round %2lld  sent %6lld MiB  left %6lld MiB  %5lld MiB/s\n",
             json_string_value(json_object_get(event, "phase")) ?: "?",
-            (long long)json_integer_value(json_object_get(event, "round")),
-            (long long)(sent >> 20), (long long)(left >> 20), (long long)(rate >> 20));
+            (long long)json_integer_value(json_object_get(event, "round")), (long long)(sent >> 20),
+            (long long)(left >> 20), (long long)(rate >> 20));
 }
 
 static void print_report(json_t *report, int indent)
 {
     const char *key;
     json_t *value;
-    json_object_foreach(report, key, value) {
+    json_object_foreach(report, key, value)
+    {
         if (json_is_object(value)) {
             printf("%*s%s\n", indent, "", key);
             print_report(value, indent + 2);

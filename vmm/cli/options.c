@@ -116,10 +116,10 @@ static int set_log(struct vm_options *o, const char *value, struct error *err)
     return error_set(err, -EINVAL, "'%s': expected error, warn, info or debug", value);
 }
 
-#define SWITCH(member)                                                                             \
-    static int set_##member(struct vm_options *o, const char *value, struct error *err)            \
-    {                                                                                              \
-        return set_bool(&o->member, value, err);                                                   \
+#define SWITCH(member)                                                                  \
+    static int set_##member(struct vm_options *o, const char *value, struct error *err) \
+    {                                                                                   \
+        return set_bool(&o->member, value, err);                                        \
     }
 SWITCH(dry_run)
 SWITCH(mark)
@@ -171,13 +171,14 @@ static const struct option_row rows[] = {
     {"numa", 'N', FOR_ALL, false, "POLICY", "bind:NODES, interleave:NODES or preferred:NODE",
      set_nothing, TEXT(numa)},
     {"console", 'o', FOR_ALL, false, "WHERE",
-     "stdio[,escape=KEY] (default), file:PATH[,append], pty[,link=PATH], unix:PATH, fd:N, null", set_console, 0},
+     "stdio[,escape=KEY] (default), file:PATH[,append], pty[,link=PATH], unix:PATH, fd:N, null",
+     set_console, 0},
     {"disk", 'd', FOR_ALL, false, "FILE",
      "block device: FILE[,ro][,serial=TEXT][,queues=N][,cached][,packed]; may be repeated",
      set_disk, 0},
     {"rng", 0, FOR_RUN, true, NULL, "entropy device", set_rng, 0},
-    {"name", 'n', FOR_ALL, false, "NAME", "name of the VM and its control socket (default ferry-PID)",
-     set_nothing, TEXT(name)},
+    {"name", 'n', FOR_ALL, false, "NAME",
+     "name of the VM and its control socket (default ferry-PID)", set_nothing, TEXT(name)},
     {"listen", 'l', FOR_RECEIVE, false, "ADDRESS", "tcp:HOST:PORT to wait on", set_nothing,
      TEXT(listen)},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
@@ -332,7 +333,8 @@ static int json_option(struct vm_options *o, unsigned command, const char *key, 
     json_t *element;
     if (json_is_array(value)) { // an option that may be repeated
         int ret = 0;
-        json_array_foreach(value, i, element) {
+        json_array_foreach(value, i, element)
+        {
             if (!json_is_string(element))
                 return error_set(err, -EINVAL, "%s: expected an array of strings", key);
             ret = ret ? ret : options_set(o, command, key, json_string_value(element), err);
@@ -356,14 +358,15 @@ int options_load(struct vm_options *o, unsigned command, const char *path, struc
     json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, &jerr);
     if (!root)
         return jerr.line < 0 ? error_set(err, -ENOENT, "%s: %s", path, jerr.text)
-                             : error_set(err, -EINVAL, "%s:%d:%d: %s", path, jerr.line,
-                                         jerr.column, jerr.text);
+                             : error_set(err, -EINVAL, "%s:%d:%d: %s", path, jerr.line, jerr.column,
+                                         jerr.text);
     int ret = 0;
     const char *key;
     json_t *value;
     if (!json_is_object(root))
         ret = error_set(err, -EINVAL, "expected a JSON object");
-    json_object_foreach(root, key, value) {
+    json_object_foreach(root, key, value)
+    {
         if (!strcmp(key, "config"))
             ret = error_set(err, -EINVAL, "a config file cannot name another");
         if (!ret)
@@ -404,7 +407,8 @@ int options_machine(struct vm_options *o, const char *text, struct error *err)
     }
     const char *key;
     json_t *value;
-    json_object_foreach(root, key, value) {
+    json_object_foreach(root, key, value)
+    {
         bool known = false;
         for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
             known |= rows[i].machine && !strcmp(rows[i].name, key);

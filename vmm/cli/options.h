@@ -32,8 +32,8 @@ void options_free(struct vm_options *o);
 
 // Parses argv (argv[0] is the command). Fills `positional` (up to `max`; more is an error).
 // Returns 0, or 1 when --help was printed, or a usage error.
-int options_parse(struct vm_options *o, unsigned command, int argc, char **argv,
-                  const char *usage, char **positional, int max, struct error *err);
+int options_parse(struct vm_options *o, unsigned command, int argc, char **argv, const char *usage,
+                  char **positional, int max, struct error *err);
 
 // One option by its name, as from a config file.
 int options_set(struct vm_options *o, unsigned command, const char *name, const char *value,

@@ -8,7 +8,8 @@
 
 static const char usage[] =
     "ferry run --kernel FILE [OPTIONS]\n\n"
-    "Boots a guest. The console's escape key is Ctrl-] (then q quits, p presses the power button).\n"
+    "Boots a guest. The console's escape key is Ctrl-] (then q quits, p presses the power "
+    "button).\n"
     "example: ferry run -k vmlinux -i initramfs.cpio -c 2 -m 256M -a \"console=ttyS0 quiet\"";
 
 static int dry_run(struct session *s)

@@ -65,8 +65,8 @@ static int cmdline_make(const struct session *s, char **cmdline, struct error *e
     const char *append = s->options->append ? s->options->append : "";
     const char *off = strstr(append, "acpi=off");
     bool word = off && (off == append || off[-1] == ' ') && (!off[8] || off[8] == ' ');
-    int ret = word ? virtio_mmio_cmdline(s->windows, s->nr_windows, windows, sizeof(windows), err)
-                   : 0;
+    int ret =
+        word ? virtio_mmio_cmdline(s->windows, s->nr_windows, windows, sizeof(windows), err) : 0;
     if (!ret && asprintf(cmdline, "%s%s", append, windows) < 0)
         ret = error_set(err, -ENOMEM, "no memory for the command line");
     return ret;
