@@ -3,7 +3,7 @@
 network namespaces. Python's standard library only.
 
 Environment (scripts/test sets it): FERRY the program, FERRY_BUILD the build directory, FERRY_GUEST
-the Linux guest, FERRY_TEST_LONG=1 the long variants. Tests wait for events; LIMIT only ends what hangs.
+the Linux guest, FERRY_LONG=1 the long variants. Tests wait for events; LIMIT only ends what hangs.
 """
 
 import atexit
@@ -23,7 +23,7 @@ BUILD = os.environ.get("FERRY_BUILD") or os.path.join(ROOT, "build")
 FERRY = os.environ.get("FERRY") or os.path.join(BUILD, "ferry")
 CACHE = os.environ.get("FERRY_CACHE") or os.path.expanduser("~/.cache/ferry")
 GUEST = os.environ.get("FERRY_GUEST") or os.path.join(CACHE, "guest")
-LONG = bool(os.environ.get("FERRY_TEST_LONG"))
+LONG = bool(os.environ.get("FERRY_LONG"))
 
 LIMIT = 300  # seconds; hosts that emulate the guest's ring 0 boot Linux in 10 to 25 s
 
