@@ -43,7 +43,11 @@ static int kvm_open(struct vm *vm, const char *path, struct error *err)
 
 static int kvm_vm_create(struct vm *vm, struct error *err)
 {
-    vm->fd = ioctl(vm->kvm_fd, KVM_CREATE_VM, 0);
+    // KVM starts a thread of its own there, and gives up with EINTR when a signal or io_uring's
+    // completions knock meanwhile.
+    do
+        vm->fd = ioctl(vm->kvm_fd, KVM_CREATE_VM, 0);
+    while (vm->fd < 0 && errno == EINTR);
     if (vm->fd < 0)
         return error_errno(err, "KVM_CREATE_VM");
     // RAM first: the interrupt controllers register devices on KVM's buses, whose clean-up would
