@@ -120,7 +120,10 @@ static void probe_kvm(struct host_facts *f)
         f->kvm = HOST_KVM_NOT_DEVICE;
         return;
     }
-    autoclose int vm = ioctl(kvm, KVM_CREATE_VM, 0);
+    autoclose int vm = -1;
+    do // as vm_create does
+        vm = ioctl(kvm, KVM_CREATE_VM, 0);
+    while (vm < 0 && errno == EINTR);
     if (vm < 0) {
         f->kvm_errno = errno;
         f->kvm = HOST_KVM_BUSY;
