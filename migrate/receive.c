@@ -65,6 +65,17 @@ static int owner_step(struct receive *r, enum owner_dest_event event, enum owner
     return ret;
 }
 
+// COMMIT has come. A cancel that was called before counts, even if no wait has noticed it yet:
+// receive_cancel and this exclude each other, so whoever cancels first wins for certain.
+static int commit_step(struct receive *r, enum owner_action *action)
+{
+    pthread_mutex_lock(&r->lock);
+    int ret = r->cancelled ? -ECANCELED : owner_dest_step(&r->owner, DEST_EV_COMMIT, action);
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+    return ret;
+}
+
 static enum owner_dest owner_now(struct receive *r)
 {
     pthread_mutex_lock(&r->lock);
@@ -414,7 +425,8 @@ static int take_commit(struct receive *r, struct error *err)
     wire_fixed(&r->record, &commit, sizeof(commit));
     if (memcmp(commit.id, r->report->id, WIRE_ID_LEN))
         return error_set(err, -EPROTO, "COMMIT of another migration");
-    owner_step(r, DEST_EV_COMMIT, &action);
+    if (commit_step(r, &action))
+        return error_set(err, -ECANCELED, "the arrival was cancelled before COMMIT came");
     if (action != OWNER_RUN)
         return error_set(err, -ECONNABORTED,
                          "the source has been told that the guest will not run");
