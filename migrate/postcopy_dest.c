@@ -373,14 +373,7 @@ int postcopy_dest_wait(struct postcopy_dest *pd, unsigned timeout_ms, struct err
     pthread_mutex_lock(&pd->lock);
     while (pd->missing && !pd->failure && !ret) {
         uint64_t before = pd->arrived;
-        struct timespec end;
-        clock_gettime(CLOCK_MONOTONIC, &end);
-        end.tv_sec += (time_t)(timeout_ms / 1000);
-        end.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
-        if (end.tv_nsec >= 1000000000) {
-            end.tv_sec++;
-            end.tv_nsec -= 1000000000;
-        }
+        struct timespec end = time_deadline(timeout_ms);
         int late = pthread_cond_timedwait(&pd->changed, &pd->lock, &end);
         if (late == ETIMEDOUT && pd->arrived == before)
             ret = error_set(err, -ETIMEDOUT, "%llu pages have not come",

@@ -13,6 +13,7 @@
 #include "migrate/pages.h"
 #include "migrate/postcopy_dest.h"
 #include "vmm/stream.h"
+#include "vmm/util.h"
 #include "vmm/vm.h"
 
 enum { VISITOR_MS = 5000 }; // for the hello of a second connection
@@ -87,14 +88,7 @@ static enum owner_dest owner_now(struct receive *r)
 // Waits on `changed` until *flag, cancelled, or the time is over.
 static bool wait_flag(struct receive *r, const bool *flag, const int *fd, unsigned timeout_ms)
 {
-    struct timespec end;
-    clock_gettime(CLOCK_MONOTONIC, &end);
-    end.tv_sec += (time_t)(timeout_ms / 1000);
-    end.tv_nsec += (long)(timeout_ms % 1000) * 1000000;
-    if (end.tv_nsec >= 1000000000) {
-        end.tv_sec++;
-        end.tv_nsec -= 1000000000;
-    }
+    struct timespec end = time_deadline(timeout_ms);
     int late = 0;
     pthread_mutex_lock(&r->lock);
     while (!(flag && *flag) && !(fd && *fd >= 0) && !r->cancelled && late != ETIMEDOUT)

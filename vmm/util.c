@@ -13,6 +13,12 @@ uint64_t time_ns(void)
     return (uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec;
 }
 
+struct timespec time_deadline(unsigned ms)
+{
+    uint64_t end = time_ns() + ms * 1000000ull;
+    return (struct timespec) {(time_t)(end / 1000000000u), (long)(end % 1000000000u)};
+}
+
 int size_parse(const char *text, uint64_t unit, uint64_t *bytes)
 {
     if (!isdigit((unsigned char)text[0]))

@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <time.h>
 #include <unistd.h>
 
 #define ARRAY_SIZE(a) (sizeof(a) / sizeof((a)[0]))
@@ -59,6 +60,9 @@ static inline bool range_within(uint64_t start, uint64_t len, uint64_t limit)
 
 // Monotonic time in nanoseconds.
 uint64_t time_ns(void);
+
+// The monotonic time `ms` from now, for condition variables made with CLOCK_MONOTONIC.
+struct timespec time_deadline(unsigned ms);
 
 // "512M", "1G", "64" (plain numbers count units of `unit` bytes). 0 or -EINVAL/-ERANGE.
 int size_parse(const char *text, uint64_t unit, uint64_t *bytes);
