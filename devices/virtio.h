@@ -77,6 +77,7 @@ struct virtio_attach {
     const struct virtio_transport *transport;
     const void *place; // used during realize only
     bool packed;       // offer the packed ring, too
+    bool arrives;      // saved state will be loaded: what the source may still hold is taken on resume
 };
 
 // A file descriptor that the loop watches for a device. On the heap: the kernel may hold the poll

@@ -491,7 +491,7 @@ static int image_open(struct virtio_blk *b, struct error *err)
     if (!S_ISREG(st.st_mode) && !S_ISBLK(st.st_mode))
         return error_set(err, -EINVAL, "%s: expected a file or a block device", b->config.path);
     int ret = image_size(b, &st, err);
-    if (!ret && !b->config.arrives)
+    if (!ret && !b->config.attach.arrives)
         ret = image_take(b, err);
     if (ret)
         return ret;

@@ -34,8 +34,7 @@ struct virtio_blk_config {
     char serial[BLK_SERIAL_MAX + 1];
     unsigned queues; // 1 to BLK_QUEUES_MAX; 0 = 1
     bool read_only;
-    bool cached;  // always through the page cache
-    bool arrives; // saved state will be loaded: the image may still be locked until then
+    bool cached; // always through the page cache
 };
 
 // "FILE[,ro][,serial=TEXT][,queues=N][,cached][,packed]"

@@ -3,6 +3,7 @@
 // the board's table (devices/board.c).
 #pragma once
 
+#include <jansson.h>
 #include <pthread.h>
 #include <stdint.h>
 
@@ -24,6 +25,10 @@ struct device_class {
     void (*resume)(struct device *dev);
     void (*unrealize)(struct device *dev); // frees what realize took; vCPUs and loop have ended
     const struct state_table *state;       // NULL: nothing to save
+    // For the person outside, in the loop's thread without the lock; may be NULL. `show` adds what
+    // `ferry info` tells. `set` changes one thing; -ENOENT: no such key.
+    void (*show)(struct device *dev, json_t *out);
+    int (*set)(struct device *dev, const char *key, const char *value, struct error *err);
 };
 
 struct device {

@@ -543,7 +543,7 @@ START_TEST(moves_with_requests)
 {
     for (int packed = 0; packed < 2; packed++) {
         struct rig *a = rig_blk(",packed"), *b = rig_new();
-        struct virtio_blk_config config = {.arrives = true, .queues = 1};
+        struct virtio_blk_config config = {.attach.arrives = true, .queues = 1};
         struct error err = {0};
         snprintf(config.path, sizeof(config.path), "%s", a->path);
         config.attach.packed = true;

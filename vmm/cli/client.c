@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Commands that talk to a running VM: info, pause, resume, stop, snapshot.
+// Commands that talk to a running VM: info, set, pause, resume, stop, snapshot.
 #include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
@@ -13,11 +13,13 @@
 struct client_args {
     bool json, powerbutton;
     char *positional[2];
+    int rest; // index of the first argument after those
 };
 
-// Options that several of these commands share; `wanted` positional arguments are required.
-static int parse(int argc, char **argv, const char *usage, int wanted, struct client_args *args,
-                 struct error *err)
+// Options that several of these commands share; `wanted` positional arguments are required, and
+// with `more` at least one follows them.
+static int parse(int argc, char **argv, const char *usage, int wanted, bool more,
+                 struct client_args *args, struct error *err)
 {
     static const struct option longs[] = {{"json", no_argument, NULL, 'j'},
                                           {"powerbutton", no_argument, NULL, 'p'},
@@ -40,9 +42,10 @@ static int parse(int argc, char **argv, const char *usage, int wanted, struct cl
             return error_set(err, -EINVAL, "unknown option '%s'; usage: %s", argv[optind - 1],
                              usage);
     }
-    if (argc - optind != wanted)
-        return error_set(err, -EINVAL, "%d arguments, expected %d; usage: %s", argc - optind,
-                         wanted, usage);
+    args->rest = optind + wanted;
+    if (more ? argc <= args->rest : argc != args->rest)
+        return error_set(err, -EINVAL, "%d arguments, expected %s%d; usage: %s", argc - optind,
+                         more ? "more than " : "", wanted, usage);
     for (int i = 0; i < wanted; i++)
         args->positional[i] = argv[optind + i];
     return 0;
@@ -84,7 +87,7 @@ static int simple(int argc, char **argv, const char *usage)
 {
     struct client_args args;
     struct error err;
-    int ret = parse(argc, argv, usage, 1, &args, &err);
+    int ret = parse(argc, argv, usage, 1, false, &args, &err);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
     json_t *request = args.powerbutton ? json_pack("{s:b}", "powerbutton", 1) : json_object();
@@ -115,7 +118,7 @@ int cli_snapshot(int argc, char **argv)
 {
     struct client_args args;
     struct error err;
-    int ret = parse(argc, argv, "ferry snapshot NAME FILE [--json]", 2, &args, &err);
+    int ret = parse(argc, argv, "ferry snapshot NAME FILE [--json]", 2, false, &args, &err);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
     // The VM's working directory is not ours.
@@ -123,4 +126,27 @@ int cli_snapshot(int argc, char **argv)
     char path[4096];
     snprintf(path, sizeof(path), "%s%s%s", cwd ? cwd : "", cwd ? "/" : "", args.positional[1]);
     return call("snapshot", json_pack("{s:s}", "path", path), &args);
+}
+
+int cli_set(int argc, char **argv)
+{
+    struct client_args args;
+    struct error err;
+    static const char usage[] = "ferry set NAME DEVICE.KEY=VALUE... [--json]\n"
+                                "  e.g. ferry set web disk0.size=2G\n"
+                                "  `ferry info NAME` lists the devices";
+    int ret = parse(argc, argv, usage, 1, true, &args, &err);
+    if (ret)
+        return ret > 0 ? EXIT_OK : cli_fail(&err);
+    json_t *request = json_object();
+    for (int i = args.rest; i < argc; i++) {
+        const char *equals = strchr(argv[i], '=');
+        size_t len = equals ? (size_t)(equals - argv[i]) : 0;
+        if (!len || json_object_setn_new(request, argv[i], len, json_string(equals + 1))) {
+            json_decref(request);
+            error_set(&err, -EINVAL, "'%s': expected DEVICE.KEY=VALUE", argv[i]);
+            return cli_fail(&err);
+        }
+    }
+    return call("set", request, &args);
 }

@@ -12,6 +12,7 @@ static const struct cli_command commands[] = {
     {"pause", cli_pause, "stop a VM's vCPUs"},
     {"resume", cli_resume, "let a paused VM go on"},
     {"stop", cli_stop, "end a VM (--powerbutton asks the guest)"},
+    {"set", cli_set, "change a device of a running VM"},
     {"snapshot", cli_snapshot, "save a running VM to a file"},
     {"restore", cli_restore, "start a VM from a snapshot file"},
     {"migrate", cli_migrate, "move a running VM to another host"},

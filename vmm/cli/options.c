@@ -6,8 +6,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "devices/virtio_blk.h"
-
 enum { OPTIONS_MAX = 40, CONFIG_FILE_MAX = 1024 * 1024 };
 
 struct option_row {
@@ -19,6 +17,7 @@ struct option_row {
     const char *help;
     int (*set)(struct vm_options *o, const char *value, struct error *err);
     size_t text; // offset of the char * that keeps the value as given, 0 = not kept
+    const struct virtio_kind *kind; // a virtio device; then `set` is NULL
 };
 
 static int set_text(char **slot, const char *value, struct error *err)
@@ -126,19 +125,70 @@ SWITCH(mark)
 SWITCH(ucall)
 SWITCH(debug_exit)
 SWITCH(control)
-SWITCH(rng)
+SWITCH(vmgenid)
 #undef SWITCH
 
-static int set_disk(struct vm_options *o, const char *value, struct error *err)
+static int set_transport(struct vm_options *o, const char *value, struct error *err)
 {
-    struct virtio_blk_config config;
-    int ret = virtio_blk_parse(value, &config, err);
-    if (!ret && o->nr_disks == VIRTIO_MMIO_MAX - 1) // one window is the entropy device's
-        ret = error_set(err, -E2BIG, "'%s': at most %d disks", value, VIRTIO_MMIO_MAX - 1);
-    if (!ret)
-        ret = set_text(&o->disks[o->nr_disks], value, err);
-    o->nr_disks += !ret;
-    return ret;
+    if (strcmp(value, "mmio") && strcmp(value, "pci"))
+        return error_set(err, -EINVAL, "'%s': expected mmio or pci", value);
+    o->pci = !strcmp(value, "pci");
+    return 0;
+}
+
+static unsigned devices_of(const struct vm_options *o, const struct virtio_kind *kind)
+{
+    unsigned n = 0;
+    for (unsigned i = 0; i < o->nr_devices; i++)
+        n += o->devices[i].kind == kind;
+    return n;
+}
+
+static void device_remove(struct vm_options *o, unsigned i)
+{
+    free(o->devices[i].text);
+    o->nr_devices--;
+    memmove(&o->devices[i], &o->devices[i + 1], (o->nr_devices - i) * sizeof(o->devices[0]));
+}
+
+static void devices_remove(struct vm_options *o, const struct virtio_kind *kind)
+{
+    for (unsigned i = o->nr_devices; i > 0; i--)
+        if (o->devices[i - 1].kind == kind)
+            device_remove(o, i - 1);
+}
+
+// Behind those of its kind and of the kinds before; see devices/virtio_kinds.h.
+static int device_insert(struct vm_options *o, const struct virtio_kind *kind, const char *text,
+                         struct error *err)
+{
+    struct device_option new = {.kind = kind};
+    int ret = set_text(&new.text, text, err);
+    if (ret)
+        return ret;
+    unsigned i = o->nr_devices++;
+    for (; i > 0 && o->devices[i - 1].kind > kind; i--)
+        o->devices[i] = o->devices[i - 1];
+    o->devices[i] = new;
+    return 0;
+}
+
+static int set_device(struct vm_options *o, const struct virtio_kind *kind, const char *value,
+                      struct error *err)
+{
+    bool wanted = true;
+    int ret = kind->parse ? virtio_kind_check(kind, value, err) : set_bool(&wanted, value, err);
+    if (ret)
+        return ret;
+    if (!kind->parse) { // a switch: said again, it is still one device
+        devices_remove(o, kind);
+        return wanted ? device_insert(o, kind, "", err) : 0;
+    }
+    if (devices_of(o, kind) == kind->max)
+        return error_set(err, -E2BIG, "'%s': at most %u of this kind", value, kind->max);
+    if (o->nr_devices == VIRTIO_DEVICES_MAX)
+        return error_set(err, -E2BIG, "'%s': at most %d devices in all", value, VIRTIO_DEVICES_MAX);
+    return device_insert(o, kind, value, err);
 }
 
 static int set_trace(struct vm_options *o, const char *value, struct error *err)
@@ -173,10 +223,11 @@ static const struct option_row rows[] = {
     {"console", 'o', FOR_ALL, false, "WHERE",
      "stdio[,escape=KEY] (default), file:PATH[,append], pty[,link=PATH], unix:PATH, fd:N, null",
      set_console, 0},
-    {"disk", 'd', FOR_ALL, false, "FILE",
-     "block device: FILE[,ro][,serial=TEXT][,queues=N][,cached][,packed]; may be repeated",
-     set_disk, 0},
-    {"rng", 0, FOR_RUN, true, NULL, "entropy device", set_rng, 0},
+    {NULL}, // here come the virtio devices
+    {"transport", 0, FOR_RUN, true, "KIND", "how the guest finds them: mmio (default) or pci",
+     set_transport, 0},
+    {"vmgenid", 0, FOR_RUN, true, "BOOL",
+     "a generation id that tells the guest of a restore: true (default) or false", set_vmgenid, 0},
     {"name", 'n', FOR_ALL, false, "NAME",
      "name of the VM and its control socket (default ferry-PID)", set_nothing, TEXT(name)},
     {"listen", 'l', FOR_RECEIVE, false, "ADDRESS", "tcp:HOST:PORT to wait on", set_nothing,
@@ -199,7 +250,7 @@ static const struct option_row rows[] = {
 
 void options_init(struct vm_options *o)
 {
-    *o = (struct vm_options) {.control = true};
+    *o = (struct vm_options) {.control = true, .vmgenid = true};
     o->vm.cpus = 1;
     o->vm.ram.size = 128 * MiB;
     o->vm.log_level = LOG_INFO;
@@ -209,17 +260,44 @@ void options_init(struct vm_options *o)
 void options_free(struct vm_options *o)
 {
     for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
-        if (rows[i].text)
+        if (rows[i].name && rows[i].text)
             free(*(char **)((char *)o + rows[i].text));
-    for (unsigned i = 0; i < o->nr_disks; i++)
-        free(o->disks[i]);
+    while (o->nr_devices)
+        device_remove(o, o->nr_devices - 1);
     *o = (struct vm_options) {0};
 }
+
+// Every option: the rows above, with those of the virtio devices in their place.
+struct option_table {
+    struct option_row rows[OPTIONS_MAX];
+    unsigned nr;
+};
+
+static void options_table(struct option_table *t)
+{
+    t->nr = 0;
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+        if (rows[i].name) {
+            t->rows[t->nr++] = rows[i];
+            continue;
+        }
+        const struct virtio_kind *kind;
+        for (unsigned k = 0; (kind = virtio_kind_at(k)); k++)
+            t->rows[t->nr++] = (struct option_row) {.name = kind->name,
+                                                    .brief = kind->brief,
+                                                    .commands = kind->machine ? FOR_RUN : FOR_ALL,
+                                                    .machine = kind->machine,
+                                                    .arg = kind->arg,
+                                                    .help = kind->help,
+                                                    .kind = kind};
+    }
+}
+_Static_assert(ARRAY_SIZE(rows) + VIRTIO_KINDS_MAX <= OPTIONS_MAX - 1, "room for every option");
 
 static int row_apply(struct vm_options *o, const struct option_row *row, const char *value,
                      struct error *err)
 {
-    int ret = row->set(o, value, err);
+    int ret = row->kind ? set_device(o, row->kind, value, err) : row->set(o, value, err);
     if (!ret && row->text)
         ret = set_text((char **)((char *)o + row->text), value, err);
     return ret;
@@ -228,9 +306,11 @@ static int row_apply(struct vm_options *o, const struct option_row *row, const c
 int options_set(struct vm_options *o, unsigned command, const char *name, const char *value,
                 struct error *err)
 {
-    for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
-        if (!strcmp(rows[i].name, name) && (rows[i].commands & command)) {
-            int ret = row_apply(o, &rows[i], value, err);
+    struct option_table table;
+    options_table(&table);
+    for (unsigned i = 0; i < table.nr; i++)
+        if (!strcmp(table.rows[i].name, name) && (table.rows[i].commands & command)) {
+            int ret = row_apply(o, &table.rows[i], value, err);
             return ret ? error_prefix(err, "%s", name) : 0;
         }
     return error_set(err, -EINVAL, "unknown option '%s'", name);
@@ -238,35 +318,37 @@ int options_set(struct vm_options *o, unsigned command, const char *name, const 
 
 // --- command line
 
-static void help(unsigned command, const char *usage)
+static void help(const struct option_table *t, unsigned command, const char *usage)
 {
     printf("usage: %s\n\n", usage);
-    for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
-        if (!(rows[i].commands & command))
+    for (const struct option_row *row = t->rows; row < t->rows + t->nr; row++) {
+        if (!(row->commands & command))
             continue;
         char left[40];
-        snprintf(left, sizeof(left), "--%s%s%s", rows[i].name, rows[i].arg ? " " : "",
-                 rows[i].arg ? rows[i].arg : "");
-        if (rows[i].brief)
-            printf("  -%c, %-20s %s\n", rows[i].brief, left, rows[i].help);
+        snprintf(left, sizeof(left), "--%s%s%s", row->name, row->arg ? " " : "",
+                 row->arg ? row->arg : "");
+        if (row->brief)
+            printf("  -%c, %-20s %s\n", row->brief, left, row->help);
         else
-            printf("      %-20s %s\n", left, rows[i].help);
+            printf("      %-20s %s\n", left, row->help);
     }
     printf("  -h, %-20s %s\n", "--help", "this text");
 }
 
-static unsigned getopt_tables(unsigned command, struct option *longs, char *shorts)
+static unsigned getopt_tables(const struct option_table *t, unsigned command, struct option *longs,
+                              char *shorts)
 {
     unsigned n = 0;
     *shorts++ = ':'; // we word the errors ourselves
-    for (unsigned i = 0; i < ARRAY_SIZE(rows); i++) {
-        if (!(rows[i].commands & command))
+    for (unsigned i = 0; i < t->nr; i++) {
+        const struct option_row *row = &t->rows[i];
+        if (!(row->commands & command))
             continue;
-        longs[n++] = (struct option) {rows[i].name, rows[i].arg ? required_argument : no_argument,
-                                      NULL, 256 + (int)i};
-        if (rows[i].brief) {
-            *shorts++ = rows[i].brief;
-            if (rows[i].arg)
+        longs[n++] = (struct option) {row->name, row->arg ? required_argument : no_argument, NULL,
+                                      256 + (int)i};
+        if (row->brief) {
+            *shorts++ = row->brief;
+            if (row->arg)
                 *shorts++ = ':';
         }
     }
@@ -277,13 +359,13 @@ static unsigned getopt_tables(unsigned command, struct option *longs, char *shor
     return n;
 }
 
-static const struct option_row *row_of(int c)
+static const struct option_row *row_of(const struct option_table *t, int c)
 {
     if (c >= 256)
-        return &rows[c - 256];
-    for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
-        if (rows[i].brief == c)
-            return &rows[i];
+        return &t->rows[c - 256];
+    for (unsigned i = 0; i < t->nr; i++)
+        if (t->rows[i].brief == c)
+            return &t->rows[i];
     return NULL;
 }
 
@@ -292,13 +374,15 @@ int options_parse(struct vm_options *o, unsigned command, int argc, char **argv,
 {
     struct option longs[OPTIONS_MAX];
     char shorts[2 * OPTIONS_MAX];
-    getopt_tables(command, longs, shorts);
+    struct option_table table;
+    options_table(&table);
+    getopt_tables(&table, command, longs, shorts);
     opterr = 0;
     optind = 0;
     int c;
     while ((c = getopt_long(argc, argv, shorts, longs, NULL)) != -1) {
         if (c == 'h') {
-            help(command, usage);
+            help(&table, command, usage);
             return 1;
         }
         if (c == ':')
@@ -309,7 +393,7 @@ int options_parse(struct vm_options *o, unsigned command, int argc, char **argv,
         if (c == '?')
             return error_set(err, -EINVAL, "unknown option '%s' (ferry %s --help)",
                              argv[optind - 1], argv[0]);
-        const struct option_row *row = row_of(c);
+        const struct option_row *row = row_of(&table, c);
         int ret = row_apply(o, row, row->arg ? optarg : "true", err);
         if (ret)
             return error_prefix(err, "--%s", row->name);
@@ -376,11 +460,36 @@ int options_load(struct vm_options *o, unsigned command, const char *path, struc
     return ret ? error_prefix(err, "%s", path) : 0;
 }
 
+// The devices of one kind: true for a switch, else their texts.
+static json_t *devices_json(const struct vm_options *o, const struct virtio_kind *kind)
+{
+    if (!kind->parse)
+        return json_true();
+    json_t *texts = json_array();
+    for (unsigned i = 0; i < o->nr_devices; i++)
+        if (o->devices[i].kind == kind)
+            json_array_append_new(texts, json_string(o->devices[i].text));
+    return texts;
+}
+
+static void devices_describe(const struct vm_options *o, bool machine, json_t *json)
+{
+    for (unsigned i = 0; i < o->nr_devices; i++) {
+        const struct virtio_kind *kind = o->devices[i].kind;
+        if (kind->machine == machine && (!i || o->devices[i - 1].kind != kind))
+            json_object_set_new(json, kind->name, devices_json(o, kind));
+    }
+}
+
 static json_t *machine_json(const struct vm_options *o)
 {
-    return json_pack("{s:i, s:s, s:s, s:b, s:b, s:b}", "cpus", (int)o->vm.cpus, "memory",
-                     o->memory ? o->memory : "128M", "cpu", o->cpu ? o->cpu : "host", "ucall",
-                     (int)o->ucall, "debug-exit", (int)o->debug_exit, "rng", (int)o->rng);
+    json_t *json =
+        json_pack("{s:i, s:s, s:s, s:b, s:b, s:b, s:s}", "cpus", (int)o->vm.cpus, "memory",
+                  o->memory ? o->memory : "128M", "cpu", o->cpu ? o->cpu : "host", "ucall",
+                  (int)o->ucall, "debug-exit", (int)o->debug_exit, "vmgenid", (int)o->vmgenid,
+                  "transport", o->pci ? "pci" : "mmio");
+    devices_describe(o, true, json);
+    return json;
 }
 
 char *options_describe(const struct vm_options *o)
@@ -391,29 +500,36 @@ char *options_describe(const struct vm_options *o)
     return text;
 }
 
+static const struct option_row *machine_row(const struct option_table *t, const char *name)
+{
+    for (unsigned i = 0; i < t->nr; i++)
+        if (t->rows[i].machine && !strcmp(t->rows[i].name, name))
+            return &t->rows[i];
+    return NULL;
+}
+
 int options_machine(struct vm_options *o, const char *text, struct error *err)
 {
+    struct option_table table;
+    options_table(&table);
     json_error_t jerr;
     json_t *root = json_loads(text, JSON_REJECT_DUPLICATES, &jerr);
     if (!json_is_object(root)) {
         json_decref(root);
         return error_set(err, -EBADMSG, "machine description is not a JSON object: %.200s", text);
     }
+    for (unsigned i = 0; i < table.nr; i++) // of a machine that was described before
+        if (table.rows[i].machine && table.rows[i].kind)
+            devices_remove(o, table.rows[i].kind);
     int ret = 0;
-    for (size_t i = 0; i < ARRAY_SIZE(rows) && !ret; i++) {
-        json_t *value = rows[i].machine ? json_object_get(root, rows[i].name) : NULL;
-        if (value)
-            ret = json_option(o, FOR_RUN, rows[i].name, value, err);
-    }
     const char *key;
     json_t *value;
     json_object_foreach(root, key, value)
     {
-        bool known = false;
-        for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
-            known |= rows[i].machine && !strcmp(rows[i].name, key);
-        if (!known && !ret)
+        if (!ret && !machine_row(&table, key))
             ret = error_set(err, -ENOTSUP, "'%s' is not known here", key);
+        if (!ret)
+            ret = json_option(o, FOR_RUN, key, value, err);
     }
     json_decref(root);
     return ret ? error_prefix(err, "machine description") : 0;
@@ -427,10 +543,7 @@ json_t *options_json(const struct vm_options *o)
         if (text)
             json_object_set_new(json, rows[i].name, json_string(text));
     }
-    json_t *disks = json_array();
-    for (unsigned i = 0; i < o->nr_disks; i++)
-        json_array_append_new(disks, json_string(o->disks[i]));
-    json_object_set_new(json, "disk", disks);
+    devices_describe(o, false, json);
     json_object_set_new(json, "boot", json_string(boot_protocol_name(o->boot.protocol)));
     return json;
 }

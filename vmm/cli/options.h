@@ -8,7 +8,7 @@
 #include <stdio.h>
 
 #include "devices/console.h"
-#include "devices/virtio_mmio.h"
+#include "devices/virtio_kinds.h"
 #include "vmm/boot/boot.h"
 #include "vmm/error.h"
 #include "vmm/vm.h"
@@ -16,15 +16,21 @@
 // Which command offers an option.
 enum { FOR_RUN = 1, FOR_RECEIVE = 2, FOR_RESTORE = 4, FOR_ALL = 7 };
 
+struct device_option {
+    const struct virtio_kind *kind;
+    char *text; // as given; the kind's parser takes it. A switch's is empty
+};
+
 struct vm_options {
     struct vm_config vm;
     struct boot_config boot;
     struct console_config console;
     char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
     char *kernel, *initrd, *append, *numa, *listen;
-    char *disks[VIRTIO_MMIO_MAX]; // as given; virtio_blk_parse takes them
-    unsigned nr_disks;
-    bool dry_run, mark, ucall, debug_exit, control, rng;
+    struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
+    unsigned nr_devices;
+    bool pci; // transport of the virtio devices
+    bool dry_run, mark, ucall, debug_exit, control, vmgenid;
 };
 
 void options_init(struct vm_options *o);

@@ -10,8 +10,6 @@
 
 #include "devices/platform.h"
 #include "devices/ucall.h"
-#include "devices/virtio_blk.h"
-#include "devices/virtio_rng.h"
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 
@@ -61,12 +59,13 @@ static void stopped(struct vm *vm, void *arg)
 // A kernel that is told not to use ACPI finds the windows on its command line.
 static int cmdline_make(const struct session *s, char **cmdline, struct error *err)
 {
-    char windows[VIRTIO_MMIO_MAX * VIRTIO_MMIO_TEXT + 1] = "";
+    char windows[VIRTIO_DEVICES_MAX * VIRTIO_MMIO_TEXT + 1] = "";
     const char *append = s->options->append ? s->options->append : "";
     const char *off = strstr(append, "acpi=off");
     bool word = off && (off == append || off[-1] == ' ') && (!off[8] || off[8] == ' ');
-    int ret =
-        word ? virtio_mmio_cmdline(s->windows, s->nr_windows, windows, sizeof(windows), err) : 0;
+    int ret = word ? virtio_mmio_cmdline(s->windows, s->options->nr_devices, windows,
+                                         sizeof(windows), err)
+                   : 0;
     if (!ret && asprintf(cmdline, "%s%s", append, windows) < 0)
         ret = error_set(err, -ENOMEM, "no memory for the command line");
     return ret;
@@ -89,35 +88,27 @@ static int kernel_load(struct session *s, struct error *err)
     return ret ? ret : vm_set_entry(s->vm, &entry, err);
 }
 
-static void windows_place(struct session *s)
+static int virtio_add(struct session *s, unsigned i, struct error *err)
 {
-    s->nr_windows = s->options->nr_disks + s->options->rng;
-    for (unsigned i = 0; i < s->nr_windows; i++)
-        s->windows[i] = virtio_mmio_window(i);
+    const struct device_option *d = &s->options->devices[i];
+    const struct virtio_mmio_place place = {.base = s->windows[i].base, .gsi = s->windows[i].gsi};
+    autofree struct virtio_attach *attach = calloc(1, d->kind->config_size);
+    if (!attach)
+        return error_set(err, -ENOMEM, "no memory for device %s", d->kind->name);
+    int ret = d->kind->parse ? d->kind->parse(d->text, attach, err) : 0;
+    attach->transport = &virtio_mmio_transport;
+    attach->place = &place;
+    attach->arrives = !s->options->kernel;
+    return ret ? ret : device_add(s->vm, d->kind->class, attach, &s->devices[i], err);
 }
 
-static int virtio_add(struct session *s, struct error *err)
+void session_device_name(const struct session *s, unsigned i, char name[DEVICE_NAME_MAX])
 {
-    const struct vm_options *o = s->options;
-    struct virtio_mmio_place place;
-    int ret = 0;
-    for (unsigned i = 0; i < s->nr_windows && !ret; i++) {
-        place = (struct virtio_mmio_place) {.base = s->windows[i].base, .gsi = s->windows[i].gsi};
-        struct virtio_attach attach = {.transport = &virtio_mmio_transport, .place = &place};
-        if (i == o->nr_disks) {
-            const struct virtio_rng_config rng = {.attach = attach};
-            ret = device_add(s->vm, &virtio_rng_class, &rng, NULL, err);
-            continue;
-        }
-        struct virtio_blk_config disk;
-        ret = virtio_blk_parse(o->disks[i], &disk, err);
-        attach.packed = disk.attach.packed;
-        disk.attach = attach;
-        disk.arrives = !o->kernel;
-        if (!ret)
-            ret = device_add(s->vm, &virtio_blk_class, &disk, NULL, err);
-    }
-    return ret;
+    unsigned number = 0;
+    const struct device_option *devices = s->options->devices;
+    for (unsigned k = 0; k < i; k++)
+        number += devices[k].kind == devices[i].kind;
+    snprintf(name, DEVICE_NAME_MAX, "%s%u", devices[i].kind->name, number);
 }
 
 int session_build(struct session *s, struct error *err)
@@ -133,7 +124,8 @@ int session_build(struct session *s, struct error *err)
         ret = console_open(&s->console, &o->console, s->loop, err);
     if (ret)
         return ret;
-    windows_place(s);
+    for (unsigned i = 0; i < o->nr_devices; i++)
+        s->windows[i] = virtio_mmio_window(i);
     static const struct ucall_config ucall = {0}; // defaults only
     const struct mark_config mark = {.start_ns = cli_start_ns, .fd = STDERR_FILENO};
     const struct board_config board = {.console = s->console,
@@ -141,10 +133,10 @@ int session_build(struct session *s, struct error *err)
                                        .debug_exit = o->debug_exit,
                                        .mark = o->mark ? &mark : NULL,
                                        .virtio = s->windows,
-                                       .nr_virtio = s->nr_windows};
+                                       .nr_virtio = o->nr_devices};
     ret = board_create(s->vm, &board, &s->board, err);
-    if (!ret)
-        ret = virtio_add(s, err);
+    for (unsigned i = 0; i < o->nr_devices && !ret; i++)
+        ret = virtio_add(s, i, err);
     if (ret)
         return ret;
     return o->kernel ? kernel_load(s, err) : 0;

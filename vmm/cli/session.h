@@ -16,8 +16,8 @@ struct session {
     struct loop *loop;
     struct vm *vm;
     struct board board;
-    struct acpi_virtio_mmio windows[VIRTIO_MMIO_MAX]; // disks first, then the entropy device
-    unsigned nr_windows;
+    struct acpi_virtio_mmio windows[VIRTIO_DEVICES_MAX]; // of options->devices, in their order
+    struct device *devices[VIRTIO_DEVICES_MAX];
     struct console *console; // the board's; outlives the VM, is closed after the loop
     struct control *control;
     struct migrate_commands *migrate;
@@ -45,3 +45,7 @@ void session_destroy(struct session *s);
 // -EBUSY while a migration or snapshot has the VM's running in hand.
 int session_busy(const struct session *s, struct error *err);
 int session_commands_add(struct session *s, struct error *err); // vmm/cli/commands.c
+
+// A virtio device's name is its kind and number: "disk0". `name` has VIRTIO_NAME_MAX bytes.
+enum { DEVICE_NAME_MAX = 32 };
+void session_device_name(const struct session *s, unsigned i, char name[DEVICE_NAME_MAX]);

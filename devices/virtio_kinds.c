@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "devices/virtio_kinds.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "devices/virtio_blk.h"
+#include "devices/virtio_rng.h"
+#include "vmm/util.h"
+
+// Each device's parser, with its own type of config.
+#define PARSER(kind)                                                                  \
+    static int kind##_text(const char *text, void *config, struct error *err)         \
+    {                                                                                 \
+        return virtio_##kind##_parse(text, config, err);                              \
+    }                                                                                 \
+    _Static_assert(sizeof(struct virtio_##kind##_config) <= VIRTIO_CONFIG_SIZE_MAX && \
+                       !offsetof(struct virtio_##kind##_config, attach),              \
+                   "a config starts with its attach")
+PARSER(blk);
+#undef PARSER
+
+static const struct virtio_kind kinds[] = {
+    {"disk", 'd', "FILE", "block device: FILE[,ro][,serial=TEXT][,queues=N][,cached][,packed]",
+     false, VIRTIO_DEVICES_MAX, &virtio_blk_class, sizeof(struct virtio_blk_config), blk_text},
+    {"rng", 0, NULL, "entropy device", true, 1, &virtio_rng_class, sizeof(struct virtio_rng_config),
+     NULL},
+};
+_Static_assert(ARRAY_SIZE(kinds) <= VIRTIO_KINDS_MAX, "room for each kind");
+
+const struct virtio_kind *virtio_kind_at(unsigned i)
+{
+    return i < ARRAY_SIZE(kinds) ? &kinds[i] : NULL;
+}
+
+const struct virtio_kind *virtio_kind_find(const char *name)
+{
+    for (unsigned i = 0; i < ARRAY_SIZE(kinds); i++)
+        if (!strcmp(kinds[i].name, name))
+            return &kinds[i];
+    return NULL;
+}
+
+int virtio_kind_check(const struct virtio_kind *kind, const char *text, struct error *err)
+{
+    if (!kind->parse)
+        return 0;
+    autofree void *config = calloc(1, kind->config_size);
+    return config ? kind->parse(text, config, err) : error_set(err, -ENOMEM, "no memory");
+}
