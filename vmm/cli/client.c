@@ -44,8 +44,8 @@ static int parse(int argc, char **argv, const char *usage, int wanted, bool more
     }
     args->rest = optind + wanted;
     if (more ? argc <= args->rest : argc != args->rest)
-        return error_set(err, -EINVAL, "%d arguments, expected %s%d; usage: %s", argc - optind,
-                         more ? "more than " : "", wanted, usage);
+        return error_set(err, -EINVAL, "%d arguments, expected %s%d; usage: %.*s", argc - optind,
+                         more ? "more than " : "", wanted, (int)strcspn(usage, "\n"), usage);
     for (int i = 0; i < wanted; i++)
         args->positional[i] = argv[optind + i];
     return 0;
