@@ -18,7 +18,7 @@ import proc
 # CPUs, and a sanitizer makes code several times slower.
 MESON_TIMEOUT_FACTOR = {"gcc": 2, "asan": 4, "tsan": 8}
 LINUX_FILE_TIMEOUT_S = {False: 20 * 60, True: 90 * 60}
-FUZZ_SECONDS = {False: 10, True: 60}
+FUZZ_SECONDS = {False: 60, True: 180}
 
 CHECK_LINE = re.compile(r"^\d+%: Checks: (\d+), Failures: (\d+), Errors: (\d+)", re.M)
 
