@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "devices/virtio_kinds.h"
 
-#include <errno.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "devices/virtio_blk.h"
@@ -40,12 +38,4 @@ const struct virtio_kind *virtio_kind_find(const char *name)
         if (!strcmp(kinds[i].name, name))
             return &kinds[i];
     return NULL;
-}
-
-int virtio_kind_check(const struct virtio_kind *kind, const char *text, struct error *err)
-{
-    if (!kind->parse)
-        return 0;
-    autofree void *config = calloc(1, kind->config_size);
-    return config ? kind->parse(text, config, err) : error_set(err, -ENOMEM, "no memory");
 }

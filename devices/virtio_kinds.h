@@ -33,6 +33,3 @@ enum {
 // NULL: none of that name.
 const struct virtio_kind *virtio_kind_find(const char *name);
 const struct virtio_kind *virtio_kind_at(unsigned i); // NULL: no more
-
-// Whether `text` is good for this kind; opens nothing.
-int virtio_kind_check(const struct virtio_kind *kind, const char *text, struct error *err);

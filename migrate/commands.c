@@ -10,6 +10,8 @@
 
 struct migrate_commands {
     struct vm *vm;
+    struct control *control;
+    struct life *life;
     const struct migrate_hooks *hooks;
     struct migration m;
 
@@ -114,64 +116,49 @@ static json_t *json_snapshot(const char *path, const struct snapshot_report *r)
 
 // --- arguments
 
-static int arg_number(json_t *value, const char *key, uint64_t max, uint64_t *out,
-                      struct error *err)
-{
-    json_int_t n = json_integer_value(value);
-    if (!json_is_integer(value) || n < 0 || (uint64_t)n > max)
-        return error_set(err, -EINVAL, "argument '%s': expected a number from 0 to %llu", key,
-                         (unsigned long long)max);
-    *out = (uint64_t)n;
-    return 0;
-}
+static const char *const modes[] = {"precopy", "postcopy", "hybrid", NULL};
+static const char *const stalls[] = {"continue", "cancel", "switch", "postcopy", NULL};
+enum { DOWNTIME_MAX_MS = 3600 * 1000, ROUNDS_MAX = 1000 * 1000 };
 
-static int arg_string(json_t *value, const char *key, const char **out, struct error *err)
-{
-    *out = json_string_value(value);
-    return *out && **out ? 0 : error_set(err, -EINVAL, "argument '%s': expected a text", key);
-}
+static const struct schema_field migrate_fields[] = {
+    {"to", SCHEMA_STRING, .required = true, .min = 1},
+    {"mode", SCHEMA_STRING, .choices = modes},
+    {"on_stall", SCHEMA_STRING, .choices = stalls},
+    {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
+    {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
+    {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},
+    {NULL},
+};
 
-static int migrate_arg(struct migrate_params *p, const char *key, json_t *value, struct error *err)
-{
-    uint64_t n = 0;
-    const char *text;
-    int ret;
-    if (!strcmp(key, "to")) {
-        return arg_string(value, key, &p->to, err);
-    } else if (!strcmp(key, "mode")) {
-        ret = arg_string(value, key, &text, err);
-        return ret ? ret : migrate_mode_parse(text, &p->mode, err);
-    } else if (!strcmp(key, "on_stall")) {
-        ret = arg_string(value, key, &text, err);
-        return ret ? ret : migrate_stall_parse(text, &p->on_stall, err);
-    } else if (!strcmp(key, "downtime_ms")) {
-        ret = arg_number(value, key, 3600 * 1000, &n, err);
-        p->downtime_ns = n * 1000000;
-    } else if (!strcmp(key, "bandwidth")) {
-        ret = arg_number(value, key, INT64_MAX, &n, err);
-        p->bandwidth = n;
-    } else if (!strcmp(key, "max_rounds")) {
-        ret = arg_number(value, key, 1000000, &n, err);
-        p->max_rounds = (uint32_t)n;
-    } else {
-        return error_set(err, -EINVAL, "migrate: argument '%s' is not known", key);
-    }
-    return ret;
-}
+static const struct schema_field steer_fields[] = {
+    {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
+    {"bandwidth", SCHEMA_INTEGER},
+    {NULL},
+};
 
+static const struct schema_field snapshot_fields[] = {
+    {"path", SCHEMA_STRING, .required = true, .min = 1},
+    {NULL},
+};
+
+// `args` are as the schema says.
 static int migrate_args(struct migrate_params *p, json_t *args, struct error *err)
 {
-    const char *key;
-    json_t *value;
-    json_object_foreach(args, key, value)
-    {
-        struct migrate_params tried = *p;
-        int ret = migrate_arg(&tried, key, value, err);
-        if (ret)
-            return ret;
-        *p = tried;
-    }
-    return p->to ? 0 : error_set(err, -EINVAL, "migrate: argument 'to' is missing");
+    json_t *mode = json_object_get(args, "mode"), *stall = json_object_get(args, "on_stall"),
+           *downtime = json_object_get(args, "downtime_ms"),
+           *bandwidth = json_object_get(args, "bandwidth"),
+           *rounds = json_object_get(args, "max_rounds");
+    p->to = json_string_value(json_object_get(args, "to"));
+    if (json_is_integer(downtime))
+        p->downtime_ns = (uint64_t)json_integer_value(downtime) * 1000000;
+    if (json_is_integer(bandwidth))
+        p->bandwidth = (uint64_t)json_integer_value(bandwidth);
+    if (json_is_integer(rounds))
+        p->max_rounds = (uint32_t)json_integer_value(rounds);
+    int ret = json_is_string(mode) ? migrate_mode_parse(json_string_value(mode), &p->mode, err) : 0;
+    if (!ret && json_is_string(stall))
+        ret = migrate_stall_parse(json_string_value(stall), &p->on_stall, err);
+    return ret;
 }
 
 // --- the long commands
@@ -184,6 +171,12 @@ static void on_progress(const struct migrate_progress *progress, void *arg)
         control_event(mc->req, json_progress(progress));
 }
 
+// Under the lock. The guest is, or may be, another host's.
+static bool not_ours(const struct migrate_commands *mc)
+{
+    return mc->have_report && (mc->report.owner == SOURCE_GONE || mc->report.owner == SOURCE_DOUBT);
+}
+
 static void finish(struct migrate_commands *mc, int ret, const struct error *err, json_t *result)
 {
     struct control_request *req = mc->req;
@@ -191,7 +184,10 @@ static void finish(struct migrate_commands *mc, int ret, const struct error *err
     mc->working = false;
     mc->req = NULL;
     mc->last = *err;
+    bool returns = !not_ours(mc);
     pthread_mutex_unlock(&mc->lock);
+    if (returns)
+        life_return(mc->life);
     if (ret) {
         json_decref(result);
         control_reply_error(req, err);
@@ -226,12 +222,6 @@ static void *snapshot_main(void *arg)
     return NULL;
 }
 
-// Under the lock. The guest is, or may be, another host's.
-static bool not_ours(const struct migrate_commands *mc)
-{
-    return mc->have_report && (mc->report.owner == SOURCE_GONE || mc->report.owner == SOURCE_DOUBT);
-}
-
 static int may_start(struct migrate_commands *mc, struct error *err)
 {
     if (mc->working)
@@ -247,9 +237,7 @@ static int may_start(struct migrate_commands *mc, struct error *err)
 }
 
 // Starts `fn` in the worker thread; it answers `req`. On error nothing has happened.
-static int start(struct migrate_commands *mc, void *(*fn)(void *), const char *target,
-                 const struct migrate_params *params, struct control_request *req,
-                 struct error *err)
+static int prepare(struct migrate_commands *mc, const char *target, struct error *err)
 {
     pthread_mutex_lock(&mc->lock);
     int ret = may_start(mc, err);
@@ -266,7 +254,16 @@ static int start(struct migrate_commands *mc, void *(*fn)(void *), const char *t
     if (!mc->target)
         return error_set(err, -ENOMEM, "no memory");
     migration_free(&mc->m);
-    ret = migration_init(&mc->m, err);
+    return migration_init(&mc->m, err);
+}
+
+static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)(void *),
+                 const char *target, const struct migrate_params *params,
+                 struct control_request *req, struct error *err)
+{
+    int ret = prepare(mc, target, err);
+    if (!ret)
+        ret = life_move(mc->life, state, err);
     if (ret)
         return ret;
     mc->m.on_progress = on_progress;
@@ -281,12 +278,13 @@ static int start(struct migrate_commands *mc, void *(*fn)(void *), const char *t
     mc->started = !ret;
     if (ret) {
         mc->working = false;
+        life_return(mc->life);
         return error_set(err, -ret, "cannot start a thread: %s", strerror(ret));
     }
     return 0;
 }
 
-static void cmd_migrate(struct vm *vm, json_t *args, struct control_request *req, void *context)
+static void put_migration(struct control_request *req, json_t *args, void *context)
 {
     struct migrate_commands *mc = context;
     struct migrate_params params;
@@ -295,25 +293,27 @@ static void cmd_migrate(struct vm *vm, json_t *args, struct control_request *req
     params.hooks = mc->hooks;
     int ret = migrate_args(&params, args, &err);
     if (!ret)
-        ret = start(mc, migrate_main, params.to, &params, req, &err);
+        ret = start(mc, LIFE_MIGRATING, migrate_main, params.to, &params, req, &err);
     if (ret)
         control_reply_error(req, &err);
 }
 
-static void cmd_snapshot(struct vm *vm, json_t *args, struct control_request *req, void *context)
+void migrate_commands_snapshot(struct migrate_commands *mc, const char *path,
+                               struct control_request *req)
 {
     struct error err;
-    const char *path;
-    int ret = arg_string(json_object_get(args, "path"), "path", &path, &err);
-    if (!ret)
-        ret = start(context, snapshot_main, path, NULL, req, &err);
-    if (ret)
+    if (start(mc, LIFE_SNAPSHOTTING, snapshot_main, path, NULL, req, &err))
         control_reply_error(req, &err);
+}
+
+static void put_snapshot(struct control_request *req, json_t *args, void *context)
+{
+    migrate_commands_snapshot(context, json_string_value(json_object_get(args, "path")), req);
 }
 
 // --- the short ones
 
-static void cmd_status(struct vm *vm, json_t *args, struct control_request *req, void *context)
+static void get_migration(struct control_request *req, json_t *args, void *context)
 {
     struct migrate_commands *mc = context;
     struct migrate_progress progress;
@@ -329,7 +329,7 @@ static void cmd_status(struct vm *vm, json_t *args, struct control_request *req,
     control_reply_ok(req, status);
 }
 
-static void cmd_cancel(struct vm *vm, json_t *args, struct control_request *req, void *context)
+static void delete_migration(struct control_request *req, json_t *args, void *context)
 {
     struct migrate_commands *mc = context;
     struct error err;
@@ -342,75 +342,69 @@ static void cmd_cancel(struct vm *vm, json_t *args, struct control_request *req,
         control_reply_ok(req, NULL);
         return;
     }
-    error_set(&err, -ENOENT, "VM %s: no migration or snapshot is under way", vm->name);
+    error_set(&err, -ENOENT, "VM %s: no migration or snapshot is under way", mc->vm->name);
     control_reply_error(req, &err);
 }
 
-static void cmd_set(struct vm *vm, json_t *args, struct control_request *req, void *context)
+static void patch_migration(struct control_request *req, json_t *args, void *context)
 {
     struct migrate_commands *mc = context;
-    struct error err;
     json_t *downtime = json_object_get(args, "downtime_ms");
     json_t *bandwidth = json_object_get(args, "bandwidth");
-    uint64_t ms = 0, rate = 0;
-    int ret = downtime || bandwidth
-                  ? 0
-                  : error_set(&err, -EINVAL, "migrate-set: expected downtime_ms or bandwidth");
-    if (!ret && downtime)
-        ret = arg_number(downtime, "downtime_ms", 3600 * 1000, &ms, &err);
-    if (!ret && bandwidth)
-        ret = arg_number(bandwidth, "bandwidth", INT64_MAX, &rate, &err);
-    if (ret) {
-        control_reply_error(req, &err);
-        return;
-    }
-    if (downtime)
-        atomic_store(&mc->m.downtime_ns, ms * 1000000);
-    if (bandwidth)
-        atomic_store(&mc->m.bandwidth, rate);
+    if (json_is_integer(downtime))
+        atomic_store(&mc->m.downtime_ns, (uint64_t)json_integer_value(downtime) * 1000000);
+    if (json_is_integer(bandwidth))
+        atomic_store(&mc->m.bandwidth, (uint64_t)json_integer_value(bandwidth));
     control_reply_ok(req, NULL);
 }
 
-static void cmd_force_resume(struct vm *vm, json_t *args, struct control_request *req,
-                             void *context)
+static void put_force_resume(struct control_request *req, json_t *args, void *context)
 {
     struct migrate_commands *mc = context;
     struct error err;
     pthread_mutex_lock(&mc->lock);
     int ret = mc->working || !mc->have_report
-                  ? error_set(&err, -EPROTO, "VM %s: no migration is in doubt", vm->name)
-                  : migrate_force_resume(vm, &mc->report, &err);
+                  ? error_set(&err, -EPROTO, "VM %s: no migration is in doubt", mc->vm->name)
+                  : migrate_force_resume(mc->vm, &mc->report, &err);
     pthread_mutex_unlock(&mc->lock);
-    if (ret)
+    if (ret) {
         control_reply_error(req, &err);
-    else
-        control_reply_ok(req, NULL);
+        return;
+    }
+    life_return(mc->life);
+    control_reply_ok(req, NULL);
 }
 
-static const struct control_command commands[] = {
-    {"migrate",
-     "move the guest; {to, mode, downtime_ms, bandwidth, max_rounds, on_stall}, progress as events",
-     cmd_migrate, NULL},
-    {"migrate-status", "phase, progress and the last report", cmd_status, NULL},
-    {"migrate-set", "change {downtime_ms, bandwidth} of the migration under way", cmd_set, NULL},
-    {"migrate-cancel", "give up the migration or snapshot under way", cmd_cancel, NULL},
-    {"migrate-force-resume", "in doubt: let the guest go on here, it does not run elsewhere",
-     cmd_force_resume, NULL},
-    {"snapshot", "write the guest to {path}", cmd_snapshot, NULL},
+#define LIVE (LIFE_BIT(LIFE_RUNNING) | LIFE_BIT(LIFE_PAUSED))
+
+static const struct control_route routes[] = {
+    {"PUT", "/migration", "move the guest to another host; progress as events", LIVE,
+     migrate_fields, put_migration},
+    {"GET", "/migration", "phase, progress and the last report", 0, NULL, get_migration},
+    {"PATCH", "/migration", "change limits of the migration under way", LIFE_BIT(LIFE_MIGRATING),
+     steer_fields, patch_migration},
+    {"DELETE", "/migration", "give up the migration or snapshot under way", 0, NULL,
+     delete_migration},
+    {"PUT", "/migration/force-resume",
+     "in doubt: let the guest go on here, it does not run elsewhere", LIFE_BIT(LIFE_MIGRATING),
+     NULL, put_force_resume},
+    {"PUT", "/snapshot/file", "write the guest to one file", LIVE, snapshot_fields, put_snapshot},
 };
 
 int migrate_commands_create(struct migrate_commands **out, struct vm *vm, struct control *control,
-                            const struct migrate_hooks *hooks, struct error *err)
+                            struct life *life, const struct migrate_hooks *hooks, struct error *err)
 {
     struct migrate_commands *mc = calloc(1, sizeof(*mc));
     if (!mc)
         return error_set(err, -ENOMEM, "no memory for the migration commands");
     mc->vm = vm;
+    mc->control = control;
+    mc->life = life;
     mc->hooks = hooks;
     pthread_mutex_init(&mc->lock, NULL);
     int ret = migration_init(&mc->m, err);
     if (!ret)
-        ret = control_add(control, commands, ARRAY_SIZE(commands), mc, err);
+        ret = control_add(control, routes, ARRAY_SIZE(routes), mc, err);
     if (ret) {
         migrate_commands_destroy(mc);
         return ret;
@@ -423,6 +417,7 @@ void migrate_commands_destroy(struct migrate_commands *mc)
 {
     if (!mc)
         return;
+    control_remove(mc->control, mc);
     if (mc->started) {
         migration_cancel(&mc->m);
         pthread_join(mc->thread, NULL);
@@ -431,12 +426,4 @@ void migrate_commands_destroy(struct migrate_commands *mc)
     free(mc->target);
     pthread_mutex_destroy(&mc->lock);
     free(mc);
-}
-
-bool migrate_commands_busy(struct migrate_commands *mc)
-{
-    pthread_mutex_lock(&mc->lock);
-    bool busy = mc->working || not_ours(mc);
-    pthread_mutex_unlock(&mc->lock);
-    return busy;
 }

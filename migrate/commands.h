@@ -1,21 +1,21 @@
 // SPDX-License-Identifier: Apache-2.0
-// Migration and snapshots as control commands: migrate, migrate-status, migrate-set,
-// migrate-cancel, migrate-force-resume, snapshot. One long command at a time works in a thread of
-// its own.
+// Migration and snapshots as routes of the control API: /migration, /migration/force-resume,
+// /snapshot/file. One at a time works in a thread of its own; the VM's life says so meanwhile.
 #pragma once
-
-#include <stdbool.h>
 
 #include "migrate/migrate.h"
 #include "vmm/control.h"
+#include "vmm/life.h"
 
 struct migrate_commands;
 
-// Adds the commands to `control`. `hooks` must outlive this.
+// Adds the routes to `control`. `hooks` must outlive this.
 int migrate_commands_create(struct migrate_commands **mc, struct vm *vm, struct control *control,
-                            const struct migrate_hooks *hooks, struct error *err);
-// Cancels what is under way and waits for it. Before control_destroy and vm_destroy; NULL is fine.
+                            struct life *life, const struct migrate_hooks *hooks,
+                            struct error *err);
+// Takes the routes back, cancels what is under way and waits for it. Before control_destroy and
+// vm_destroy; NULL is fine.
 void migrate_commands_destroy(struct migrate_commands *mc);
-// True while nobody else may pause or resume the VM: a migration or snapshot works, or the guest is
-// or may be another host's.
-bool migrate_commands_busy(struct migrate_commands *mc);
+// Writes a snapshot as the route does, for routes that say it otherwise; answers `req`.
+void migrate_commands_snapshot(struct migrate_commands *mc, const char *path,
+                               struct control_request *req);

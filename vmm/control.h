@@ -1,47 +1,72 @@
 // SPDX-License-Identifier: Apache-2.0
-// The commands a VM takes from outside, in one table, apart from the transport that carries them
-// (vmm/control_socket.c: one JSON object a line on a Unix socket).
+// The control API of a VM: a table of routes, apart from the server that carries them (vmm/http.h).
 //
-//   request  {"cmd": "pause", "args": {...}}
-//   progress {"event": {...}}               zero or more, while a long command works
-//   reply    {"ok": {...}}  or  {"error": {"code": -22, "text": "..."}}
+//   PUT /drives/rootfs HTTP/1.1           a route's method and path; {id} in a path is any name
+//   {"drive_id": "rootfs", ...}           a JSON object as the route's schema says
+//
+//   200 with JSON, 204 without            done
+//   400 {"fault_message": "..."}          not done, and nothing has changed; "code": -errno. Also
+//                                         for a path that does not exist
+//   413                                   a body over HTTP_BODY_MAX
+//   200 application/x-ndjson              if the client accepts that: {"event": ...} lines, then
+//                                         {"ok": ...} or {"error": {"code":, "text":}}
+//
+// Bodies are parsed and checked in the server's thread, routes run in the loop's thread.
 #pragma once
 
 #include <jansson.h>
 #include <stdbool.h>
 
 #include "vmm/error.h"
+#include "vmm/life.h"
+#include "vmm/loop.h"
+#include "vmm/schema.h"
 
-struct vm;
 struct control_request;
 
-struct control_command {
-    const char *name;
+struct control_route {
+    const char *method, *path;
     const char *help;
-    // Called in the loop's thread; `args` is a JSON object (borrowed). Short commands answer before
-    // they return; long ones start a thread and answer later, from any thread. Each request gets
-    // exactly one control_reply_*.
-    void (*fn)(struct vm *vm, json_t *args, struct control_request *req, void *context);
+    unsigned states;                   // LIFE_BITs in which it may be called; 0 = all
+    const struct schema_field *fields; // of the body; NULL: none is expected, and any is refused
+    // Short ones answer before they return; long ones start a thread and answer later, from any
+    // thread. Each request gets exactly one control_reply_*. `args` is borrowed.
+    void (*fn)(struct control_request *req, json_t *args, void *context);
     void *context; // given back to fn
 };
 
-// Steal the reference of the JSON value.
+// What {id} was in the path; "" when the route has none.
+const char *control_id(const struct control_request *req);
+// Steal the reference of the JSON value. NULL: done, and no more to say.
 void control_reply_ok(struct control_request *req, json_t *result);
 void control_reply_error(struct control_request *req, const struct error *err);
+void control_reply_text(struct control_request *req, const char *type, const char *text);
 void control_event(struct control_request *req, json_t *event);
 
-struct control; // a table of commands and, once listening, the socket
+struct control;
 
-int control_create(struct control **control, struct vm *vm, struct error *err);
-int control_add(struct control *control, const struct control_command *commands, unsigned nr,
+// Keeps the request open: it gets every control_broadcast from now on, as {"event": ...} lines.
+void control_subscribe(struct control *control, struct control_request *req);
+void control_broadcast(struct control *control, json_t *event); // any thread; steals the reference
+
+// `life` may be NULL: no route depends on the state.
+int control_create(struct control **control, struct loop *loop, struct life *life,
+                   struct error *err);
+int control_add(struct control *control, const struct control_route *routes, unsigned nr,
                 void *context, struct error *err);
+// Takes back every route with this context. Requests under way are not touched.
+void control_remove(struct control *control, const void *context);
+// A Unix socket for the API; several may be opened. -EADDRINUSE: it is in use.
 int control_listen(struct control *control, const char *path, struct error *err);
-void control_destroy(struct control *control); // also removes the socket
+int control_start(struct control *control, struct error *err);
+void control_destroy(struct control *control); // also removes the sockets
 
-// Client side: sends one command to the VM's socket and waits for the reply. `*result` is the "ok"
-// object (caller's reference). `on_event` may be NULL.
-int control_call(const char *socket_path, const char *cmd, json_t *args, json_t **result,
-                 void (*on_event)(json_t *event, void *arg), void *arg, struct error *err);
+// Client side: one request to the VM's socket; waits for the reply. `body` may be NULL. `*result`
+// is the caller's reference, or NULL for an answer without content. With `on_event` the answer may
+// be a stream.
+int control_call(const char *socket_path, const char *method, const char *path, json_t *body,
+                 json_t **result, void (*on_event)(json_t *event, void *arg), void *arg,
+                 struct error *err);
 
 // /run/ferry (or $XDG_RUNTIME_DIR/ferry) + "/NAME.sock". Creates the directory (0700).
 int control_path(const char *name, char *path, size_t size, struct error *err);

@@ -1,13 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// The client's side of the control socket.
+// The client's side of the control API: one request on a connection of its own. It reads what our
+// server sends: a status line, headers, and a body with a length, in chunks, or until the end.
+#include <ctype.h>
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 
 #include "vmm/control.h"
 #include "vmm/util.h"
+
+enum { ANSWER_MAX = 64 * 1024 * 1024 }; // bytes of a body or line
+
+struct answer {
+    FILE *in;
+    int status;
+    bool chunked, stream;
+    long long length; // -1: not said
+};
 
 static int connect_to(const char *path, struct error *err)
 {
@@ -25,81 +37,204 @@ static int connect_to(const char *path, struct error *err)
     return take_fd(&fd);
 }
 
-static int error_code(json_t *error)
-{
-    json_int_t code = json_integer_value(json_object_get(error, "code"));
-    return code < 0 && code >= -4095 ? (int)code : -EPROTO; // as the kernel's errno values
-}
-
 // The VM may close at any moment: an error then, and no SIGPIPE.
-static int request_send(int sock, char *text)
+static int send_all(int sock, const char *text, struct error *err)
 {
-    size_t len = strlen(text);
-    text[len++] = '\n'; // over the terminating zero: sent by length
-    while (len) {
+    for (size_t len = strlen(text); len;) {
         ssize_t n = send(sock, text, len, MSG_NOSIGNAL);
         if (n < 0 && errno != EINTR)
-            return -errno;
+            return error_errno(err, "control socket");
         text += n > 0 ? n : 0;
         len -= n > 0 ? (size_t)n : 0;
     }
     return 0;
 }
 
-// 1 = the last answer (in *result or err), 0 = an event, <0 = broken.
-static int take_answer(const char *line, json_t **result,
-                       void (*on_event)(json_t *event, void *arg), void *arg, struct error *err)
+static int request_send(int sock, const char *method, const char *path, json_t *body, bool stream,
+                        struct error *err)
 {
-    json_error_t jerr;
-    json_t *root = json_loads(line, 0, &jerr);
+    autofree char *json = body ? json_dumps(body, JSON_COMPACT) : NULL;
+    autofree char *text = NULL;
+    if (asprintf(&text,
+                 "%s %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nAccept: %s\r\n"
+                 "Content-Type: application/json\r\nContent-Length: %zu\r\n\r\n%s",
+                 method, path, stream ? "application/x-ndjson" : "application/json",
+                 json ? strlen(json) : 0, json ? json : "") < 0)
+        return error_set(err, -ENOMEM, "no memory for the request %s", path);
+    return send_all(sock, text, err);
+}
+
+static int ended(struct error *err)
+{
+    return error_set(err, -ECONNRESET, "the VM ended before it answered");
+}
+
+// A line without its end. NULL: none came.
+static char *line_read(struct answer *a, char **line, size_t *cap)
+{
+    ssize_t n = getline(line, cap, a->in);
+    if (n <= 0)
+        return NULL;
+    while (n && ((*line)[n - 1] == '\n' || (*line)[n - 1] == '\r'))
+        (*line)[--n] = 0;
+    return *line;
+}
+
+static int head_read(struct answer *a, struct error *err)
+{
+    autofree char *line = NULL;
+    size_t cap = 0;
+    if (!line_read(a, &line, &cap))
+        return ended(err);
+    if (sscanf(line, "HTTP/1.%*d %d", &a->status) != 1)
+        return error_set(err, -EPROTO, "answer is not HTTP: %.100s", line);
+    a->length = -1;
+    while (line_read(a, &line, &cap)) {
+        if (!*line)
+            return 0;
+        char *value = strchr(line, ':');
+        if (!value)
+            return error_set(err, -EPROTO, "answer has a bad header: %.100s", line);
+        *value++ = 0;
+        while (*value == ' ')
+            value++;
+        if (!strcasecmp(line, "Content-Length"))
+            a->length = strtoll(value, NULL, 10);
+        else if (!strcasecmp(line, "Transfer-Encoding"))
+            a->chunked = !strcasecmp(value, "chunked");
+        else if (!strcasecmp(line, "Content-Type"))
+            a->stream = !strcasecmp(value, "application/x-ndjson");
+    }
+    return ended(err);
+}
+
+// One piece of the body; the caller frees it. 0: the body has ended, 1: a piece, < 0: an error.
+static int piece_read(struct answer *a, char **piece, size_t *len, struct error *err)
+{
+    autofree char *line = NULL;
+    size_t cap = 0;
+    long long want = a->length;
+    if (a->chunked) {
+        char *end;
+        if (!line_read(a, &line, &cap))
+            return ended(err);
+        want = strtoll(line, &end, 16);
+        if (end == line)
+            return error_set(err, -EPROTO, "answer has a bad chunk: %.60s", line);
+    }
+    a->length = 0;
+    if (want <= 0)
+        return 0;
+    if (want > ANSWER_MAX)
+        return error_set(err, -EMSGSIZE, "answer of %lld bytes", want);
+    *piece = malloc((size_t)want + 1);
+    if (!*piece)
+        return error_set(err, -ENOMEM, "no memory for the answer");
+    *len = fread(*piece, 1, (size_t)want, a->in);
+    (*piece)[*len] = 0;
+    if (*len < (size_t)want) {
+        free(*piece);
+        return ended(err);
+    }
+    if (a->chunked && !line_read(a, &line, &cap))
+        *line = 0; // the next piece says so
+    return 1;
+}
+
+static int error_code(json_t *code)
+{
+    json_int_t n = json_integer_value(code);
+    return n < 0 && n >= -4095 ? (int)n : -EPROTO; // as the kernel's errno values
+}
+
+static int failed(json_t *object, const char *text, struct error *err)
+{
+    return error_set(err, error_code(json_object_get(object, "code")), "%s",
+                     json_string_value(json_object_get(object, text)) ?: "no reason");
+}
+
+static int plain_take(struct answer *a, json_t **result, struct error *err)
+{
+    autofree char *text = NULL;
+    size_t len = 0;
+    int ret = a->status == 204 ? 0 : piece_read(a, &text, &len, err);
+    if (ret < 0)
+        return ret;
+    json_t *json = ret ? json_loadb(text, len, JSON_DECODE_ANY, NULL) : NULL;
+    if (a->status >= 300) {
+        ret = json ? failed(json, "fault_message", err)
+                   : error_set(err, -EPROTO, "the VM answered with status %d", a->status);
+    } else {
+        ret = 0;
+        if (result && json)
+            *result = json_incref(json);
+        else if (result && text && *text)
+            *result = json_string(text);
+    }
+    json_decref(json);
+    return ret;
+}
+
+// 1 = the last line (in *result or err), 0 = an event, < 0 = broken.
+static int line_take(const char *line, json_t **result, void (*on_event)(json_t *, void *),
+                     void *arg, struct error *err)
+{
+    if (*line == '\n')
+        return 0; // a stream that has begun, and has nothing yet
+    json_t *root = json_loads(line, 0, NULL);
     json_t *ok = json_object_get(root, "ok"), *error = json_object_get(root, "error"),
            *event = json_object_get(root, "event");
     int ret = 1;
-    if (ok && result)
-        *result = json_incref(ok);
-    else if (event && on_event)
+    if (event) {
         on_event(event, arg);
-    if (event)
         ret = 0;
-    else if (error)
-        ret = error_set(err, error_code(error), "%s",
-                        json_string_value(json_object_get(error, "text")) ?: "no reason");
-    else if (!ok)
+    } else if (error) {
+        ret = failed(error, "text", err);
+    } else if (!ok) {
         ret = error_set(err, -EPROTO, "answer is not understood: %.200s", line);
+    } else if (result) {
+        *result = json_incref(ok);
+    }
     json_decref(root);
     return ret;
 }
 
-int control_call(const char *path, const char *cmd, json_t *args, json_t **result,
-                 void (*on_event)(json_t *event, void *arg), void *arg, struct error *err)
+// The server sends whole lines as chunks.
+static int stream_take(struct answer *a, json_t **result, void (*on_event)(json_t *, void *),
+                       void *arg, struct error *err)
+{
+    for (;;) {
+        autofree char *text = NULL;
+        size_t len;
+        int ret = piece_read(a, &text, &len, err);
+        if (ret <= 0)
+            return ret ? ret : ended(err);
+        ret = line_take(text, result, on_event, arg, err);
+        if (ret)
+            return ret < 0 ? ret : 0;
+    }
+}
+
+int control_call(const char *socket_path, const char *method, const char *path, json_t *body,
+                 json_t **result, void (*on_event)(json_t *event, void *arg), void *arg,
+                 struct error *err)
 {
     if (result)
         *result = NULL;
-    autoclose int fd = connect_to(path, err);
+    autoclose int fd = connect_to(socket_path, err);
     if (fd < 0)
         return fd;
-    json_t *request =
-        args ? json_pack("{s:s,s:O}", "cmd", cmd, "args", args) : json_pack("{s:s}", "cmd", cmd);
-    autofree char *text = json_dumps(request, JSON_COMPACT);
-    json_decref(request);
-    if (!text)
-        return error_set(err, -ENOMEM, "no memory for the request %s", cmd);
-    FILE *in = fdopen(fd, "r+");
-    if (!in)
-        return error_errno(err, "control socket %s", path);
-    int sock = take_fd(&fd); // `in` closes it
-    int ret = request_send(sock, text);
+    int ret = request_send(fd, method, path, body, on_event, err);
     if (ret)
-        error_set(err, ret, "control socket %s: %s", path, strerror(-ret));
-
-    autofree char *line = NULL;
-    size_t cap = 0;
-    while (!ret) {
-        if (getline(&line, &cap, in) <= 0)
-            ret = error_set(err, -ECONNRESET, "the VM ended before it answered '%s'", cmd);
-        else
-            ret = take_answer(line, result, on_event, arg, err);
-    }
-    fclose(in);
-    return ret < 0 ? ret : 0;
+        return ret;
+    struct answer a = {.in = fdopen(fd, "r")};
+    if (!a.in)
+        return error_errno(err, "control socket %s", socket_path);
+    take_fd(&fd); // a.in closes it
+    ret = head_read(&a, err);
+    if (!ret)
+        ret = a.stream && on_event ? stream_take(&a, result, on_event, arg, err)
+                                   : plain_take(&a, result, err);
+    fclose(a.in);
+    return ret;
 }

@@ -95,6 +95,7 @@ static int announce(struct errand *e)
     struct session *s = e->arrival->session;
     struct error err;
     log_write(&s->vm->log, LOG_INFO, "arrived, runs here");
+    session_arrived(s);
     // A guest that runs is worth more than its control socket.
     if (session_listen(s, &err))
         log_write(&s->vm->log, LOG_ERROR, "no control socket: %s", err.text);
@@ -238,6 +239,7 @@ static int restore_session(struct session *s, const char *path, struct error *er
     if (ret)
         return ret;
     vm_resume(s->vm);
+    session_arrived(s);
     return session_run(s);
 }
 

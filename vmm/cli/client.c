@@ -62,56 +62,68 @@ static void print_members(json_t *object)
     }
 }
 
-static int call(const char *cmd, json_t *request, const struct client_args *args)
+static int call(const char *method, const char *route, json_t *request,
+                const struct client_args *args)
 {
     struct error err;
     char path[108];
     json_t *result = NULL;
     int ret = control_path(args->positional[0], path, sizeof(path), &err);
     if (!ret)
-        ret = control_call(path, cmd, request, &result, NULL, NULL, &err);
+        ret = control_call(path, method, route, request, &result, NULL, NULL, &err);
     json_decref(request);
     if (ret)
         return cli_fail(&err);
     if (args->json) {
-        json_dumpf(result, stdout, JSON_INDENT(2));
+        json_t *empty = result ? NULL : json_object();
+        json_dumpf(result ? result : empty, stdout, JSON_INDENT(2));
+        json_decref(empty);
         printf("\n");
-    } else {
+    } else if (result) {
         print_members(result);
     }
     json_decref(result);
     return EXIT_OK;
 }
 
-static int simple(int argc, char **argv, const char *usage)
+static int state_set(int argc, char **argv, const char *usage, const char *state)
 {
     struct client_args args;
     struct error err;
     int ret = parse(argc, argv, usage, 1, false, &args, &err);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
-    json_t *request = args.powerbutton ? json_pack("{s:b}", "powerbutton", 1) : json_object();
-    return call(argv[0], request, &args);
+    return call("PATCH", "/vm", json_pack("{s:s}", "state", state), &args);
 }
 
 int cli_info(int argc, char **argv)
 {
-    return simple(argc, argv, "ferry info NAME [--json]");
+    struct client_args args;
+    struct error err;
+    int ret = parse(argc, argv, "ferry info NAME [--json]", 1, false, &args, &err);
+    if (ret)
+        return ret > 0 ? EXIT_OK : cli_fail(&err);
+    return call("GET", "/info", NULL, &args);
 }
 
 int cli_pause(int argc, char **argv)
 {
-    return simple(argc, argv, "ferry pause NAME [--json]");
+    return state_set(argc, argv, "ferry pause NAME [--json]", "Paused");
 }
 
 int cli_resume(int argc, char **argv)
 {
-    return simple(argc, argv, "ferry resume NAME [--json]");
+    return state_set(argc, argv, "ferry resume NAME [--json]", "Resumed");
 }
 
 int cli_stop(int argc, char **argv)
 {
-    return simple(argc, argv, "ferry stop NAME [--powerbutton] [--json]");
+    struct client_args args;
+    struct error err;
+    int ret = parse(argc, argv, "ferry stop NAME [--powerbutton] [--json]", 1, false, &args, &err);
+    if (ret)
+        return ret > 0 ? EXIT_OK : cli_fail(&err);
+    return call("PUT", "/stop", json_pack("{s:b}", "powerbutton", (int)args.powerbutton), &args);
 }
 
 int cli_snapshot(int argc, char **argv)
@@ -125,7 +137,7 @@ int cli_snapshot(int argc, char **argv)
     autofree char *cwd = args.positional[1][0] == '/' ? NULL : getcwd(NULL, 0);
     char path[4096];
     snprintf(path, sizeof(path), "%s%s%s", cwd ? cwd : "", cwd ? "/" : "", args.positional[1]);
-    return call("snapshot", json_pack("{s:s}", "path", path), &args);
+    return call("PUT", "/snapshot/file", json_pack("{s:s}", "path", path), &args);
 }
 
 int cli_set(int argc, char **argv)
@@ -148,5 +160,5 @@ int cli_set(int argc, char **argv)
             return cli_fail(&err);
         }
     }
-    return call("set", request, &args);
+    return call("PATCH", "/devices", json_pack("{s:o}", "settings", request), &args);
 }

@@ -1,18 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Control commands about the VM as a whole. (Those of migration and snapshots: migrate/commands.c.)
+// Routes of the API about the VM as a whole. (Those of migration and snapshots:
+// migrate/commands.c.)
 #include <errno.h>
 #include <string.h>
 
 #include "devices/platform.h"
 #include "vmm/cli/session.h"
 #include "vmm/vcpu.h"
-
-static const char *phase_name(struct vm *vm)
-{
-    if (vm_stopped(vm))
-        return "stopped";
-    return vm_paused(vm) ? "paused" : "running";
-}
 
 static json_t *devices_show(const struct session *s)
 {
@@ -59,12 +53,12 @@ static int setting_apply(const struct session *s, const char *key, json_t *value
     return ret ? error_prefix(err, "%s", key) : 0;
 }
 
-static void cmd_set(struct vm *vm, json_t *args, struct control_request *req, void *context)
+static void patch_devices(struct control_request *req, json_t *args, void *context)
 {
     struct error err;
     const char *key;
     json_t *value;
-    json_object_foreach(args, key, value)
+    json_object_foreach(json_object_get(args, "settings"), key, value)
     {
         if (setting_apply(context, key, value, &err)) {
             control_reply_error(req, &err);
@@ -74,49 +68,62 @@ static void cmd_set(struct vm *vm, json_t *args, struct control_request *req, vo
     control_reply_ok(req, NULL);
 }
 
-static void cmd_info(struct vm *vm, json_t *args, struct control_request *req, void *context)
+static void get_info(struct control_request *req, json_t *args, void *context)
 {
     struct session *s = context;
-    json_t *vcpus = json_array();
-    for (unsigned i = 0; i < vm->nr_vcpus; i++)
-        json_array_append_new(vcpus, json_pack("{s:i, s:I}", "index", (int)i, "exits",
-                                               (json_int_t)atomic_load(&vm->vcpus[i].exits)));
-    json_t *info =
-        json_pack("{s:s, s:s, s:i, s:I, s:o}", "name", vm->name, "state", phase_name(vm), "pid",
-                  (int)getpid(), "memory_bytes", (json_int_t)vm->ram.size, "vcpus", vcpus);
-    const char *console = console_path(s->console);
+    struct vm *vm = s->vm;
+    json_t *info = json_pack("{s:s, s:s, s:i}", "name", s->options->name, "state",
+                             life_name(life_get(&s->life)), "pid", (int)getpid());
+    if (vm) {
+        json_t *vcpus = json_array();
+        for (unsigned i = 0; i < vm->nr_vcpus; i++)
+            json_array_append_new(vcpus, json_pack("{s:i, s:I}", "index", (int)i, "exits",
+                                                   (json_int_t)atomic_load(&vm->vcpus[i].exits)));
+        json_object_set_new(info, "memory_bytes", json_integer((json_int_t)vm->ram.size));
+        json_object_set_new(info, "vcpus", vcpus);
+        json_object_set_new(info, "devices", devices_show(s));
+    }
+    const char *console = s->console ? console_path(s->console) : NULL;
     if (console && *console)
         json_object_set_new(info, "console", json_string(console));
-    json_object_set_new(info, "devices", devices_show(s));
     control_reply_ok(req, info);
 }
 
-static void cmd_pause(struct vm *vm, json_t *args, struct control_request *req, void *context)
+static void pause_vm(struct session *s, struct control_request *req)
 {
     struct error err;
-    if (session_busy(context, &err) || vm_pause(vm, &err))
+    int ret = life_move(&s->life, LIFE_PAUSED, &err);
+    if (!ret) {
+        ret = vm_pause(s->vm, &err);
+        if (ret) // it goes on, or has ended
+            life_move(&s->life, LIFE_RUNNING, NULL);
+    }
+    if (ret)
         control_reply_error(req, &err);
     else
         control_reply_ok(req, NULL);
 }
 
-static void cmd_resume(struct vm *vm, json_t *args, struct control_request *req, void *context)
+static void resume_vm(struct session *s, struct control_request *req)
 {
     struct error err;
-    if (session_busy(context, &err)) {
+    if (life_move(&s->life, LIFE_RUNNING, &err)) {
         control_reply_error(req, &err);
         return;
     }
-    if (!vm_paused(vm)) {
-        error_set(&err, -EALREADY, "VM %s is not paused but %s", vm->name, phase_name(vm));
-        control_reply_error(req, &err);
-        return;
-    }
-    vm_resume(vm);
+    vm_resume(s->vm);
     control_reply_ok(req, NULL);
 }
 
-static void cmd_stop(struct vm *vm, json_t *args, struct control_request *req, void *context)
+static void patch_vm(struct control_request *req, json_t *args, void *context)
+{
+    if (!strcmp(json_string_value(json_object_get(args, "state")), "Paused"))
+        pause_vm(context, req);
+    else
+        resume_vm(context, req);
+}
+
+static void put_stop(struct control_request *req, json_t *args, void *context)
 {
     struct session *s = context;
     if (json_is_true(json_object_get(args, "powerbutton"))) {
@@ -125,18 +132,41 @@ static void cmd_stop(struct vm *vm, json_t *args, struct control_request *req, v
         return;
     }
     control_reply_ok(req, NULL);
-    vm_request_stop(vm, VM_STOP_HOST, 0, "`ferry stop`");
+    if (s->vm)
+        vm_request_stop(s->vm, VM_STOP_HOST, 0, "`ferry stop`");
+    else
+        loop_stop(s->loop);
 }
 
-static const struct control_command commands[] = {
-    {.name = "info", .help = "name, state, memory, vCPUs", .fn = cmd_info},
-    {.name = "set", .help = "{\"disk0.size\": \"2G\", ...}: change devices", .fn = cmd_set},
-    {.name = "pause", .help = "stop the vCPUs", .fn = cmd_pause},
-    {.name = "resume", .help = "let them go on", .fn = cmd_resume},
-    {.name = "stop", .help = "end the VM; {powerbutton: true} asks the guest", .fn = cmd_stop},
+static void get_events(struct control_request *req, json_t *args, void *context)
+{
+    struct session *s = context;
+    control_subscribe(s->control, req);
+}
+
+static const char *const vm_states[] = {"Paused", "Resumed", NULL};
+static const struct schema_field vm_fields[] = {
+    {"state", SCHEMA_STRING, .required = true, .choices = vm_states}, {NULL}};
+static const struct schema_field stop_fields[] = {{"powerbutton", SCHEMA_BOOL}, {NULL}};
+static const struct schema_field devices_fields[] = {{"settings", SCHEMA_OBJECT, .required = true},
+                                                     {NULL}};
+
+enum {
+    LIVE = LIFE_BIT(LIFE_RUNNING) | LIFE_BIT(LIFE_PAUSED),
+    BUILT = LIVE | LIFE_BIT(LIFE_MIGRATING) | LIFE_BIT(LIFE_SNAPSHOTTING),
+};
+
+static const struct control_route routes[] = {
+    {"GET", "/info", "name, state, memory, vCPUs, devices", 0, NULL, get_info},
+    {"PATCH", "/devices", "change devices: {\"settings\": {\"disk0.size\": \"2G\", ...}}", BUILT,
+     devices_fields, patch_devices},
+    {"PATCH", "/vm", "pause or resume", LIVE, vm_fields, patch_vm},
+    {"PUT", "/stop", "end the VM; {\"powerbutton\": true} asks the guest",
+     BUILT | LIFE_BIT(LIFE_CREATED), stop_fields, put_stop},
+    {"GET", "/events", "changes of state, a line each, until the VM ends", 0, NULL, get_events},
 };
 
 int session_commands_add(struct session *s, struct error *err)
 {
-    return control_add(s->control, commands, ARRAY_SIZE(commands), s, err);
+    return control_add(s->control, routes, ARRAY_SIZE(routes), s, err);
 }

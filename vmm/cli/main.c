@@ -42,6 +42,10 @@ int main(int argc, char **argv)
     }
     if (!strcmp(argv[1], "--version"))
         argv[1] = "version";
+    if (!strncmp(argv[1], "--", 2)) { // as microVM tools are started: ferry --api-sock PATH --id ID
+        argv[0] = "run";
+        return cli_run(argc, argv);
+    }
     for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
         if (!strcmp(argv[1], commands[i].name))
             return commands[i].run(argc - 1, argv + 1);

@@ -33,7 +33,7 @@ static const char migrate_usage[] =
 struct migrate_args {
     json_t *request;
     bool json, quiet;
-    const char *command;
+    const char *method, *route;
 };
 
 static int put_number(json_t *request, const char *key, const char *text, uint64_t unit,
@@ -72,13 +72,13 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
         a->quiet = true;
         return 0;
     case 1:
-        a->command = "migrate-status";
+        a->method = "GET";
         return 0;
     case 2:
-        a->command = "migrate-cancel";
+        a->method = "DELETE";
         return 0;
     case 3:
-        a->command = "migrate-force-resume";
+        a->route = "/migration/force-resume";
         return 0;
     default:
         return error_set(err, -EINVAL, "unknown option (ferry migrate --help)");
@@ -114,7 +114,7 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
         if (ret)
             return ret;
     }
-    int wanted = strcmp(a->command, "migrate") ? 1 : 2;
+    int wanted = !strcmp(a->method, "PUT") && !strcmp(a->route, "/migration") ? 2 : 1;
     if (argc - optind != wanted)
         return error_set(err, -EINVAL, "expected NAME%s (ferry migrate --help)",
                          wanted == 2 ? " and tcp:HOST:PORT" : "");
@@ -156,7 +156,7 @@ static void print_report(json_t *report, int indent)
 
 int cli_migrate(int argc, char **argv)
 {
-    struct migrate_args args = {.request = json_object(), .command = "migrate"};
+    struct migrate_args args = {.request = json_object(), .method = "PUT", .route = "/migration"};
     struct error err = {0};
     char path[108];
     json_t *report = NULL;
@@ -164,7 +164,9 @@ int cli_migrate(int argc, char **argv)
     if (!ret)
         ret = control_path(argv[optind], path, sizeof(path), &err);
     if (!ret)
-        ret = control_call(path, args.command, args.request, &report, show_progress, &args, &err);
+        ret = control_call(path, args.method, args.route,
+                           json_object_size(args.request) ? args.request : NULL, &report,
+                           show_progress, &args, &err);
     json_decref(args.request);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);

@@ -144,9 +144,10 @@ static unsigned devices_of(const struct vm_options *o, const struct virtio_kind 
     return n;
 }
 
-static void device_remove(struct vm_options *o, unsigned i)
+void options_remove_device(struct vm_options *o, unsigned i)
 {
     free(o->devices[i].text);
+    free(o->devices[i].config);
     o->nr_devices--;
     memmove(&o->devices[i], &o->devices[i + 1], (o->nr_devices - i) * sizeof(o->devices[0]));
 }
@@ -155,17 +156,31 @@ static void devices_remove(struct vm_options *o, const struct virtio_kind *kind)
 {
     for (unsigned i = o->nr_devices; i > 0; i--)
         if (o->devices[i - 1].kind == kind)
-            device_remove(o, i - 1);
+            options_remove_device(o, i - 1);
+}
+
+static int device_room(const struct vm_options *o, const struct virtio_kind *kind,
+                       struct error *err)
+{
+    if (devices_of(o, kind) == kind->max)
+        return error_set(err, -E2BIG, "at most %u of this kind", kind->max);
+    if (o->nr_devices == VIRTIO_DEVICES_MAX)
+        return error_set(err, -E2BIG, "at most %d devices in all", VIRTIO_DEVICES_MAX);
+    return 0;
 }
 
 // Behind those of its kind and of the kinds before; see devices/virtio_kinds.h.
-static int device_insert(struct vm_options *o, const struct virtio_kind *kind, const char *text,
-                         struct error *err)
+int options_add_device(struct vm_options *o, const struct virtio_kind *kind, const char *text,
+                       struct virtio_attach *config, struct error *err)
 {
-    struct device_option new = {.kind = kind};
-    int ret = set_text(&new.text, text, err);
-    if (ret)
+    struct device_option new = {.kind = kind, .config = config};
+    int ret = device_room(o, kind, err);
+    if (!ret)
+        ret = set_text(&new.text, text, err);
+    if (ret) {
+        free(config);
         return ret;
+    }
     unsigned i = o->nr_devices++;
     for (; i > 0 && o->devices[i - 1].kind > kind; i--)
         o->devices[i] = o->devices[i - 1];
@@ -177,18 +192,25 @@ static int set_device(struct vm_options *o, const struct virtio_kind *kind, cons
                       struct error *err)
 {
     bool wanted = true;
-    int ret = kind->parse ? virtio_kind_check(kind, value, err) : set_bool(&wanted, value, err);
-    if (ret)
-        return ret;
     if (!kind->parse) { // a switch: said again, it is still one device
+        int ret = set_bool(&wanted, value, err);
+        if (ret)
+            return ret;
         devices_remove(o, kind);
-        return wanted ? device_insert(o, kind, "", err) : 0;
+        if (!wanted)
+            return 0;
+        value = "";
     }
-    if (devices_of(o, kind) == kind->max)
-        return error_set(err, -E2BIG, "'%s': at most %u of this kind", value, kind->max);
-    if (o->nr_devices == VIRTIO_DEVICES_MAX)
-        return error_set(err, -E2BIG, "'%s': at most %d devices in all", value, VIRTIO_DEVICES_MAX);
-    return device_insert(o, kind, value, err);
+    struct virtio_attach *config = calloc(1, kind->config_size);
+    int ret = !config       ? error_set(err, -ENOMEM, "no memory for a device")
+              : kind->parse ? kind->parse(value, config, err)
+                            : 0;
+    if (ret) {
+        free(config);
+        return ret;
+    }
+    ret = options_add_device(o, kind, value, config, err);
+    return ret && *value ? error_prefix(err, "'%s'", value) : ret;
 }
 
 static int set_trace(struct vm_options *o, const char *value, struct error *err)
@@ -232,6 +254,10 @@ static const struct option_row rows[] = {
      "name of the VM and its control socket (default ferry-PID)", set_nothing, TEXT(name)},
     {"listen", 'l', FOR_RECEIVE, false, "ADDRESS", "tcp:HOST:PORT to wait on", set_nothing,
      TEXT(listen)},
+    {"api-sock", 0, FOR_ALL, false, "PATH",
+     "a further socket for the API; without --kernel, the API configures the VM", set_nothing,
+     TEXT(api_sock)},
+    {"id", 0, FOR_RUN, false, "NAME", "the same as --name", set_nothing, TEXT(name)},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},
     {"trace", 't', FOR_ALL, false, NULL, "print each exit, and a table of them at the end",
@@ -263,7 +289,7 @@ void options_free(struct vm_options *o)
         if (rows[i].name && rows[i].text)
             free(*(char **)((char *)o + rows[i].text));
     while (o->nr_devices)
-        device_remove(o, o->nr_devices - 1);
+        options_remove_device(o, o->nr_devices - 1);
     *o = (struct vm_options) {0};
 }
 

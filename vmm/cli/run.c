@@ -7,7 +7,8 @@
 #include "vmm/cli/session.h"
 
 static const char usage[] =
-    "ferry run --kernel FILE [OPTIONS]\n\n"
+    "ferry run --kernel FILE [OPTIONS]\n"
+    "       ferry [run] --api-sock PATH [OPTIONS]\n\n"
     "Boots a guest. The console's escape key is Ctrl-] (then q quits, p presses the power "
     "button).\n"
     "example: ferry run -k vmlinux -i initramfs.cpio -c 2 -m 256M -a \"console=ttyS0 quiet\"";
@@ -21,16 +22,6 @@ static int dry_run(struct session *s)
     return EXIT_OK;
 }
 
-static int start(struct session *s, struct error *err)
-{
-    int ret = session_listen(s, err);
-    if (!ret)
-        ret = vm_start(s->vm, err);
-    if (!ret)
-        vm_resume(s->vm);
-    return ret;
-}
-
 int cli_run(int argc, char **argv)
 {
     struct vm_options options;
@@ -38,8 +29,9 @@ int cli_run(int argc, char **argv)
     struct error err = {0};
     options_init(&options);
     int ret = options_parse(&options, FOR_RUN, argc, argv, usage, NULL, 0, &err);
-    if (!ret && !options.kernel)
-        ret = error_set(&err, -EINVAL, "--kernel FILE is needed (ferry run --help)");
+    if (!ret && !options.kernel && !options.api_sock)
+        ret = error_set(&err, -EINVAL,
+                        "--kernel FILE is needed, or --api-sock PATH (ferry run --help)");
     if (!ret)
         ret = session_default_name(&options, &err);
     if (ret) {
@@ -49,13 +41,15 @@ int cli_run(int argc, char **argv)
 
     int status;
     ret = session_init(&session, &options, &err);
-    if (!ret)
+    if (!ret && options.kernel)
         ret = session_build(&session, &err);
     if (!ret && options.dry_run) {
         status = dry_run(&session);
     } else {
         if (!ret)
-            ret = start(&session, &err);
+            ret = session_listen(&session, &err);
+        if (!ret && options.kernel)
+            ret = session_start(&session, &err);
         if (!ret)
             status = session_run(&session);
     }

@@ -23,6 +23,8 @@ static void signal_ready(struct loop_watch *watch, uint32_t revents)
         vm_request_stop(s->vm, VM_STOP_HOST, 0, "signal: %s", strsignal((int)info.ssi_signo));
     if (s->arrival)
         arrival_cancel(s->arrival);
+    if (!s->vm && !s->arrival) // nothing has been started yet
+        loop_stop(s->loop);
 }
 
 static int signals_watch(struct session *s, struct error *err)
@@ -40,9 +42,20 @@ static int signals_watch(struct session *s, struct error *err)
     return loop_watch(s->loop, &s->signals, s->signal_fd, POLLIN, signal_ready, err);
 }
 
+static void state_changed(enum life_state from, enum life_state to, void *arg)
+{
+    struct session *s = arg;
+    if (s->control)
+        control_broadcast(s->control, json_pack("{s:s, s:s, s:s}", "type", "state", "from",
+                                                life_name(from), "to", life_name(to)));
+}
+
 int session_init(struct session *s, struct vm_options *options, struct error *err)
 {
     *s = (struct session) {.options = options, .signal_fd = -1};
+    life_init(&s->life);
+    s->life.changed = state_changed;
+    s->life.arg = s;
     int ret = loop_create(&s->loop, err);
     if (!ret)
         ret = signals_watch(s, err);
@@ -51,8 +64,16 @@ int session_init(struct session *s, struct vm_options *options, struct error *er
     return ret;
 }
 
+static bool failure(enum vm_stop_kind kind)
+{
+    return kind == VM_STOP_PANIC || kind == VM_STOP_TRIPLE_FAULT || kind == VM_STOP_EMULATION ||
+           kind == VM_STOP_ERROR;
+}
+
 static void stopped(struct vm *vm, void *arg)
 {
+    struct session *s = arg;
+    life_move(&s->life, failure(vm->stop.kind) ? LIFE_FAILED : LIFE_STOPPED, NULL);
     loop_stop(vm->loop);
 }
 
@@ -92,14 +113,10 @@ static int virtio_add(struct session *s, unsigned i, struct error *err)
 {
     const struct device_option *d = &s->options->devices[i];
     const struct virtio_mmio_place place = {.base = s->windows[i].base, .gsi = s->windows[i].gsi};
-    autofree struct virtio_attach *attach = calloc(1, d->kind->config_size);
-    if (!attach)
-        return error_set(err, -ENOMEM, "no memory for device %s", d->kind->name);
-    int ret = d->kind->parse ? d->kind->parse(d->text, attach, err) : 0;
-    attach->transport = &virtio_mmio_transport;
-    attach->place = &place;
-    attach->arrives = !s->options->kernel;
-    return ret ? ret : device_add(s->vm, d->kind->class, attach, &s->devices[i], err);
+    d->config->transport = &virtio_mmio_transport;
+    d->config->place = &place;
+    d->config->arrives = !s->options->kernel;
+    return device_add(s->vm, d->kind->class, d->config, &s->devices[i], err);
 }
 
 void session_device_name(const struct session *s, unsigned i, char name[DEVICE_NAME_MAX])
@@ -120,6 +137,7 @@ int session_build(struct session *s, struct error *err)
     if (ret)
         return ret;
     s->vm->on_stop = stopped;
+    s->vm->on_stop_arg = s;
     if (!s->console) // it stays open when an arrival fails and the next is awaited
         ret = console_open(&s->console, &o->console, s->loop, err);
     if (ret)
@@ -177,27 +195,67 @@ int session_default_name(struct vm_options *o, struct error *err)
     return o->name ? 0 : options_set(o, FOR_ALL, "name", name, err);
 }
 
-int session_listen(struct session *s, struct error *err)
+static void vm_drop(struct session *s)
 {
-    char path[108];
-    if (!s->options->control)
-        return 0;
-    int ret = control_create(&s->control, s->vm, err);
-    if (!ret)
-        ret = session_commands_add(s, err);
-    session_hooks(s, &s->hooks);
-    if (!ret)
-        ret = migrate_commands_create(&s->migrate, s->vm, s->control, &s->hooks, err);
-    if (!ret)
-        ret = control_path(s->vm->name, path, sizeof(path), err);
-    return ret ? ret : control_listen(s->control, path, err);
+    vm_destroy(s->vm);
+    s->vm = NULL;
+    s->board = (struct board) {0};
 }
 
-int session_busy(const struct session *s, struct error *err)
+static int migration_add(struct session *s, struct error *err)
 {
-    return s->migrate && migrate_commands_busy(s->migrate)
-               ? error_set(err, -EBUSY, "VM %s is being migrated or saved", s->vm->name)
-               : 0;
+    session_hooks(s, &s->hooks);
+    return migrate_commands_create(&s->migrate, s->vm, s->control, &s->life, &s->hooks, err);
+}
+
+int session_listen(struct session *s, struct error *err)
+{
+    const struct vm_options *o = s->options;
+    char path[108];
+    if (!o->control && !o->api_sock)
+        return 0;
+    int ret = control_create(&s->control, s->loop, &s->life, err);
+    if (!ret)
+        ret = session_commands_add(s, err);
+    if (!ret && s->vm)
+        ret = migration_add(s, err);
+    if (!ret && o->control)
+        ret = control_path(o->name, path, sizeof(path), err);
+    if (!ret && o->control)
+        ret = control_listen(s->control, path, err);
+    if (ret == -EADDRINUSE)
+        error_set(err, ret, "a VM named %s is running (choose another --name)", o->name);
+    if (!ret && o->api_sock)
+        ret = control_listen(s->control, o->api_sock, err);
+    return ret ? ret : control_start(s->control, err);
+}
+
+int session_start(struct session *s, struct error *err)
+{
+    int ret = life_move(&s->life, LIFE_STARTING, err);
+    if (ret)
+        return ret;
+    if (!s->vm)
+        ret = session_build(s, err);
+    if (!ret && s->control && !s->migrate)
+        ret = migration_add(s, err);
+    if (!ret)
+        ret = vm_start(s->vm, err);
+    if (ret) { // back to where it can be configured anew
+        migrate_commands_destroy(s->migrate);
+        s->migrate = NULL;
+        vm_drop(s);
+        life_move(&s->life, LIFE_CREATED, NULL);
+        return ret;
+    }
+    vm_resume(s->vm);
+    return life_move(&s->life, LIFE_RUNNING, err);
+}
+
+void session_arrived(struct session *s)
+{
+    life_move(&s->life, LIFE_STARTING, NULL);
+    life_move(&s->life, vm_paused(s->vm) ? LIFE_PAUSED : LIFE_RUNNING, NULL);
 }
 
 static void report_stop(const char *name, const struct vm_stop *stop, enum log_level level)
@@ -217,8 +275,8 @@ int session_run(struct session *s)
         vm_request_stop(s->vm, VM_STOP_ERROR, 0, "%s", err.text);
     if (s->arrival)
         arrival_settle(s->arrival);
-    if (!s->vm)
-        return EXIT_FAILED; // an arrival that failed: its error says why
+    if (!s->vm) // an arrival that failed: its error says why; or ended before anything began
+        return s->arrival ? EXIT_FAILED : EXIT_OK;
     struct vm_stop stop = s->vm->stop;
     // The terminal is as it was before anything more is said.
     struct trace *trace = s->vm->trace;
@@ -237,11 +295,10 @@ void session_drop(struct session *s)
 {
     migrate_commands_destroy(s->migrate);
     s->migrate = NULL;
-    control_destroy(s->control);
-    s->control = NULL;
-    vm_destroy(s->vm);
-    s->vm = NULL;
-    s->board = (struct board) {0};
+    struct control *control = s->control;
+    s->control = NULL; // nobody broadcasts into it any more
+    control_destroy(control);
+    vm_drop(s);
 }
 
 void session_destroy(struct session *s)
@@ -251,5 +308,6 @@ void session_destroy(struct session *s)
         close(s->signal_fd);
     loop_destroy(s->loop);
     console_close(s->console); // after the loop, which may still hold its polls
+    life_destroy(&s->life);
     *s = (struct session) {.signal_fd = -1};
 }

@@ -8,6 +8,7 @@
 #include "migrate/commands.h"
 #include "vmm/cli/options.h"
 #include "vmm/control.h"
+#include "vmm/life.h"
 #include "vmm/loop.h"
 #include "vmm/vm.h"
 
@@ -19,6 +20,7 @@ struct session {
     struct acpi_virtio_mmio windows[VIRTIO_DEVICES_MAX]; // of options->devices, in their order
     struct device *devices[VIRTIO_DEVICES_MAX];
     struct console *console; // the board's; outlives the VM, is closed after the loop
+    struct life life;
     struct control *control;
     struct migrate_commands *migrate;
     struct migrate_hooks hooks;
@@ -35,15 +37,17 @@ int session_init(struct session *s, struct vm_options *options, struct error *er
 int session_build(struct session *s, struct error *err);
 // How migrate/ describes, builds and drops this session's VM.
 void session_hooks(struct session *s, struct migrate_hooks *hooks);
-// Opens the control socket with every command this program has.
+// Opens the API's sockets with every route this program has. With or without a VM.
 int session_listen(struct session *s, struct error *err);
+// A VM that was built by --kernel or the API's configuration: from created to running.
+int session_start(struct session *s, struct error *err);
+// A VM that has arrived is running or paused now: says so to the life.
+void session_arrived(struct session *s);
 // Runs the loop until the VM stops; prints how it ended; the exit status.
 int session_run(struct session *s);
 void session_drop(struct session *s); // the VM and what belongs to it
 void session_destroy(struct session *s);
 
-// -EBUSY while a migration or snapshot has the VM's running in hand.
-int session_busy(const struct session *s, struct error *err);
 int session_commands_add(struct session *s, struct error *err); // vmm/cli/commands.c
 
 // A virtio device's name is its kind and number: "disk0". `name` has VIRTIO_NAME_MAX bytes.
