@@ -25,6 +25,8 @@
 #define LAYOUT_RAM_LOW_MAX 0xc0000000  // RAM above this many bytes continues at 4 GiB
 #define LAYOUT_VIRTIO_MMIO 0xd0000000  // virtio-mmio windows, 4 KiB each
 #define LAYOUT_VIRTIO_END  0xd0100000  // end of the virtio-mmio windows
+#define LAYOUT_PCI_MMIO    0xd1000000  // memory of PCI functions, 64 KiB each at the start
+#define LAYOUT_PCI_END     0xe0000000  // end of the PCI memory
 #define LAYOUT_ECAM        0xe0000000  // PCI configuration space (ECAM), 1 MiB a bus
 #define LAYOUT_ECAM_END    0xe0100000  // end of ECAM
 #define LAYOUT_IOAPIC      0xfec00000  // I/O APIC
@@ -43,6 +45,7 @@
 #define PORT_SLEEP      0x604 // ACPI sleep control (hardware-reduced), 8 bit
 #define PORT_SLEEP_STAT 0x605 // ACPI sleep status, 8 bit
 #define PORT_EVENT      0x608 // generic event device: pending events, read clears, 8 bit
+#define PORT_PCI        0xcf8 // PCI configuration address, data (4 bytes each)
 #define PORT_UCALL      0xe80 // bare-metal guests' call to the host (guest/bare/ucall_abi.h)
 #define PORT_MARK       0xe84 // first-instruction mark of the start-up benchmark
 
@@ -61,6 +64,8 @@ _Static_assert(LAYOUT_EBDA < LAYOUT_ACPI && LAYOUT_ACPI_END <= LAYOUT_MPTABLE, "
 _Static_assert(LAYOUT_MPTABLE_END <= LAYOUT_KERNEL, "order");
 _Static_assert(LAYOUT_KERNEL < LAYOUT_RAM_LOW_MAX && LAYOUT_RAM_LOW_MAX <= LAYOUT_VIRTIO_MMIO,
                "order");
-_Static_assert(LAYOUT_VIRTIO_END <= LAYOUT_ECAM && LAYOUT_ECAM_END <= LAYOUT_IOAPIC, "order");
+_Static_assert(LAYOUT_VIRTIO_END <= LAYOUT_PCI_MMIO && LAYOUT_PCI_END <= LAYOUT_ECAM &&
+                   LAYOUT_ECAM_END <= LAYOUT_IOAPIC,
+               "order");
 _Static_assert(LAYOUT_LAPIC < LAYOUT_IDENTITY_PT && LAYOUT_TSS + 0x3000 <= LAYOUT_RAM_HIGH,
                "order");
