@@ -42,6 +42,9 @@ START_TEST(bucket_empties_and_fills)
     ck_assert_uint_eq(rate_limit_wait(&r, 500, 1, 5 * S), 50 * MS);
     ck_assert(!rate_limit_take(&r, 500, 1, 5 * S + 50 * MS - 1));
     ck_assert(rate_limit_take(&r, 500, 1, 5 * S + 50 * MS));
+    struct rate_limit third = limit(3, 1000, 0, 0);
+    ck_assert(rate_limit_take(&third, 3, 1, 5 * S));
+    ck_assert_uint_eq(rate_limit_wait(&third, 1, 1, 5 * S), 333333334); // rounded up
     // Never more than full, however long it had.
     ck_assert(!rate_limit_take(&r, 1000, 1, 5 * S + 60 * MS));
     ck_assert(rate_limit_take(&r, 1000, 1, 500 * S));
@@ -159,6 +162,8 @@ START_TEST(limits_change_in_use)
     ck_assert(!rate_limit_take(&r, 1, 1, 5 * S)); // a larger one is not a gift
     ck_assert(rate_limit_take(&r, 100, 1, 5 * S + MS));
     ck_assert(rate_limit_take(&r, 1000000, 1, 6 * S + MS));
+    rate_limit_change(&r, &c, 6 * S + MS);
+    ck_assert_uint_gt(rate_limit_wait(&r, 1, 1, 6 * S + MS), S); // unchanged: so is the debt
     c.bytes.size = 10;
     rate_limit_change(&r, &c, 6 * S + MS);
     ck_assert_uint_eq(rate_limit_wait(&r, 1, 1, 6 * S + MS), 100 * MS); // the debt is forgiven
