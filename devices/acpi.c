@@ -232,6 +232,23 @@ static void dsdt_virtio(struct aml *aml, const struct acpi_config *config)
     }
 }
 
+// The functions' windows and the one bus; all the rest a system reads from configuration space. No
+// _PRT: functions have no interrupt pins. No _OSC: the bridge is not PCI Express, so there is
+// nothing to hand over.
+static void dsdt_pci(struct aml *aml, const struct acpi_config *config)
+{
+    if (!config->pci)
+        return;
+    size_t device = aml_device(aml, "PCI0");
+    aml_name_eisa_id(aml, "_HID", "PNP0A03");
+    aml_name_int(aml, "_UID", 0);
+    size_t crs = aml_resources(aml);
+    aml_resource_bus(aml, 0, 0);
+    aml_resource_window32(aml, LAYOUT_PCI_MMIO, (uint32_t)(LAYOUT_PCI_END - LAYOUT_PCI_MMIO));
+    aml_resources_end(aml, crs);
+    aml_end(aml, device);
+}
+
 // 0 when it does not fit.
 static uint32_t dsdt_build(struct area *area, const struct acpi_config *config)
 {
@@ -248,6 +265,7 @@ static uint32_t dsdt_build(struct area *area, const struct acpi_config *config)
     dsdt_power_button(&aml);
     dsdt_event_device(&aml);
     dsdt_virtio(&aml, config);
+    dsdt_pci(&aml, config);
     aml_end(&aml, scope);
     if (aml.overflow)
         return 0;
@@ -346,17 +364,41 @@ static uint32_t madt_build(struct area *area, unsigned cpus)
     return area_gpa(area, m);
 }
 
-static uint32_t xsdt_build(struct area *area, uint32_t fadt, uint32_t madt)
+struct PACKED mcfg { // PCI Firmware 3.3, 4.1.2
+    struct header header;
+    uint64_t reserved0;
+    uint64_t base;
+    uint16_t segment;
+    uint8_t first_bus, last_bus;
+    uint32_t reserved1;
+};
+
+_Static_assert(sizeof(struct mcfg) == 60, "PCI Firmware 3.3, 4.1.2");
+
+static uint32_t mcfg_build(struct area *area)
 {
-    struct PACKED xsdt {
-        struct header header;
-        uint64_t tables[2];
-    } *x = area_take(area, sizeof(*x));
+    struct mcfg *m = area_take(area, sizeof(*m));
+    if (!m)
+        return 0;
+    m->base = LAYOUT_ECAM;
+    m->last_bus = (uint8_t)((LAYOUT_ECAM_END - LAYOUT_ECAM) / MiB - 1);
+    header_set(&m->header, "MCFG", 1, sizeof(*m));
+    return area_gpa(area, m);
+}
+
+// Tables at 0 are not there.
+static uint32_t xsdt_build(struct area *area, const uint32_t *tables, unsigned nr)
+{
+    struct header *x = area_take(area, sizeof(*x) + nr * sizeof(uint64_t));
     if (!x)
         return 0;
-    x->tables[0] = fadt;
-    x->tables[1] = madt;
-    header_set(&x->header, "XSDT", 1, sizeof(*x));
+    uint8_t *at = (uint8_t *)(x + 1);
+    for (unsigned i = 0; i < nr; i++) {
+        uint64_t gpa = tables[i];
+        if (gpa)
+            at = mempcpy(at, &gpa, sizeof(gpa));
+    }
+    header_set(x, "XSDT", 1, (size_t)(at - (uint8_t *)x));
     return area_gpa(area, x);
 }
 
@@ -403,8 +445,10 @@ int acpi_build(struct ram *ram, const struct acpi_config *config, uint64_t *rsdp
     uint32_t dsdt = dsdt_build(&area, config);
     uint32_t fadt = fadt_build(&area, dsdt);
     uint32_t madt = madt_build(&area, config->cpus);
-    uint32_t xsdt = xsdt_build(&area, fadt, madt);
-    if (!dsdt || !fadt || !madt || !xsdt)
+    uint32_t mcfg = config->pci ? mcfg_build(&area) : 0;
+    const uint32_t tables[] = {fadt, madt, mcfg};
+    uint32_t xsdt = xsdt_build(&area, tables, ARRAY_SIZE(tables));
+    if (!dsdt || !fadt || !madt || !xsdt || (config->pci && !mcfg))
         return error_set(err, -ENOSPC, "ACPI: tables for %u CPUs and %u devices exceed %u bytes",
                          config->cpus, config->nr_virtio, AREA_SIZE);
     rsdp_set(root, xsdt);

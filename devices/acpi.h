@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// ACPI tables in guest RAM: RSDP, XSDT, FADT (hardware-reduced), MADT, DSDT. ACPI 6.5.
+// ACPI tables in guest RAM: RSDP, XSDT, FADT (hardware-reduced), MADT, MCFG, DSDT. ACPI 6.5.
 //
 // What the tables promise about devices, so that these must keep it:
 //  - Sleep control: a write of (5 << 2 | 1 << 5) = 0x34 to PORT_SLEEP powers the machine off. Bit 7
@@ -15,6 +15,7 @@
 //    so no source override is needed. devices/mptable.c says the same.
 #pragma once
 
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "vmm/error.h"
@@ -37,6 +38,7 @@ struct acpi_config {
     unsigned cpus; // APIC ids 0 .. cpus-1
     const struct acpi_virtio_mmio *virtio;
     unsigned nr_virtio;
+    bool pci; // a host bridge (devices/pci.h): MCFG and a device of the DSDT
 };
 
 // Writes the tables to [LAYOUT_ACPI, LAYOUT_ACPI_END) and gives the RSDP's address. -EINVAL for a

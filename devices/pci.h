@@ -59,6 +59,7 @@ struct pci_function_ops {
     void (*moved)(struct pci_function *f, uint64_t old);
     // Before a read of config[offset, offset+size), and after a write to it. May be NULL.
     void (*config_touched)(struct pci_function *f, unsigned offset, unsigned size, bool write);
+    void (*reset)(struct pci_function *f); // config space is initial again; may be NULL
 };
 
 struct pci_function {
@@ -90,7 +91,8 @@ unsigned pci_capability_add(struct pci_function *f, uint8_t id, const void *body
 // After the capabilities are there. -EINVAL or -EEXIST: no such slot, or taken.
 int pci_function_add(struct pci_host *host, struct pci_function *f, unsigned slot,
                      struct error *err);
-void pci_function_remove(struct pci_function *f); // fine when it was never added
+// Its window decodes nowhere then. Fine when it was never added, and after the bridge is gone.
+void pci_function_remove(struct pci_function *f);
 
 // To values after power-on. With the lock held.
 void pci_function_reset(struct pci_function *f);

@@ -30,7 +30,8 @@
 #define LAYOUT_ECAM        0xe0000000  // PCI configuration space (ECAM), 1 MiB a bus
 #define LAYOUT_ECAM_END    0xe0100000  // end of ECAM
 #define LAYOUT_IOAPIC      0xfec00000  // I/O APIC
-#define LAYOUT_LAPIC       0xfee00000  // local APICs
+#define LAYOUT_LAPIC       0xfee00000  // local APICs; interrupt messages are written here
+#define LAYOUT_LAPIC_END   0xfef00000  // end of the addresses of messages
 #define LAYOUT_IDENTITY_PT 0xfffbc000  // KVM's identity-map page (VT-x real mode)
 #define LAYOUT_TSS         0xfffbd000  // KVM's three TSS pages (VT-x real mode)
 #define LAYOUT_RAM_HIGH    0x100000000 // RAM continues here
