@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "devices/virtio_balloon.h"
 #include "devices/virtio_blk.h"
 #include "devices/virtio_rng.h"
 #include "vmm/util.h"
@@ -18,12 +19,17 @@
     _Static_assert(sizeof(struct virtio_##kind##_config) <= VIRTIO_CONFIG_SIZE_MAX && \
                        !offsetof(struct virtio_##kind##_config, attach),              \
                    "a config starts with its attach")
+PARSER(balloon);
 PARSER(blk);
 #undef PARSER
 
 static const struct virtio_kind kinds[] = {
     {"disk", 'd', "FILE", "block device: FILE[,ro][,serial=TEXT][,queues=N][,cached][,packed]",
      false, VIRTIO_DEVICES_MAX, &virtio_blk_class, sizeof(struct virtio_blk_config), blk_text},
+    {"balloon", 0, "OPTIONS",
+     "memory balloon: [target=SIZE][,deflate-on-oom=on|off][,stats=SECONDS][,reporting=on|off]"
+     "[,hinting=on|off][,packed]",
+     true, 1, &virtio_balloon_class, sizeof(struct virtio_balloon_config), balloon_text},
     {"rng", 0, NULL, "entropy device", true, 1, &virtio_rng_class, sizeof(struct virtio_rng_config),
      NULL},
 };
