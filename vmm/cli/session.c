@@ -10,6 +10,7 @@
 
 #include "devices/platform.h"
 #include "devices/ucall.h"
+#include "devices/virtio_pci.h"
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 
@@ -63,9 +64,9 @@ static int cmdline_make(const struct session *s, char **cmdline, struct error *e
     const char *append = s->options->append ? s->options->append : "";
     const char *off = strstr(append, "acpi=off");
     bool word = off && (off == append || off[-1] == ' ') && (!off[8] || off[8] == ' ');
-    int ret = word ? virtio_mmio_cmdline(s->windows, s->options->nr_devices, windows,
-                                         sizeof(windows), err)
-                   : 0;
+    int ret = word && !s->options->pci ? virtio_mmio_cmdline(s->windows, s->options->nr_devices,
+                                                             windows, sizeof(windows), err)
+                                       : 0;
     if (!ret && asprintf(cmdline, "%s%s", append, windows) < 0)
         ret = error_set(err, -ENOMEM, "no memory for the command line");
     return ret;
@@ -91,13 +92,14 @@ static int kernel_load(struct session *s, struct error *err)
 static int virtio_add(struct session *s, unsigned i, struct error *err)
 {
     const struct device_option *d = &s->options->devices[i];
-    const struct virtio_mmio_place place = {.base = s->windows[i].base, .gsi = s->windows[i].gsi};
+    const struct virtio_mmio_place window = {.base = s->windows[i].base, .gsi = s->windows[i].gsi};
+    const struct virtio_pci_place slot = {.host = s->board.pci, .slot = i + 1};
     autofree struct virtio_attach *attach = calloc(1, d->kind->config_size);
     if (!attach)
         return error_set(err, -ENOMEM, "no memory for device %s", d->kind->name);
     int ret = d->kind->parse ? d->kind->parse(d->text, attach, err) : 0;
-    attach->transport = &virtio_mmio_transport;
-    attach->place = &place;
+    attach->transport = s->options->pci ? &virtio_pci_transport : &virtio_mmio_transport;
+    attach->place = s->options->pci ? (const void *)&slot : &window;
     attach->arrives = !s->options->kernel;
     return ret ? ret : device_add(s->vm, d->kind->class, attach, &s->devices[i], err);
 }
@@ -133,7 +135,8 @@ int session_build(struct session *s, struct error *err)
                                        .debug_exit = o->debug_exit,
                                        .mark = o->mark ? &mark : NULL,
                                        .virtio = s->windows,
-                                       .nr_virtio = o->nr_devices};
+                                       .nr_virtio = o->pci ? 0 : o->nr_devices,
+                                       .pci = o->pci};
     ret = board_create(s->vm, &board, &s->board, err);
     for (unsigned i = 0; i < o->nr_devices && !ret; i++)
         ret = virtio_add(s, i, err);
