@@ -8,6 +8,7 @@
 #include "devices/virtio_balloon.h"
 #include "devices/virtio_blk.h"
 #include "devices/virtio_rng.h"
+#include "devices/virtio_vsock.h"
 #include "vmm/util.h"
 
 // Each device's parser, with its own type of config.
@@ -21,11 +22,14 @@
                    "a config starts with its attach")
 PARSER(balloon);
 PARSER(blk);
+PARSER(vsock);
 #undef PARSER
 
 static const struct virtio_kind kinds[] = {
     {"disk", 'd', "FILE", "block device: FILE[,ro][,serial=TEXT][,queues=N][,cached][,packed]",
      false, VIRTIO_DEVICES_MAX, &virtio_blk_class, sizeof(struct virtio_blk_config), blk_text},
+    {"vsock", 0, "OPTIONS", "sockets between guest and host: cid=N,path=FILE[,packed]", false, 1,
+     &virtio_vsock_class, sizeof(struct virtio_vsock_config), vsock_text},
     {"balloon", 0, "OPTIONS",
      "memory balloon: [target=SIZE][,deflate-on-oom=on|off][,stats=SECONDS][,reporting=on|off]"
      "[,hinting=on|off][,packed]",
