@@ -182,8 +182,35 @@ static void dsdt_power_button(struct aml *aml)
     aml_end(aml, device);
 }
 
+static void dsdt_vmgenid(struct aml *aml)
+{
+    size_t device = aml_device(aml, "VGEN");
+    aml_name_string(aml, "_HID", "FERRYGID");
+    aml_name_string(aml, "_CID", "VM_Gen_Counter");
+    aml_name_string(aml, "_DDN", "VM_Gen_Counter");
+    aml_name(aml, "ADDR");
+    size_t package = aml_package(aml, 2); // low, high half
+    aml_int(aml, LAYOUT_VMGENID);
+    aml_int(aml, 0);
+    aml_end(aml, package);
+    aml_end(aml, device);
+}
+
+static void event_notify(struct aml *aml, unsigned event, const char *device)
+{
+    size_t when = aml_if(aml);
+    aml_byte(aml, AML_AND);
+    aml_byte(aml, AML_LOCAL0);
+    aml_int(aml, event);
+    aml_byte(aml, AML_NULL_NAME);
+    aml_byte(aml, AML_NOTIFY);
+    aml_path(aml, device);
+    aml_int(aml, 0x80); // "pressed", "changed"
+    aml_end(aml, when);
+}
+
 // _EVT reads the pending events once (that clears them) and tells whom they concern.
-static void dsdt_event_device(struct aml *aml)
+static void dsdt_event_device(struct aml *aml, const struct acpi_config *config)
 {
     size_t device = aml_device(aml, "GED");
     aml_name_string(aml, "_HID", "ACPI0013");
@@ -201,15 +228,9 @@ static void dsdt_event_device(struct aml *aml)
     aml_byte(aml, AML_STORE);
     aml_path(aml, "EVTS");
     aml_byte(aml, AML_LOCAL0);
-    size_t when = aml_if(aml);
-    aml_byte(aml, AML_AND);
-    aml_byte(aml, AML_LOCAL0);
-    aml_int(aml, ACPI_EVENT_POWER_BUTTON);
-    aml_byte(aml, AML_NULL_NAME);
-    aml_byte(aml, AML_NOTIFY);
-    aml_path(aml, "PWRB");
-    aml_int(aml, 0x80); // "pressed"
-    aml_end(aml, when);
+    event_notify(aml, ACPI_EVENT_POWER_BUTTON, "PWRB");
+    if (config->vmgenid)
+        event_notify(aml, ACPI_EVENT_VMGENID, "VGEN");
     aml_end(aml, method);
     aml_end(aml, device);
 }
@@ -263,7 +284,9 @@ static uint32_t dsdt_build(struct area *area, const struct acpi_config *config)
     dsdt_com1(&aml);
     dsdt_pvpanic(&aml);
     dsdt_power_button(&aml);
-    dsdt_event_device(&aml);
+    if (config->vmgenid)
+        dsdt_vmgenid(&aml);
+    dsdt_event_device(&aml, config);
     dsdt_virtio(&aml, config);
     dsdt_pci(&aml, config);
     aml_end(&aml, scope);

@@ -40,6 +40,7 @@ int board_create(struct vm *vm, const struct board_config *config, struct board 
         {&ucall_class, config->ucall != NULL, config->ucall, &board->ucall},
         {&mark_class, config->mark != NULL, config->mark, &board->mark},
         {&pci_host_class, config->pci, NULL, &pci},
+        {&vmgenid_class, config->vmgenid, NULL, &board->vmgenid},
     };
     int ret = 0;
     for (unsigned i = 0; i < ARRAY_SIZE(devices) && !ret; i++)
@@ -51,7 +52,8 @@ int board_create(struct vm *vm, const struct board_config *config, struct board 
     const struct acpi_config acpi = {.cpus = vm->config.cpus,
                                      .virtio = config->virtio,
                                      .nr_virtio = config->nr_virtio,
-                                     .pci = config->pci};
+                                     .pci = config->pci,
+                                     .vmgenid = config->vmgenid};
     if (!ret)
         ret = acpi_build(&vm->ram, &acpi, &board->rsdp, err);
     if (!ret)

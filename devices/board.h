@@ -27,11 +27,13 @@ struct board_config {
     const struct acpi_virtio_mmio *virtio;
     unsigned nr_virtio;
     bool pci; // a PCI host bridge; its functions are added by the caller
+    bool vmgenid;
 };
 
 struct board {
     struct device *serial, *power;
     struct device *mark, *ucall; // NULL when not asked for
+    struct device *vmgenid;      // the same
     struct pci_host *pci;        // NULL when not asked for
     uint64_t rsdp;               // GPA of the ACPI RSDP, for boot_config
 };

@@ -16,7 +16,8 @@
 #define LAYOUT_CMDLINE_MAX 0x00010000 // bytes reserved for it
 #define LAYOUT_EBDA        0x0009fc00 // end of usable base memory
 #define LAYOUT_ACPI        0x000e0000 // RSDP first, then every ACPI table
-#define LAYOUT_ACPI_END    0x000f0000 // end of the ACPI area
+#define LAYOUT_ACPI_END    0x000ef000 // end of the ACPI area
+#define LAYOUT_VMGENID     0x000ef000 // generation id: 16 bytes, in a page of its own
 #define LAYOUT_MPTABLE     0x000f0000 // MP floating pointer, then the MP table
 #define LAYOUT_MPTABLE_END 0x00100000 // end of the MP area
 #define LAYOUT_KERNEL      0x00100000 // kernels load from here on
@@ -61,7 +62,8 @@ _Static_assert(LAYOUT_ZERO_PAGE + 0x1000 <= LAYOUT_PML4, "the zero page is one p
 _Static_assert(LAYOUT_PML4 + 6 * 0x1000 <= LAYOUT_PT_END, "six boot page tables");
 _Static_assert(LAYOUT_PT_END <= LAYOUT_MULTIBOOT && LAYOUT_MULTIBOOT < LAYOUT_CMDLINE, "order");
 _Static_assert(LAYOUT_CMDLINE + LAYOUT_CMDLINE_MAX <= LAYOUT_EBDA, "order");
-_Static_assert(LAYOUT_EBDA < LAYOUT_ACPI && LAYOUT_ACPI_END <= LAYOUT_MPTABLE, "order");
+_Static_assert(LAYOUT_EBDA < LAYOUT_ACPI && LAYOUT_ACPI_END <= LAYOUT_VMGENID, "order");
+_Static_assert(LAYOUT_VMGENID + 0x1000 <= LAYOUT_MPTABLE, "the generation id has a page");
 _Static_assert(LAYOUT_MPTABLE_END <= LAYOUT_KERNEL, "order");
 _Static_assert(LAYOUT_KERNEL < LAYOUT_RAM_LOW_MAX && LAYOUT_RAM_LOW_MAX <= LAYOUT_VIRTIO_MMIO,
                "order");

@@ -136,7 +136,8 @@ int session_build(struct session *s, struct error *err)
                                        .mark = o->mark ? &mark : NULL,
                                        .virtio = s->windows,
                                        .nr_virtio = o->pci ? 0 : o->nr_devices,
-                                       .pci = o->pci};
+                                       .pci = o->pci,
+                                       .vmgenid = o->vmgenid};
     ret = board_create(s->vm, &board, &s->board, err);
     for (unsigned i = 0; i < o->nr_devices && !ret; i++)
         ret = virtio_add(s, i, err);
