@@ -7,6 +7,7 @@
 
 #include "devices/virtio_balloon.h"
 #include "devices/virtio_blk.h"
+#include "devices/virtio_console.h"
 #include "devices/virtio_rng.h"
 #include "devices/virtio_vsock.h"
 #include "vmm/util.h"
@@ -22,12 +23,18 @@
                    "a config starts with its attach")
 PARSER(balloon);
 PARSER(blk);
+PARSER(console);
 PARSER(vsock);
 #undef PARSER
 
 static const struct virtio_kind kinds[] = {
     {"disk", 'd', "FILE", "block device: FILE[,ro][,serial=TEXT][,queues=N][,cached][,packed]",
      false, VIRTIO_DEVICES_MAX, &virtio_blk_class, sizeof(struct virtio_blk_config), blk_text},
+    {"vconsole", 0, "WHERE",
+     "virtio console (hvc0) and named ports: [WHERE][,port=NAME=WHERE]...[,packed], WHERE as for "
+     "--console",
+     false, VIRTIO_DEVICES_MAX, &virtio_console_class, sizeof(struct virtio_console_config),
+     console_text},
     {"vsock", 0, "OPTIONS", "sockets between guest and host: cid=N,path=FILE[,packed]", false, 1,
      &virtio_vsock_class, sizeof(struct virtio_vsock_config), vsock_text},
     {"balloon", 0, "OPTIONS",
