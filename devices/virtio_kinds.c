@@ -8,6 +8,7 @@
 #include "devices/virtio_balloon.h"
 #include "devices/virtio_blk.h"
 #include "devices/virtio_console.h"
+#include "devices/virtio_net.h"
 #include "devices/virtio_rng.h"
 #include "devices/virtio_vsock.h"
 #include "vmm/util.h"
@@ -24,12 +25,17 @@
 PARSER(balloon);
 PARSER(blk);
 PARSER(console);
+PARSER(net);
 PARSER(vsock);
 #undef PARSER
 
 static const struct virtio_kind kinds[] = {
     {"disk", 'd', "FILE", "block device: FILE[,ro][,serial=TEXT][,queues=N][,cached][,packed]",
      false, VIRTIO_DEVICES_MAX, &virtio_blk_class, sizeof(struct virtio_blk_config), blk_text},
+    {"net", 0, "HOST",
+     "network device: tap=NAME|tap-fd=N|user[,mac=..][,mtu=N][,queues=N][,offload=on|off]"
+     "[,forward=tcp:HOSTPORT:GUESTPORT]...[,host=on|off][,bps=N][,iops=N][,packed]",
+     false, VIRTIO_DEVICES_MAX, &virtio_net_class, sizeof(struct virtio_net_config), net_text},
     {"vconsole", 0, "WHERE",
      "virtio console (hvc0) and named ports: [WHERE][,port=NAME=WHERE]...[,packed], WHERE as for "
      "--console",
