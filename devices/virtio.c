@@ -212,23 +212,36 @@ static void reset_end(struct virtio *v)
         v->transport->reset(v);
 }
 
+static bool outside_idle(struct virtio *v)
+{
+    return !v->ops->idle || v->ops->idle(v);
+}
+
+// What is under way may still write into guest memory: the status stays nonzero until that ended.
+static void reset_or_wait(struct virtio *v)
+{
+    v->resetting = !outside_idle(v);
+    if (v->resetting)
+        v->status &= (uint8_t)~VIRTIO_DRIVER_OK; // the rest of it stays, so it is not 0
+    else
+        reset_end(v);
+}
+
 static void device_reset(struct virtio *v)
 {
     if (v->ops->drain)
         v->ops->drain(v);
-    reset_end(v);
+    reset_or_wait(v);
 }
 
 // A driver that waits for status 0 (2.4.2) need not wait here, with its vCPU: nothing is taken from
 // the queues from now on, and what is under way may still write until the status reads 0.
 static void driver_reset(struct virtio *v)
 {
-    if (!v->transport->reset_polled || !v->ops->idle || v->ops->idle(v)) {
+    if (v->transport->reset_polled && v->ops->idle)
+        reset_or_wait(v);
+    else
         device_reset(v);
-        return;
-    }
-    v->resetting = true;
-    v->status &= (uint8_t)~VIRTIO_DRIVER_OK; // the rest of it stays, so it is not 0
 }
 
 uint8_t virtio_status_read(struct virtio *v)
@@ -360,7 +373,7 @@ int virtio_quiesce(struct device *dev, struct error *err)
     v->active = false;
     if (v->ops->drain)
         v->ops->drain(v);
-    if (v->resetting)
+    if (v->resetting && outside_idle(v))
         reset_end(v);
     pthread_mutex_unlock(&dev->lock);
     return 0;

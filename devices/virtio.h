@@ -61,7 +61,8 @@ struct virtio_ops {
     // Takes what virtio_next gives until it gives nothing: true. False: it can take no more now,
     // and will ring (virtio_ring) when it can.
     bool (*run)(struct virtio *v, unsigned queue);
-    // Returns when nothing of the device is under way outside. May be NULL.
+    // Returns when nothing of the device is under way outside, or after some seconds: then `idle`
+    // says no. May be NULL.
     void (*drain)(struct virtio *v);
     // Whether nothing is under way outside, without waiting. A reset by the driver ends when this
     // says so, where the transport's driver waits for that; NULL: reset waits in `drain`.

@@ -30,7 +30,9 @@ PARSER(vsock);
 #undef PARSER
 
 static const struct virtio_kind kinds[] = {
-    {"disk", 'd', "FILE", "block device: FILE[,ro][,serial=TEXT][,queues=N][,cached][,packed]",
+    {"disk", 'd', "FILE",
+     "block device: FILE[,ro][,overlay=FILE][,serial=TEXT][,queues=N][,cached][,packed][,bps=SIZE]"
+     "[,iops=N]",
      false, VIRTIO_DEVICES_MAX, &virtio_blk_class, sizeof(struct virtio_blk_config), blk_text},
     {"net", 0, "HOST",
      "network device: tap=NAME|tap-fd=N|user[,mac=..][,mtu=N][,queues=N][,offload=on|off]"
