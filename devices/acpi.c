@@ -182,8 +182,35 @@ static void dsdt_power_button(struct aml *aml)
     aml_end(aml, device);
 }
 
+static void dsdt_vmgenid(struct aml *aml)
+{
+    size_t device = aml_device(aml, "VGEN");
+    aml_name_string(aml, "_HID", "FERRYGID");
+    aml_name_string(aml, "_CID", "VM_Gen_Counter");
+    aml_name_string(aml, "_DDN", "VM_Gen_Counter");
+    aml_name(aml, "ADDR");
+    size_t package = aml_package(aml, 2); // low, high half
+    aml_int(aml, LAYOUT_VMGENID);
+    aml_int(aml, 0);
+    aml_end(aml, package);
+    aml_end(aml, device);
+}
+
+static void event_notify(struct aml *aml, unsigned event, const char *device)
+{
+    size_t when = aml_if(aml);
+    aml_byte(aml, AML_AND);
+    aml_byte(aml, AML_LOCAL0);
+    aml_int(aml, event);
+    aml_byte(aml, AML_NULL_NAME);
+    aml_byte(aml, AML_NOTIFY);
+    aml_path(aml, device);
+    aml_int(aml, 0x80); // "pressed", "changed"
+    aml_end(aml, when);
+}
+
 // _EVT reads the pending events once (that clears them) and tells whom they concern.
-static void dsdt_event_device(struct aml *aml)
+static void dsdt_event_device(struct aml *aml, const struct acpi_config *config)
 {
     size_t device = aml_device(aml, "GED");
     aml_name_string(aml, "_HID", "ACPI0013");
@@ -201,15 +228,9 @@ static void dsdt_event_device(struct aml *aml)
     aml_byte(aml, AML_STORE);
     aml_path(aml, "EVTS");
     aml_byte(aml, AML_LOCAL0);
-    size_t when = aml_if(aml);
-    aml_byte(aml, AML_AND);
-    aml_byte(aml, AML_LOCAL0);
-    aml_int(aml, ACPI_EVENT_POWER_BUTTON);
-    aml_byte(aml, AML_NULL_NAME);
-    aml_byte(aml, AML_NOTIFY);
-    aml_path(aml, "PWRB");
-    aml_int(aml, 0x80); // "pressed"
-    aml_end(aml, when);
+    event_notify(aml, ACPI_EVENT_POWER_BUTTON, "PWRB");
+    if (config->vmgenid)
+        event_notify(aml, ACPI_EVENT_VMGENID, "VGEN");
     aml_end(aml, method);
     aml_end(aml, device);
 }
@@ -232,6 +253,23 @@ static void dsdt_virtio(struct aml *aml, const struct acpi_config *config)
     }
 }
 
+// The functions' windows and the one bus; all the rest a system reads from configuration space. No
+// _PRT: functions have no interrupt pins. No _OSC: the bridge is not PCI Express, so there is
+// nothing to hand over.
+static void dsdt_pci(struct aml *aml, const struct acpi_config *config)
+{
+    if (!config->pci)
+        return;
+    size_t device = aml_device(aml, "PCI0");
+    aml_name_eisa_id(aml, "_HID", "PNP0A03");
+    aml_name_int(aml, "_UID", 0);
+    size_t crs = aml_resources(aml);
+    aml_resource_bus(aml, 0, 0);
+    aml_resource_window32(aml, LAYOUT_PCI_MMIO, (uint32_t)(LAYOUT_PCI_END - LAYOUT_PCI_MMIO));
+    aml_resources_end(aml, crs);
+    aml_end(aml, device);
+}
+
 // 0 when it does not fit.
 static uint32_t dsdt_build(struct area *area, const struct acpi_config *config)
 {
@@ -246,8 +284,11 @@ static uint32_t dsdt_build(struct area *area, const struct acpi_config *config)
     dsdt_com1(&aml);
     dsdt_pvpanic(&aml);
     dsdt_power_button(&aml);
-    dsdt_event_device(&aml);
+    if (config->vmgenid)
+        dsdt_vmgenid(&aml);
+    dsdt_event_device(&aml, config);
     dsdt_virtio(&aml, config);
+    dsdt_pci(&aml, config);
     aml_end(&aml, scope);
     if (aml.overflow)
         return 0;
@@ -346,17 +387,41 @@ static uint32_t madt_build(struct area *area, unsigned cpus)
     return area_gpa(area, m);
 }
 
-static uint32_t xsdt_build(struct area *area, uint32_t fadt, uint32_t madt)
+struct PACKED mcfg { // PCI Firmware 3.3, 4.1.2
+    struct header header;
+    uint64_t reserved0;
+    uint64_t base;
+    uint16_t segment;
+    uint8_t first_bus, last_bus;
+    uint32_t reserved1;
+};
+
+_Static_assert(sizeof(struct mcfg) == 60, "PCI Firmware 3.3, 4.1.2");
+
+static uint32_t mcfg_build(struct area *area)
 {
-    struct PACKED xsdt {
-        struct header header;
-        uint64_t tables[2];
-    } *x = area_take(area, sizeof(*x));
+    struct mcfg *m = area_take(area, sizeof(*m));
+    if (!m)
+        return 0;
+    m->base = LAYOUT_ECAM;
+    m->last_bus = (uint8_t)((LAYOUT_ECAM_END - LAYOUT_ECAM) / MiB - 1);
+    header_set(&m->header, "MCFG", 1, sizeof(*m));
+    return area_gpa(area, m);
+}
+
+// Tables at 0 are not there.
+static uint32_t xsdt_build(struct area *area, const uint32_t *tables, unsigned nr)
+{
+    struct header *x = area_take(area, sizeof(*x) + nr * sizeof(uint64_t));
     if (!x)
         return 0;
-    x->tables[0] = fadt;
-    x->tables[1] = madt;
-    header_set(&x->header, "XSDT", 1, sizeof(*x));
+    uint8_t *at = (uint8_t *)(x + 1);
+    for (unsigned i = 0; i < nr; i++) {
+        uint64_t gpa = tables[i];
+        if (gpa)
+            at = mempcpy(at, &gpa, sizeof(gpa));
+    }
+    header_set(x, "XSDT", 1, (size_t)(at - (uint8_t *)x));
     return area_gpa(area, x);
 }
 
@@ -403,8 +468,10 @@ int acpi_build(struct ram *ram, const struct acpi_config *config, uint64_t *rsdp
     uint32_t dsdt = dsdt_build(&area, config);
     uint32_t fadt = fadt_build(&area, dsdt);
     uint32_t madt = madt_build(&area, config->cpus);
-    uint32_t xsdt = xsdt_build(&area, fadt, madt);
-    if (!dsdt || !fadt || !madt || !xsdt)
+    uint32_t mcfg = config->pci ? mcfg_build(&area) : 0;
+    const uint32_t tables[] = {fadt, madt, mcfg};
+    uint32_t xsdt = xsdt_build(&area, tables, ARRAY_SIZE(tables));
+    if (!dsdt || !fadt || !madt || !xsdt || (config->pci && !mcfg))
         return error_set(err, -ENOSPC, "ACPI: tables for %u CPUs and %u devices exceed %u bytes",
                          config->cpus, config->nr_virtio, AREA_SIZE);
     rsdp_set(root, xsdt);

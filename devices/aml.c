@@ -281,6 +281,25 @@ void aml_resource_memory32(struct aml *aml, uint32_t base, uint32_t len)
     aml_bytes(aml, code, sizeof(code));
 }
 
+// Address space descriptors, 6.4.3.5. Producer, minimum and maximum fixed, positive decode.
+enum { WORD_SPACE = 0x88, DWORD_SPACE = 0x87, SPACE_MEMORY = 0, SPACE_BUS = 2, SPACE_FIXED = 0x0c };
+
+void aml_resource_bus(struct aml *aml, uint16_t first, uint16_t last)
+{
+    const uint16_t range[] = {0, first, last, 0, (uint16_t)(last - first + 1)};
+    const uint8_t head[] = {WORD_SPACE, 13, 0, SPACE_BUS, SPACE_FIXED, 0};
+    aml_bytes(aml, head, sizeof(head));
+    aml_bytes(aml, range, sizeof(range)); // granularity, minimum, maximum, translation, length
+}
+
+void aml_resource_window32(struct aml *aml, uint32_t base, uint32_t len)
+{
+    const uint32_t range[] = {0, base, base + len - 1, 0, len};
+    const uint8_t head[] = {DWORD_SPACE, 23, 0, SPACE_MEMORY, SPACE_FIXED, 0x01}; // read-write
+    aml_bytes(aml, head, sizeof(head));
+    aml_bytes(aml, range, sizeof(range));
+}
+
 void aml_resource_irq_edge(struct aml *aml, uint32_t gsi)
 {
     uint8_t code[9] = {0x89, 6, 0, 0x03, 1}; // consumer, edge; one interrupt

@@ -46,6 +46,9 @@ size_t aml_resources(struct aml *aml);
 void aml_resources_end(struct aml *aml, size_t mark);
 void aml_resource_io(struct aml *aml, uint16_t port, uint8_t len);
 void aml_resource_memory32(struct aml *aml, uint32_t base, uint32_t len);
+// What a bridge forwards: bus numbers first .. last, memory at the same address on both sides.
+void aml_resource_bus(struct aml *aml, uint16_t first, uint16_t last);
+void aml_resource_window32(struct aml *aml, uint32_t base, uint32_t len);
 void aml_resource_irq_edge(struct aml *aml, uint32_t gsi); // active high, exclusive
 
 enum {

@@ -3,6 +3,7 @@
 
 #include "devices/console.h"
 #include "devices/mptable.h"
+#include "devices/pci.h"
 #include "devices/platform.h"
 #include "devices/serial.h"
 #include "devices/ucall.h"
@@ -22,6 +23,7 @@ int board_create(struct vm *vm, const struct board_config *config, struct board 
                  struct error *err)
 {
     const struct serial_config serial = {.console = config->console};
+    struct device *pci = NULL;
     *board = (struct board) {0};
     const struct {
         const struct device_class *class;
@@ -37,14 +39,21 @@ int board_create(struct vm *vm, const struct board_config *config, struct board 
         {&debug_exit_class, config->debug_exit, NULL, NULL},
         {&ucall_class, config->ucall != NULL, config->ucall, &board->ucall},
         {&mark_class, config->mark != NULL, config->mark, &board->mark},
+        {&pci_host_class, config->pci, NULL, &pci},
+        {&vmgenid_class, config->vmgenid, NULL, &board->vmgenid},
     };
     int ret = 0;
     for (unsigned i = 0; i < ARRAY_SIZE(devices) && !ret; i++)
         if (devices[i].present)
             ret = device_add(vm, devices[i].class, devices[i].config, devices[i].out, err);
 
-    const struct acpi_config acpi = {
-        .cpus = vm->config.cpus, .virtio = config->virtio, .nr_virtio = config->nr_virtio};
+    board->pci = pci ? pci_host_of(pci) : NULL;
+
+    const struct acpi_config acpi = {.cpus = vm->config.cpus,
+                                     .virtio = config->virtio,
+                                     .nr_virtio = config->nr_virtio,
+                                     .pci = config->pci,
+                                     .vmgenid = config->vmgenid};
     if (!ret)
         ret = acpi_build(&vm->ram, &acpi, &board->rsdp, err);
     if (!ret)

@@ -12,6 +12,7 @@
 struct console;
 struct device;
 struct mark_config;
+struct pci_host;
 struct rtc_config;
 struct ucall_config;
 struct vm;
@@ -25,11 +26,15 @@ struct board_config {
     // Windows that the firmware tables shall list; their devices are added by the caller.
     const struct acpi_virtio_mmio *virtio;
     unsigned nr_virtio;
+    bool pci; // a PCI host bridge; its functions are added by the caller
+    bool vmgenid;
 };
 
 struct board {
     struct device *serial, *power;
     struct device *mark, *ucall; // NULL when not asked for
+    struct device *vmgenid;      // the same
+    struct pci_host *pci;        // NULL when not asked for
     uint64_t rsdp;               // GPA of the ACPI RSDP, for boot_config
 };
 

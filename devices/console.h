@@ -11,9 +11,9 @@
 //
 // Output never waits and never vanishes unseen: console_write takes what the host side takes now.
 // Where nobody listens (pty, unix), the newest CONSOLE_BACKLOG bytes are kept for the next reader,
-// who is told how many were dropped before them. When the host side breaks (closed pipe, full
-// disk), output is discarded from then on and a message says so. Whoever opens a console on a pipe
-// must ignore SIGPIPE.
+// who is told how many were dropped before them; `strict` refuses output then. When the host side
+// breaks (closed pipe, full disk), output is discarded from then on and a message says so. Whoever
+// opens a console on a pipe must ignore SIGPIPE.
 //
 // Escape commands, on a terminal only: the escape key (Ctrl-] unless configured), then q or . to
 // quit, p to press the power button, ? for help, the key again to send it.
@@ -49,6 +49,10 @@ struct console_config {
     int fd;                      // FD
     int escape;                  // STDIO: the key, -1 = none
     bool append;                 // FILE
+    // What the text does not say: who opens it chooses.
+    bool strict;          // takes no output while nobody listens, instead of keeping the newest
+    unsigned patience_ms; // a reader that takes nothing for so long counts as absent; 0: never
+    bool sized;           // the client wants to hear of the terminal's size
 };
 
 enum console_command { CONSOLE_QUIT = 1, CONSOLE_POWER = 2, CONSOLE_HELP = 4 };
@@ -57,6 +61,9 @@ enum console_command { CONSOLE_QUIT = 1, CONSOLE_POWER = 2, CONSOLE_HELP = 4 };
 struct console_client {
     void (*readable)(void *arg); // console_read has something
     void (*writable)(void *arg); // console_write takes bytes again, after it took too few
+    // These may be NULL.
+    void (*opened)(void *arg, bool open); // somebody came to the host side, or left it
+    void (*resized)(void *arg);           // console_size has changed (config.sized)
 };
 
 struct console;
@@ -70,6 +77,8 @@ int console_open(struct console **console, const struct console_config *config, 
 // When the loop runs no more (best after loop_destroy). Restores the terminal, removes link and
 // socket. NULL is fine.
 void console_close(struct console *console);
+// The same while the loop lives, in its thread or before loop_run; memory is freed by the loop.
+void console_release(struct console *console);
 
 // One client; NULL detaches.
 void console_attach(struct console *console, const struct console_client *client, void *arg);
@@ -81,6 +90,14 @@ void console_on_command(struct console *console,
 // Both: any thread, never block. Bytes taken or given, 0 to len.
 size_t console_write(struct console *console, const void *data, size_t len);
 size_t console_read(struct console *console, void *data, size_t len);
+
+size_t console_pending(struct console *console); // bytes that console_read would give
+bool console_connected(struct console *console); // whether somebody is there; a file always is
+// While held, nothing more is read from the host side (but from a person's terminal, for its
+// escape commands): what was not read can still be somebody else's.
+void console_hold(struct console *console, bool hold);
+// Of the terminal at the host side; false: there is none, or it does not know.
+bool console_size(struct console *console, uint16_t *columns, uint16_t *rows);
 
 // For the end of a VM, when the loop runs no more: writes all of it, waiting for a slow reader as
 // long as it goes on taking bytes (CONSOLE_DRAIN_MS without one byte ends it).

@@ -24,7 +24,16 @@ struct power_config {
     int (*irq_set)(struct vm *vm, unsigned gsi, unsigned level); // NULL = vm_irq_set; for tests
 };
 extern const struct device_class power_class;
-void power_button(struct device *dev); // any thread
+void power_button(struct device *dev);                // any thread
+void power_event(struct device *dev, uint8_t events); // ACPI_EVENT_*; any thread
+
+// vmgenid.c: 128 random bits that differ after each restore of a saved state, so that a guest does
+// not use its random numbers and unique names twice (Microsoft, "Virtual Machine Generation ID").
+enum { VMGENID_LEN = 16 };
+extern const struct device_class vmgenid_class;
+// A copy of the guest continues: a new id, and the guest is told. After its state was loaded,
+// before it runs. A live migration is no copy.
+int vmgenid_renew(struct device *dev, struct device *power, struct error *err);
 
 // pvpanic.c: the guest kernel's panic notifier (QEMU's docs/specs/pvpanic).
 extern const struct device_class pvpanic_class;

@@ -27,13 +27,18 @@ static void event_pulse(struct power *p)
     p->irq_set(p->dev.vm, GSI_EVENT, 0);
 }
 
-void power_button(struct device *dev)
+void power_event(struct device *dev, uint8_t events)
 {
     struct power *p = power_of(dev);
     pthread_mutex_lock(&dev->lock);
-    p->events |= ACPI_EVENT_POWER_BUTTON;
+    p->events |= events;
     event_pulse(p);
     pthread_mutex_unlock(&dev->lock);
+}
+
+void power_button(struct device *dev)
+{
+    power_event(dev, ACPI_EVENT_POWER_BUTTON);
 }
 
 static uint64_t sleep_read(void *dev, uint64_t offset, unsigned size)
@@ -85,10 +90,10 @@ static int power_load(void *object, uint16_t version, struct error *err)
 {
     struct power *p = object;
     uint8_t events = p->events;
-    if (events & ~ACPI_EVENT_POWER_BUTTON) {
+    if (events & ~ACPI_EVENTS) {
         p->events = 0;
         return error_set(err, -EINVAL, "power: saved events 0x%02x, known are 0x%02x", events,
-                         ACPI_EVENT_POWER_BUTTON);
+                         ACPI_EVENTS);
     }
     if (events)
         event_pulse(p); // the first one may not have been seen; a needless one is harmless

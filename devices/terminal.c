@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
+#include <stdint.h>
 #include <string.h>
 #include <termios.h>
 #include <unistd.h>
@@ -13,8 +14,9 @@
 #include "vmm/util.h"
 
 struct terminal {
-    atomic_bool active; // the other fields are set and constant
-    bool used;          // guarded by process.lock
+    atomic_bool active;   // the other fields are set and constant
+    atomic_int resize_fd; // -1 = none
+    bool used;            // guarded by process.lock
     int fd;
     struct termios cooked, raw;
 };
@@ -31,7 +33,7 @@ static struct {
     struct terminal terminals[TERMINALS_MAX];
     unsigned nr;
     bool taken[ARRAY_SIZE(fatal_signals)]; // signals whose handler is ours
-    bool stop_taken;
+    bool stop_taken, resize_taken;
 } process = {.lock = PTHREAD_MUTEX_INITIALIZER};
 
 // Only the foreground job may touch the terminal's modes; a terminal that is not our controlling
@@ -63,6 +65,19 @@ static void on_continue(int sig)
 {
     int saved = errno;
     set_all(true);
+    errno = saved;
+}
+
+static void on_resize(int sig)
+{
+    int saved = errno;
+    const uint64_t one = 1;
+    for (unsigned i = 0; i < TERMINALS_MAX; i++) {
+        struct terminal *t = &process.terminals[i];
+        int fd = atomic_load(&t->resize_fd);
+        if (atomic_load(&t->active) && fd >= 0 && write(fd, &one, sizeof(one)) < 0)
+            continue; // it rings already
+    }
     errno = saved;
 }
 
@@ -108,6 +123,9 @@ static void signals_take(void)
         handle(SIGTSTP, on_stop);
         handle(SIGCONT, on_continue);
     }
+    process.resize_taken = is_default(SIGWINCH);
+    if (process.resize_taken)
+        handle(SIGWINCH, on_resize);
 }
 
 static void give_back(int sig, void (*handler)(int))
@@ -126,6 +144,8 @@ static void signals_give_back(void)
         give_back(SIGTSTP, on_stop);
         give_back(SIGCONT, on_continue);
     }
+    if (process.resize_taken)
+        give_back(SIGWINCH, on_resize);
 }
 
 static struct terminal *terminal_alloc(void)
@@ -153,6 +173,7 @@ int terminal_raw(int fd, struct terminal **out, struct error *err)
         return error_set(err, -EBUSY, "terminal (fd %d): already %d raw terminals in this process",
                          fd, TERMINALS_MAX);
     t->fd = fd;
+    atomic_store(&t->resize_fd, -1);
     t->cooked = t->raw = cooked;
     t->raw.c_iflag &= ~(tcflag_t)(IGNBRK | BRKINT | PARMRK | ISTRIP | INLCR | IGNCR | ICRNL | IXON);
     t->raw.c_lflag &= ~(tcflag_t)(ECHO | ECHONL | ICANON | ISIG | IEXTEN);
@@ -166,6 +187,11 @@ int terminal_raw(int fd, struct terminal **out, struct error *err)
     }
     *out = t;
     return 0;
+}
+
+void terminal_on_resize(struct terminal *t, int event_fd)
+{
+    atomic_store(&t->resize_fd, event_fd);
 }
 
 void terminal_restore(struct terminal *t)

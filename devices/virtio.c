@@ -166,7 +166,7 @@ struct virtqueue *virtio_configurable(struct virtio *v)
 {
     struct virtqueue *vq = virtio_selected(v);
     unsigned phase = v->status & (VIRTIO_FEATURES_OK | VIRTIO_DRIVER_OK);
-    return vq && phase == VIRTIO_FEATURES_OK && !vq->enabled ? vq : NULL;
+    return vq && phase == VIRTIO_FEATURES_OK && !vq->enabled && !v->resetting ? vq : NULL;
 }
 
 void virtio_queue_ready(struct virtio *v, bool ready)
@@ -197,10 +197,10 @@ void virtio_features_write(struct virtio *v, uint32_t value)
     v->accepted = (v->accepted & ~(0xffffffffull << shift)) | (uint64_t)value << shift;
 }
 
-static void device_reset(struct virtio *v)
+// Nothing is under way.
+static void reset_end(struct virtio *v)
 {
-    if (v->ops->drain)
-        v->ops->drain(v);
+    v->resetting = false;
     if (v->ops->reset)
         v->ops->reset(v);
     for (unsigned i = 0; i < v->nr_queues; i++)
@@ -208,6 +208,47 @@ static void device_reset(struct virtio *v)
     v->status = v->isr = 0;
     v->accepted = 0;
     v->offered_sel = v->accepted_sel = v->queue_sel = 0;
+    if (v->transport->reset)
+        v->transport->reset(v);
+}
+
+static bool outside_idle(struct virtio *v)
+{
+    return !v->ops->idle || v->ops->idle(v);
+}
+
+// What is under way may still write into guest memory: the status stays nonzero until that ended.
+static void reset_or_wait(struct virtio *v)
+{
+    v->resetting = !outside_idle(v);
+    if (v->resetting)
+        v->status &= (uint8_t)~VIRTIO_DRIVER_OK; // the rest of it stays, so it is not 0
+    else
+        reset_end(v);
+}
+
+static void device_reset(struct virtio *v)
+{
+    if (v->ops->drain)
+        v->ops->drain(v);
+    reset_or_wait(v);
+}
+
+// A driver that waits for status 0 (2.4.2) need not wait here, with its vCPU: nothing is taken from
+// the queues from now on, and what is under way may still write until the status reads 0.
+static void driver_reset(struct virtio *v)
+{
+    if (v->transport->reset_polled && v->ops->idle)
+        reset_or_wait(v);
+    else
+        device_reset(v);
+}
+
+uint8_t virtio_status_read(struct virtio *v)
+{
+    if (v->resetting && v->ops->idle(v))
+        reset_end(v);
+    return v->status;
 }
 
 static bool features_good(const struct virtio *v)
@@ -229,10 +270,10 @@ void virtio_status_write(struct virtio *v, uint8_t value)
         DRIVERS = VIRTIO_ACKNOWLEDGE | VIRTIO_DRIVER | VIRTIO_FEATURES_OK | VIRTIO_DRIVER_OK |
                   VIRTIO_FAILED
     };
-    if (!value) {
-        device_reset(v);
+    if (!value)
+        driver_reset(v);
+    if (!value || v->resetting)
         return;
-    }
     uint8_t old = v->status & DRIVERS, wanted = value & DRIVERS;
     if (old & ~wanted || !status_order(wanted)) { // bits are only added
         driver_blame(v, "status 0x%02x after 0x%02x: ignored", value, v->status);
@@ -332,6 +373,8 @@ int virtio_quiesce(struct device *dev, struct error *err)
     v->active = false;
     if (v->ops->drain)
         v->ops->drain(v);
+    if (v->resetting && outside_idle(v))
+        reset_end(v);
     pthread_mutex_unlock(&dev->lock);
     return 0;
 }
@@ -343,8 +386,10 @@ void virtio_resume(struct device *dev)
     v->active = true;
     // An interrupt that was on its way into the saved interrupt controller, or a doorbell that
     // nobody served, may have been lost. One too many does no harm.
-    if (v->isr)
-        v->transport->signal(v, v->isr & VIRTIO_ISR_CONFIG ? -1 : 0);
+    if (v->isr & VIRTIO_ISR_CONFIG)
+        v->transport->signal(v, -1);
+    for (unsigned i = 0; v->isr & VIRTIO_ISR_QUEUE && i < v->nr_queues; i++)
+        v->transport->signal(v, (int)i);
     if (v->status & VIRTIO_DRIVER_OK)
         for (unsigned i = 0; i < v->nr_queues; i++)
             virtio_ring(v, i);

@@ -22,12 +22,19 @@
 #include "vmm/state.h"
 
 enum {
-    VIRTIO_QUEUES_MAX = 16,
+    VIRTIO_QUEUES_MAX = 32,
     VIRTIO_CONFIG_MAX = 256,       // bytes of config space
     VIRTIO_SAVED_MAX = 512 * 1024, // bytes of saved queues
 };
 
-enum { VIRTIO_ID_RNG = 4, VIRTIO_ID_BLK = 2 }; // section 5
+enum { // section 5
+    VIRTIO_ID_NET = 1,
+    VIRTIO_ID_BLK = 2,
+    VIRTIO_ID_CONSOLE = 3,
+    VIRTIO_ID_RNG = 4,
+    VIRTIO_ID_BALLOON = 5,
+    VIRTIO_ID_VSOCK = 19,
+};
 
 // Device status, 2.1.
 enum {
@@ -54,9 +61,13 @@ struct virtio_ops {
     // Takes what virtio_next gives until it gives nothing: true. False: it can take no more now,
     // and will ring (virtio_ring) when it can.
     bool (*run)(struct virtio *v, unsigned queue);
-    // Returns when nothing of the device is under way outside. May be NULL.
+    // Returns when nothing of the device is under way outside, or after some seconds: then `idle`
+    // says no. May be NULL.
     void (*drain)(struct virtio *v);
-    void (*reset)(struct virtio *v); // after drain; may be NULL
+    // Whether nothing is under way outside, without waiting. A reset by the driver ends when this
+    // says so, where the transport's driver waits for that; NULL: reset waits in `drain`.
+    bool (*idle)(struct virtio *v);
+    void (*reset)(struct virtio *v); // nothing is under way; may be NULL
     // The driver wrote config[offset .. offset+size), which lies within config space. May be NULL:
     // config space is then read-only.
     void (*config_write)(struct virtio *v, uint32_t offset, unsigned size, uint64_t value);
@@ -70,6 +81,9 @@ struct virtio_transport {
     int (*attach)(struct virtio *v, const void *place, struct error *err);
     void (*detach)(struct virtio *v);            // also after a failed attach
     void (*signal)(struct virtio *v, int queue); // raises an interrupt; queue -1: configuration
+    void (*reset)(struct virtio *v); // its own registers, with the device's; may be NULL
+    // Its drivers read the status until it is 0 before they take a reset as done.
+    bool reset_polled;
 };
 
 // First member of each device's config.
@@ -77,7 +91,7 @@ struct virtio_attach {
     const struct virtio_transport *transport;
     const void *place; // used during realize only
     bool packed;       // offer the packed ring, too
-    bool arrives;      // saved state will be loaded: what the source may still hold is taken on resume
+    bool arrives; // saved state will be loaded: what the source may still hold is taken on resume
 };
 
 // A file descriptor that the loop watches for a device. On the heap: the kernel may hold the poll
@@ -107,7 +121,8 @@ struct virtio {
     unsigned nr_queues;
     struct virtqueue queues[VIRTIO_QUEUES_MAX];
     struct virtio_bell *bells[VIRTIO_QUEUES_MAX];
-    bool active; // between resume and quiesce
+    bool active;    // between resume and quiesce
+    bool resetting; // the driver wrote 0, something is still under way; status stays nonzero
 
     uint32_t saved_len;
     uint8_t saved[VIRTIO_SAVED_MAX]; // the queues, while state is saved or loaded
@@ -166,6 +181,7 @@ int virtio_load(void *v, uint16_t version, struct error *err);
 
 uint32_t virtio_features_read(const struct virtio *v);        // half that offered_sel names
 void virtio_features_write(struct virtio *v, uint32_t value); // half that accepted_sel names
+uint8_t virtio_status_read(struct virtio *v);                 // ends a reset that may end
 void virtio_status_write(struct virtio *v, uint8_t value);    // 0 resets
 struct virtqueue *virtio_selected(struct virtio *v);          // NULL: no such queue
 // The selected queue while its size and addresses may be written, else NULL.

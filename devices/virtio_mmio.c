@@ -63,7 +63,7 @@ static uint32_t register_read(struct virtio *v, uint64_t offset)
     case REG_ISR:
         return v->isr;
     case REG_STATUS:
-        return v->status;
+        return virtio_status_read(v);
     case REG_GENERATION:
         return v->generation;
     default:

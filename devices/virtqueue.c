@@ -405,40 +405,69 @@ int virtqueue_next(struct virtqueue *vq, struct virtqueue_chain *chain, struct e
 
 // --- giving back
 
-static void split_push(struct virtqueue *vq, const struct virtqueue_chain *c, uint32_t written)
+// The driver sees the group at once: a split ring's by its index, a packed ring's by the flags of
+// the first descriptor, which are written last.
+static void split_push(struct virtqueue *vq, const struct virtqueue_used *group, unsigned nr)
 {
-    struct used_elem elem = {c->id, written};
-    uint32_t offset = used_offset(vq, vq->next_used);
-    memcpy(vq->device + offset, &elem, sizeof(elem));
-    vq->next_used++;
-    store16(vq->device + 2, vq->next_used); // release: the element is there before the index
-    ram_mark_dirty(vq->ram, vq->device_gpa + offset, sizeof(elem));
+    for (unsigned i = 0; i < nr; i++) {
+        struct used_elem elem = {group[i].chain->id, group[i].written};
+        uint32_t offset = used_offset(vq, vq->next_used);
+        memcpy(vq->device + offset, &elem, sizeof(elem));
+        vq->next_used++;
+        ram_mark_dirty(vq->ram, vq->device_gpa + offset, sizeof(elem));
+    }
+    store16(vq->device + 2, vq->next_used); // release: the elements are there before the index
     ram_mark_dirty(vq->ram, vq->device_gpa, 4);
 }
 
-static void packed_push(struct virtqueue *vq, const struct virtqueue_chain *c, uint32_t written)
+static uint16_t packed_element(struct virtqueue *vq, const struct virtqueue_used *u)
 {
-    uint64_t offset = (uint64_t)DESC_SIZE * vq->next_used;
-    uint8_t *d = vq->desc + offset;
-    memcpy(d + 8, &written, sizeof(written));
-    memcpy(d + 12, &c->id, sizeof(c->id));
+    uint8_t *d = vq->desc + (size_t)DESC_SIZE * vq->next_used;
+    memcpy(d + 8, &u->written, sizeof(u->written));
+    memcpy(d + 12, &u->chain->id, sizeof(u->chain->id));
     uint16_t flags =
-        (uint16_t)((vq->used_wrap ? DESC_AVAIL | DESC_USED : 0) | (written ? DESC_WRITE : 0));
-    store16(d + 14, flags);
-    ram_mark_dirty(vq->ram, vq->desc_gpa + offset, DESC_SIZE);
-    packed_advance(vq, &vq->next_used, &vq->used_wrap, c->slots);
+        (uint16_t)((vq->used_wrap ? DESC_AVAIL | DESC_USED : 0) | (u->written ? DESC_WRITE : 0));
+    packed_advance(vq, &vq->next_used, &vq->used_wrap, u->chain->slots);
+    return flags;
+}
+
+static void packed_push(struct virtqueue *vq, const struct virtqueue_used *group, unsigned nr)
+{
+    uint16_t begin = vq->next_used;
+    bool wrap = vq->used_wrap;
+    uint16_t first_flags = packed_element(vq, &group[0]);
+    for (unsigned i = 1; i < nr; i++) {
+        uint8_t *d = vq->desc + (size_t)DESC_SIZE * vq->next_used;
+        store16(d + 14, packed_element(vq, &group[i]));
+    }
+    store16(vq->desc + (size_t)DESC_SIZE * begin + 14, first_flags);
+    for (unsigned i = 0; i < nr; i++) { // logged after it was written: the log may be read between
+        ram_mark_dirty(vq->ram, vq->desc_gpa + (uint64_t)DESC_SIZE * begin, DESC_SIZE);
+        packed_advance(vq, &begin, &wrap, group[i].chain->slots);
+    }
+}
+
+void virtqueue_push_group(struct virtqueue *vq, const struct virtqueue_used *group, unsigned nr)
+{
+    if (!nr)
+        return;
+    for (unsigned i = 0; i < nr; i++)
+        chain_mark_dirty(vq->ram, group[i].chain, 0, group[i].written);
+    if (vq->packed)
+        packed_push(vq, group, nr);
+    else
+        split_push(vq, group, nr);
+    for (unsigned i = 0; i < nr; i++) {
+        flight_end(vq, group[i].chain);
+        if (vq->unsignalled < UINT16_MAX - VQ_SIZE_MAX)
+            vq->unsignalled = (uint16_t)(vq->unsignalled + group[i].chain->slots);
+    }
 }
 
 void virtqueue_push(struct virtqueue *vq, struct virtqueue_chain *chain, uint32_t written)
 {
-    chain_mark_dirty(vq->ram, chain, 0, written);
-    flight_end(vq, chain);
-    if (vq->packed)
-        packed_push(vq, chain, written);
-    else
-        split_push(vq, chain, written);
-    if (vq->unsignalled < UINT16_MAX - VQ_SIZE_MAX)
-        vq->unsignalled = (uint16_t)(vq->unsignalled + chain->slots);
+    const struct virtqueue_used one = {chain, written};
+    virtqueue_push_group(vq, &one, 1);
 }
 
 // --- who wants to be told

@@ -77,6 +77,15 @@ int virtqueue_next(struct virtqueue *vq, struct virtqueue_chain *chain, struct e
 // Gives a chain back; the device wrote the first `written` bytes of its writable part.
 void virtqueue_push(struct virtqueue *vq, struct virtqueue_chain *chain, uint32_t written);
 
+struct virtqueue_used {
+    struct virtqueue_chain *chain;
+    uint32_t written;
+};
+
+// Gives several back in this order, and the driver sees all of them or none: what one packet took
+// (5.1.6.4.1). `nr` is at most the ring's size.
+void virtqueue_push_group(struct virtqueue *vq, const struct virtqueue_used *group, unsigned nr);
+
 // Whether the driver wants an interrupt for what was pushed since the last true answer.
 bool virtqueue_should_signal(struct virtqueue *vq);
 

@@ -380,6 +380,7 @@ static int outgoing_alloc(struct outgoing *out, struct error *err)
 static void outgoing_release(struct outgoing *out)
 {
     postcopy_end(out);
+    precopy_hints_end(out);
     out->report->wire_bytes = out->main.wire.out + out->demand.wire.out;
     channel_close(&out->main);
     channel_close(&out->demand);

@@ -23,6 +23,7 @@ struct outgoing {
     uint64_t *todo;   // pages still to send
     struct page_batch *batch;
     struct page_presence presence;
+    _Atomic uint64_t *hints; // NULL unless the guest is giving some
     uint64_t bandwidth; // estimate, bytes/s
     uint64_t rtt_ns;    // measured in the handshake
     struct stream_mem state;
@@ -39,6 +40,9 @@ int precopy_pass(struct outgoing *out, struct error *err);
 int precopy_flush(struct outgoing *out, struct error *err);
 // Rounds until the guest may be stopped. `*postcopy` says how the switch is to be done.
 int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err);
+
+// No hints of free pages count any more. Harmless when none were asked for.
+void precopy_hints_end(struct outgoing *out);
 
 // Tells the destination that its copies of the pages in `todo` are stale.
 int postcopy_discard(struct outgoing *out, struct error *err);

@@ -3,9 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
-#include <linux/falloc.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "migrate/bitmap.h"
 #include "migrate/crc32c.h"
@@ -29,35 +27,6 @@ __attribute__((no_sanitize("thread"))) bool page_is_zero(const void *page)
             return false;
     }
     return true;
-}
-
-uint64_t ram_contiguous(const struct ram *ram, uint64_t page)
-{
-    for (unsigned i = 0; i < ram->nr_regions; i++) {
-        const struct ram_region *r = &ram->regions[i];
-        uint64_t pages = r->size / PAGE_SIZE;
-        if (page >= r->first_page && page - r->first_page < pages)
-            return pages - (page - r->first_page);
-    }
-    return 0;
-}
-
-int ram_drop(struct ram *ram, uint64_t first, uint64_t count, struct error *err)
-{
-    while (count) {
-        uint64_t n = ram_contiguous(ram, first);
-        n = n < count ? n : count;
-        uint8_t *hva = ram_page(ram, first);
-        int ret = ram->memfd < 0 ? madvise(hva, n * PAGE_SIZE, MADV_DONTNEED)
-                                 : fallocate(ram->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                                             hva - ram->map, (off_t)(n * PAGE_SIZE));
-        if (ret)
-            return error_errno(err, "giving back %llu pages from page %llu on",
-                               (unsigned long long)n, (unsigned long long)first);
-        first += n;
-        count -= n;
-    }
-    return 0;
 }
 
 // --- presence
@@ -105,10 +74,12 @@ static void presence_load_memfd(struct page_presence *p, const struct ram *ram, 
     }
 }
 
-// Exact in one direction only: an absent page is zero. A page touched after the question is in the
-// dirty log.
+// Exact in one direction only: an absent page is zero, or needed by nobody. A page touched after
+// the question is in the dirty log.
 static bool page_absent(struct page_presence *p, const struct ram *ram, uint64_t page)
 {
+    if (p->hinted && atomic_load(&p->hinted[page / 64]) >> page % 64 & 1)
+        return true;
     if (page < p->first || page - p->first >= p->count) {
         uint64_t n = ram_contiguous(ram, page);
         p->first = page;

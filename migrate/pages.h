@@ -3,6 +3,7 @@
 // migration and snapshots.
 #pragma once
 
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -12,17 +13,13 @@
 
 bool page_is_zero(const void *page);
 
-// How many pages from `page` on lie one behind the other in this process (to the region's end).
-uint64_t ram_contiguous(const struct ram *ram, uint64_t page);
-
-// Makes pages [first, first + count) read as zero and gives their memory back.
-int ram_drop(struct ram *ram, uint64_t first, uint64_t count, struct error *err);
-
 // Knows which pages were never touched, so that sending them neither reads nor allocates them.
 struct page_presence {
     int pagemap_fd;        // -1: not known, every page counts as present
     uint64_t first, count; // what `absent` describes
     uint64_t absent[8];    // bitmap of up to 512 pages from `first`
+    // Pages the guest does not need (struct ram_hinter): sent as zero. NULL: not known.
+    const _Atomic uint64_t *hinted;
 };
 void page_presence_init(struct page_presence *p);
 void page_presence_free(struct page_presence *p);

@@ -2,6 +2,7 @@
 // Iterative pre-copy (Clark et al., NSDI'05): send everything, then what was written meanwhile, and
 // so on, until the rest fits the downtime limit.
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
 
 #include "migrate/bitmap.h"
@@ -17,6 +18,10 @@
 #define RESUME_NS         100000ull
 #define SAMPLE_MIN        (256 * KiB)
 #define BANDWIDTH_GUESS   100000000ull // bytes/s: 1 Gbit Ethernet
+
+// How long the first round waits for a guest that says which pages it does not need. The guest runs
+// meanwhile; what comes later still spares what the round has not reached.
+#define HINTS_NS 250000000ull
 
 // With a low bandwidth limit records get small, so that a write takes about 50 ms at most.
 static unsigned batch_pages(const struct outgoing *out)
@@ -118,6 +123,35 @@ static void bandwidth_update(struct outgoing *out, uint64_t bytes, uint64_t ns)
         out->bandwidth = limit;
 }
 
+// During the first round only: it sends everything, later ones what the guest has just used.
+static void hints_begin(struct outgoing *out)
+{
+    struct ram *ram = &out->vm->ram;
+    struct pollfd cancel = {.fd = out->m->cancel_fd, .events = POLLIN};
+    uint64_t end = time_ns() + HINTS_NS;
+    out->hints = ram->hinter ? calloc(ram_bitmap_words(ram), sizeof(*out->hints)) : NULL;
+    if (!out->hints)
+        return; // without hints it only takes longer
+    if (!ram->hinter->start(ram->hinter, out->hints)) {
+        free((void *)out->hints);
+        out->hints = NULL;
+        return;
+    }
+    out->presence.hinted = out->hints;
+    while (ram->hinter->busy(ram->hinter) && time_ns() < end && !poll(&cancel, 1, 2))
+        ;
+}
+
+void precopy_hints_end(struct outgoing *out)
+{
+    if (!out->hints)
+        return;
+    out->vm->ram.hinter->end(out->vm->ram.hinter);
+    out->presence.hinted = NULL;
+    free((void *)out->hints);
+    out->hints = NULL;
+}
+
 // The time of a round ends when the destination has taken it all: socket buffers hold megabytes,
 // which would otherwise make the link look fast and then be waited for while the guest stands
 // still.
@@ -128,6 +162,7 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
     out->report->rounds++;
     if (!ret)
         ret = precopy_flush(out, err);
+    precopy_hints_end(out);
     if (ret)
         return ret;
     bandwidth_update(out, out->main.wire.out - before, time_ns() - start);
@@ -144,6 +179,8 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
         return 0;
     int ret = ram_dirty_start(&out->vm->ram, err);
     out->logging = !ret;
+    if (!ret)
+        hints_begin(out);
     for (bool stop = false; !ret && !stop;) {
         uint64_t dirty = 0;
         ret = one_round(out, &dirty, err);

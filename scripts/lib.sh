@@ -43,9 +43,13 @@ test libclang-rt-14-dev   sanitizer and libFuzzer run time of clang
 test lz4                  makes lz4 kernels, seeds of the fuzzers
 test zstd                 makes zstd kernels, seeds of the fuzzers
 test iproute2             two "hosts" are two network namespaces
+test passt                user networking of guests without privileges (--net user)
+test iperf3               guests exchange its traffic; part of their tools image
 test qemu-system-x86      a stock kernel must get as far under Ferry as under it
 test acpica-tools         disassembles the ACPI tables a guest gets
 bench qemu-system-x86     the peer the benchmarks run beside Ferry
+bench iperf3              network throughput; part of the guests' tools image
+bench iproute2            the tap of a benchmark is in a network namespace of its own
 dev clang-format          formats the C code
 dev shellcheck            checks the scripts
 dev librsvg2-bin          renders the drawings in docs/ to look at them
@@ -119,6 +123,6 @@ build_ferry() {
     step "build ferry" ninja -C "$FERRY_BUILD"
 }
 
-build_guest() { # says itself how far it is
-    "$FERRY_ROOT/guest/build" --out "$FERRY_GUEST" </dev/null
+build_guest() { # [TARGET]...; says itself how far it is
+    "$FERRY_ROOT/guest/build" "$@" --out "$FERRY_GUEST" </dev/null
 }

@@ -16,7 +16,8 @@
 #define LAYOUT_CMDLINE_MAX 0x00010000 // bytes reserved for it
 #define LAYOUT_EBDA        0x0009fc00 // end of usable base memory
 #define LAYOUT_ACPI        0x000e0000 // RSDP first, then every ACPI table
-#define LAYOUT_ACPI_END    0x000f0000 // end of the ACPI area
+#define LAYOUT_ACPI_END    0x000ef000 // end of the ACPI area
+#define LAYOUT_VMGENID     0x000ef000 // generation id: 16 bytes, in a page of its own
 #define LAYOUT_MPTABLE     0x000f0000 // MP floating pointer, then the MP table
 #define LAYOUT_MPTABLE_END 0x00100000 // end of the MP area
 #define LAYOUT_KERNEL      0x00100000 // kernels load from here on
@@ -25,10 +26,13 @@
 #define LAYOUT_RAM_LOW_MAX 0xc0000000  // RAM above this many bytes continues at 4 GiB
 #define LAYOUT_VIRTIO_MMIO 0xd0000000  // virtio-mmio windows, 4 KiB each
 #define LAYOUT_VIRTIO_END  0xd0100000  // end of the virtio-mmio windows
+#define LAYOUT_PCI_MMIO    0xd1000000  // memory of PCI functions, 64 KiB each at the start
+#define LAYOUT_PCI_END     0xe0000000  // end of the PCI memory
 #define LAYOUT_ECAM        0xe0000000  // PCI configuration space (ECAM), 1 MiB a bus
 #define LAYOUT_ECAM_END    0xe0100000  // end of ECAM
 #define LAYOUT_IOAPIC      0xfec00000  // I/O APIC
-#define LAYOUT_LAPIC       0xfee00000  // local APICs
+#define LAYOUT_LAPIC       0xfee00000  // local APICs; interrupt messages are written here
+#define LAYOUT_LAPIC_END   0xfef00000  // end of the addresses of messages
 #define LAYOUT_IDENTITY_PT 0xfffbc000  // KVM's identity-map page (VT-x real mode)
 #define LAYOUT_TSS         0xfffbd000  // KVM's three TSS pages (VT-x real mode)
 #define LAYOUT_RAM_HIGH    0x100000000 // RAM continues here
@@ -43,6 +47,7 @@
 #define PORT_SLEEP      0x604 // ACPI sleep control (hardware-reduced), 8 bit
 #define PORT_SLEEP_STAT 0x605 // ACPI sleep status, 8 bit
 #define PORT_EVENT      0x608 // generic event device: pending events, read clears, 8 bit
+#define PORT_PCI        0xcf8 // PCI configuration address, data (4 bytes each)
 #define PORT_UCALL      0xe80 // bare-metal guests' call to the host (guest/bare/ucall_abi.h)
 #define PORT_MARK       0xe84 // first-instruction mark of the start-up benchmark
 
@@ -57,10 +62,13 @@ _Static_assert(LAYOUT_ZERO_PAGE + 0x1000 <= LAYOUT_PML4, "the zero page is one p
 _Static_assert(LAYOUT_PML4 + 6 * 0x1000 <= LAYOUT_PT_END, "six boot page tables");
 _Static_assert(LAYOUT_PT_END <= LAYOUT_MULTIBOOT && LAYOUT_MULTIBOOT < LAYOUT_CMDLINE, "order");
 _Static_assert(LAYOUT_CMDLINE + LAYOUT_CMDLINE_MAX <= LAYOUT_EBDA, "order");
-_Static_assert(LAYOUT_EBDA < LAYOUT_ACPI && LAYOUT_ACPI_END <= LAYOUT_MPTABLE, "order");
+_Static_assert(LAYOUT_EBDA < LAYOUT_ACPI && LAYOUT_ACPI_END <= LAYOUT_VMGENID, "order");
+_Static_assert(LAYOUT_VMGENID + 0x1000 <= LAYOUT_MPTABLE, "the generation id has a page");
 _Static_assert(LAYOUT_MPTABLE_END <= LAYOUT_KERNEL, "order");
 _Static_assert(LAYOUT_KERNEL < LAYOUT_RAM_LOW_MAX && LAYOUT_RAM_LOW_MAX <= LAYOUT_VIRTIO_MMIO,
                "order");
-_Static_assert(LAYOUT_VIRTIO_END <= LAYOUT_ECAM && LAYOUT_ECAM_END <= LAYOUT_IOAPIC, "order");
+_Static_assert(LAYOUT_VIRTIO_END <= LAYOUT_PCI_MMIO && LAYOUT_PCI_END <= LAYOUT_ECAM &&
+                   LAYOUT_ECAM_END <= LAYOUT_IOAPIC,
+               "order");
 _Static_assert(LAYOUT_LAPIC < LAYOUT_IDENTITY_PT && LAYOUT_TSS + 0x3000 <= LAYOUT_RAM_HIGH,
                "order");

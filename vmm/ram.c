@@ -2,6 +2,8 @@
 #include "vmm/ram.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
 #include <linux/kvm.h>
 #include <linux/memfd.h>
 #include <linux/mempolicy.h>
@@ -122,11 +124,12 @@ static int config_check(const struct ram_config *config, struct error *err)
 
 int ram_create(struct ram *ram, const struct ram_config *config, struct error *err)
 {
-    *ram = (struct ram) {.memfd = -1, .vm_fd = -1};
+    *ram = (struct ram) {.memfd = -1, .vm_fd = -1, .discard_lock = PTHREAD_MUTEX_INITIALIZER};
     int ret = config_check(config, err);
     if (ret)
         return ret;
     ram->size = config->size;
+    ram->unit = config->backing == RAM_HUGETLB ? HUGE_PAGE : PAGE_SIZE;
     ram->pages = config->size / PAGE_SIZE;
     ret = backing_open(ram, config->backing, err);
     if (!ret)
@@ -252,6 +255,72 @@ bool ram_hva_page(const struct ram *ram, const void *hva, uint64_t *page)
         return false;
     *page = offset / PAGE_SIZE;
     return true;
+}
+
+uint64_t ram_contiguous(const struct ram *ram, uint64_t page)
+{
+    for (unsigned i = 0; i < ram->nr_regions; i++) {
+        const struct ram_region *r = &ram->regions[i];
+        uint64_t pages = r->size / PAGE_SIZE;
+        if (page >= r->first_page && page - r->first_page < pages)
+            return pages - (page - r->first_page);
+    }
+    return 0;
+}
+
+int ram_drop(struct ram *ram, uint64_t first, uint64_t count, struct error *err)
+{
+    while (count) {
+        uint64_t n = ram_contiguous(ram, first);
+        n = n < count ? n : count;
+        uint8_t *hva = ram_page(ram, first);
+        int ret = ram->memfd < 0 ? madvise(hva, n * PAGE_SIZE, MADV_DONTNEED)
+                                 : fallocate(ram->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                                             hva - ram->map, (off_t)(n * PAGE_SIZE));
+        if (ret)
+            return error_errno(err, "giving back %llu pages from page %llu on",
+                               (unsigned long long)n, (unsigned long long)first);
+        first += n;
+        count -= n;
+    }
+    return 0;
+}
+
+int ram_discard(struct ram *ram, uint64_t gpa, uint64_t len, uint64_t *given, struct error *err)
+{
+    uint64_t first;
+    *given = 0;
+    if (!ram_contains(ram, gpa, len))
+        return error_set(err, -EFAULT, "%llu bytes at 0x%llx: not RAM", (unsigned long long)len,
+                         (unsigned long long)gpa);
+    // Regions begin at multiples of 2 MiB, in the guest as in the mapping.
+    uint64_t start = align_up(gpa, ram->unit), end = align_down(gpa + len, ram->unit);
+    if (start >= end || !ram_gpa_page(ram, start, &first))
+        return 0;
+    pthread_mutex_lock(&ram->discard_lock);
+    int ret = 0;
+    if (!ram->discard_blocks) {
+        ret = ram_drop(ram, first, (end - start) / PAGE_SIZE, err);
+        // Afterwards: a sync between the two would find the old content and never look again.
+        ram_mark_dirty(ram, start, end - start);
+        *given = ret ? 0 : end - start;
+    }
+    pthread_mutex_unlock(&ram->discard_lock);
+    return ret;
+}
+
+void ram_discard_block(struct ram *ram)
+{
+    pthread_mutex_lock(&ram->discard_lock);
+    ram->discard_blocks++;
+    pthread_mutex_unlock(&ram->discard_lock);
+}
+
+void ram_discard_unblock(struct ram *ram)
+{
+    pthread_mutex_lock(&ram->discard_lock);
+    ram->discard_blocks--;
+    pthread_mutex_unlock(&ram->discard_lock);
 }
 
 int ram_dirty_start(struct ram *ram, struct error *err)

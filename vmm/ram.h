@@ -7,6 +7,7 @@
 // snapshot files use page indexes, so the hole costs nothing.
 #pragma once
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -38,11 +39,24 @@ struct ram_region {
     uint32_t slot;       // KVM memory slot
 };
 
+// Who can ask the guest which pages it does not need (a balloon: free page hinting), for migration.
+// Any thread. Whatever the guest says, it can only spoil its own memory.
+struct ram_hinter {
+    // From now on sets bits of `bitmap` (page indexes) of pages whose content nobody needs, unless
+    // the dirty log, which must be running, says later that they were written. False: the guest
+    // gives no hints now. `bitmap` is written until `end` returns.
+    bool (*start)(struct ram_hinter *h, _Atomic uint64_t *bitmap);
+    bool (*busy)(struct ram_hinter *h); // more may come
+    // Before the next ram_dirty_sync: a hint that is older than a sync must not count after it.
+    void (*end)(struct ram_hinter *h);
+};
+
 struct ram {
     struct ram_region regions[2];
     unsigned nr_regions;
     uint64_t size;  // bytes
     uint64_t pages; // size / 4 KiB
+    uint64_t unit;  // bytes: what the host gives and takes, 4 KiB or 2 MiB
     uint8_t *map;   // the whole mapping; regions lie in it
     size_t map_len;
     int memfd; // -1 for anonymous memory
@@ -51,6 +65,9 @@ struct ram {
     // The VMM's own writes while logging, one bit per page index. Kept until ram_destroy once
     // allocated, so that ram_mark_dirty needs no lock.
     _Atomic uint64_t *own_dirty;
+    pthread_mutex_t discard_lock; // held during a discard; guards discard_blocks
+    unsigned discard_blocks;
+    struct ram_hinter *hinter; // NULL: none; set before the VM starts
 };
 
 #define ram_for_each_region(ram, r) \
@@ -75,6 +92,25 @@ void *ram_page(const struct ram *ram, uint64_t page); // page < ram->pages
 uint64_t ram_page_gpa(const struct ram *ram, uint64_t page);
 bool ram_gpa_page(const struct ram *ram, uint64_t gpa, uint64_t *page);
 bool ram_hva_page(const struct ram *ram, const void *hva, uint64_t *page);
+
+// How many pages from `page` on lie one behind the other in this process (to the region's end).
+uint64_t ram_contiguous(const struct ram *ram, uint64_t page);
+
+// --- giving memory back to the host
+
+// Makes pages [first, first + count) read as zero and gives their memory back, whatever else goes
+// on: for those who put content there afterwards. The dirty log is not told.
+int ram_drop(struct ram *ram, uint64_t first, uint64_t count, struct error *err);
+
+// The same for whole pages (2 MiB ones of RAM_HUGETLB) within [gpa, gpa+len) that the guest does
+// not need, unless discards are blocked. They count as written, so that a snapshot or a migration
+// finds them as this side has them. `*given` are the bytes. -EFAULT outside RAM. Costs a system
+// call for each call: join neighbours first.
+int ram_discard(struct ram *ram, uint64_t gpa, uint64_t len, uint64_t *given, struct error *err);
+// While a page that is not there does not mean zero but "elsewhere" (post-copy), ram_discard gives
+// nothing back. Waits for a discard under way. Counted; any thread.
+void ram_discard_block(struct ram *ram);
+void ram_discard_unblock(struct ram *ram);
 
 // --- dirty log: KVM's, merged with the VMM's own writes
 static inline size_t ram_bitmap_words(const struct ram *ram)

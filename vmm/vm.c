@@ -12,6 +12,7 @@
 #include "vmm/exit_status.h"
 #include "vmm/host.h"
 #include "vmm/layout.h"
+#include "vmm/msi.h"
 #include "vmm/vcpu.h"
 #include "vmm/vm_internal.h"
 
@@ -215,6 +216,7 @@ void vm_destroy(struct vm *vm)
         vcpu_destroy(&vm->vcpus[i]);
     free(vm->vcpus);
     free(vm->kernel_state);
+    msi_routes_free(vm->msi);
     free(vm->host_cpuid);
     state_registry_free(&vm->state);
     bus_free(&vm->pio);
@@ -425,6 +427,15 @@ int vm_irqfd(struct vm *vm, unsigned gsi, int event_fd, int resample_fd, struct 
     }
     if (ioctl(vm->fd, KVM_IRQFD, &irqfd))
         return error_errno(err, "KVM_IRQFD on line %u", gsi);
+    return 0;
+}
+
+int vm_irqfd_remove(struct vm *vm, unsigned gsi, int event_fd, struct error *err)
+{
+    struct kvm_irqfd irqfd = {
+        .fd = (uint32_t)event_fd, .gsi = gsi, .flags = KVM_IRQFD_FLAG_DEASSIGN};
+    if (ioctl(vm->fd, KVM_IRQFD, &irqfd))
+        return error_errno(err, "KVM_IRQFD off line %u", gsi);
     return 0;
 }
 

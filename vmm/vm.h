@@ -69,6 +69,7 @@ struct vm {
     struct device *devices;
     struct state_registry state;
     struct trace *trace; // NULL unless asked for
+    struct msi_routes *msi; // vmm/msi.h; NULL until a device sends messages
 
     struct vcpu *vcpus; // config.cpus of them
     unsigned nr_vcpus;
@@ -123,6 +124,7 @@ int vm_load(struct vm *vm, struct stream *in, struct error *err);
 // Interrupts. An irq level is 0 or 1; edge lines are pulsed 1, 0.
 int vm_irq_set(struct vm *vm, unsigned gsi, unsigned level);
 int vm_irqfd(struct vm *vm, unsigned gsi, int event_fd, int resample_fd, struct error *err);
+int vm_irqfd_remove(struct vm *vm, unsigned gsi, int event_fd, struct error *err);
 int vm_msi(struct vm *vm, uint64_t address, uint32_t data);
 // A write of `len` bytes (0 = any) at addr signals event_fd without an exit to us.
 int vm_ioeventfd(struct vm *vm, bool pio, uint64_t addr, unsigned len, int event_fd, bool add,

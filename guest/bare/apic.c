@@ -89,7 +89,7 @@ static const uint8_t *memory_find(uint64_t from, uint64_t to, const char *signat
     return NULL;
 }
 
-static const uint8_t *madt_find(void)
+const uint8_t *acpi_find(const char *name)
 {
     const uint8_t *rsdp =
         boot_rsdp ? (const uint8_t *)boot_rsdp : memory_find(0xe0000, 0x100000, "RSD PTR ", 8);
@@ -100,7 +100,7 @@ static const uint8_t *madt_find(void)
     unsigned step = wide ? 8 : 4;
     for (unsigned at = 36; at + step <= le32(root + 4); at += step) {
         const uint8_t *table = (const uint8_t *)(wide ? le64(root + at) : le32(root + at));
-        if (!memcmp(table, "APIC", 4))
+        if (!memcmp(table, name, 4))
             return table;
     }
     return NULL;
@@ -138,7 +138,7 @@ void firmware_tables_read(void)
     cpu_by_apic_id[boot_apic_id] = &cpus[0];
     cpu_count = 1;
 
-    const uint8_t *madt = madt_find();
+    const uint8_t *madt = acpi_find("APIC");
     bool known = madt || mp_read(boot_apic_id);
     if (madt)
         madt_read(madt, boot_apic_id);
@@ -248,6 +248,12 @@ void ioapic_route(unsigned irq, unsigned vector, uint32_t apic_id)
     unsigned reg = 0x10 + 2 * route->gsi;
     ioapic_write(reg + 1, apic_id << 24);
     ioapic_write(reg, vector | route->flags);
+}
+
+void ioapic_route_gsi(unsigned gsi, unsigned vector, uint32_t apic_id)
+{
+    ioapic_write(0x10 + 2 * gsi + 1, apic_id << 24);
+    ioapic_write(0x10 + 2 * gsi, vector); // edge, active high
 }
 
 void ioapic_mask(unsigned irq)

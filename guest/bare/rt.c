@@ -15,7 +15,7 @@ struct ram_range ram_ranges[RAM_RANGE_MAX];
 unsigned ram_range_count;
 unsigned boot_kind;
 uint64_t boot_rsdp;
-char boot_cmdline[1024];
+char boot_cmdline[4096];
 
 static bool com1_busy;
 

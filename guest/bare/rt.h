@@ -60,7 +60,7 @@ extern struct ram_range ram_ranges[RAM_RANGE_MAX];
 extern unsigned ram_range_count;
 extern unsigned boot_kind; // BOOT_LINUX64 or BOOT_PVH
 extern uint64_t boot_rsdp; // 0 if the boot information has none
-extern char boot_cmdline[1024];
+extern char boot_cmdline[4096];
 
 // Carves `bytes` (rounded up to pages) of unused RAM at or above `from` and below `limit`; never
 // freed, not zeroed. Ring 0, before the APs run or by one CPU only. Fails the guest when there is
@@ -145,12 +145,16 @@ void timer_stop(void);
 
 // Routes legacy IRQ `irq` (0-15, MADT overrides applied) to `vector` on `apic_id`.
 void ioapic_route(unsigned irq, unsigned vector, uint32_t apic_id);
+// The same for an edge line of the I/O APIC itself.
+void ioapic_route_gsi(unsigned gsi, unsigned vector, uint32_t apic_id);
 void ioapic_mask(unsigned irq);
 void pit_periodic(uint16_t divisor); // channel 0, mode 2, 1193182 Hz / divisor
 
 void lapic_eoi(void);
 void lapic_enable(void);
 
+// The ACPI table with that signature, NULL if there is none.
+const uint8_t *acpi_find(const char *name);
 // Fills cpus[].apic_id and cpu_count, and what ioapic_route needs.
 void firmware_tables_read(void);
 

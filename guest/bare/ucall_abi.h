@@ -79,7 +79,12 @@ enum ucall_nr {
     X(TSC_KHZ, tsc_khz)       /* TSC frequency if the guest cannot find it out */              \
     X(INSN, insn)             /* which instruction (guest `badinsn`) */                        \
     X(DEADLINE, tsc_deadline) /* 0: do not use the TSC-deadline timer */                       \
-    X(SEED, seed)             /* pattern seed */
+    X(SEED, seed)             /* pattern seed */                                               \
+    X(CASE, case)             /* what to try (guest `hostile`: enum hostile_case) */           \
+    X(DEVICE, device)         /* virtio device to use: its id (virtio 1.2, 5) */               \
+    X(QUEUE, queue)           /* of that device */                                             \
+    X(PACKED, packed)         /* 1: packed rings, 0: split rings */                            \
+    X(EVENTS, events)         /* 1: event indexes, 0: flags */
 
 enum ucall_param {
 #define UCALL_PARAM_ENUM(suffix, word) UCALL_P_##suffix,
@@ -110,7 +115,9 @@ enum ucall_param {
     X(FPU_SETS, fpu_sets)   /* enum ucall_fpu bits: register sets that were loaded and compared */ \
     X(RAM_BYTES, ram_bytes) /* usable RAM in the boot memory map */                                \
     X(BOOT, boot)           /* 1: 64-bit boot protocol, 2: PVH */                                  \
-    X(COUNTER, counter)     /* [cpu] address of a u64 that a spinning CPU increments */
+    X(COUNTER, counter)     /* [cpu] address of a u64 that a spinning CPU increments */            \
+    X(AREA_BASE, area_base) /* [area] address of memory that devices may write ... */              \
+    X(AREA_BYTES, area_bytes) /* [area] ... and its length: all else stays as it was */
 
 enum ucall_value {
 #define UCALL_VALUE_ENUM(suffix, name) UCALL_V_##suffix,

@@ -227,8 +227,8 @@ class Stages:
         def build():
             try:
                 with open(self.guest_log, "wb") as out:
-                    argv = ["nice", "-n", "5", os.path.join(self.root, "guest", "build"),
-                            "--out", self.guest]
+                    argv = ["nice", "-n", "5", os.path.join(self.root, "guest", "build"), "all",
+                            "tools", "--out", self.guest]
                     status = proc.finish(proc.start(argv, stdout=out, stderr=subprocess.STDOUT))
                 if status:
                     self.guest_error = f"guest/build: status {status}, see {self.guest_log}"

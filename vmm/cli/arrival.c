@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <stdio.h>
 
+#include "devices/platform.h"
 #include "migrate/channel.h"
 #include "migrate/receive.h"
 #include "migrate/snapshot.h"
@@ -234,6 +235,8 @@ static int restore_session(struct session *s, const char *path, struct error *er
     session_hooks(s, &s->hooks);
     struct snapshot_report report;
     int ret = snapshot_load(path, &s->hooks, &s->vm, &report, err);
+    if (!ret && s->board.vmgenid) // the file may be restored many times
+        ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
     if (!ret)
         ret = session_listen(s, err);
     if (ret)

@@ -10,6 +10,7 @@
 
 #include "devices/platform.h"
 #include "devices/ucall.h"
+#include "devices/virtio_pci.h"
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 
@@ -84,9 +85,9 @@ static int cmdline_make(const struct session *s, char **cmdline, struct error *e
     const char *append = s->options->append ? s->options->append : "";
     const char *off = strstr(append, "acpi=off");
     bool word = off && (off == append || off[-1] == ' ') && (!off[8] || off[8] == ' ');
-    int ret = word ? virtio_mmio_cmdline(s->windows, s->options->nr_devices, windows,
-                                         sizeof(windows), err)
-                   : 0;
+    int ret = word && !s->options->pci ? virtio_mmio_cmdline(s->windows, s->options->nr_devices,
+                                                             windows, sizeof(windows), err)
+                                       : 0;
     if (!ret && asprintf(cmdline, "%s%s", append, windows) < 0)
         ret = error_set(err, -ENOMEM, "no memory for the command line");
     return ret;
@@ -112,9 +113,10 @@ static int kernel_load(struct session *s, struct error *err)
 static int virtio_add(struct session *s, unsigned i, struct error *err)
 {
     const struct device_option *d = &s->options->devices[i];
-    const struct virtio_mmio_place place = {.base = s->windows[i].base, .gsi = s->windows[i].gsi};
-    d->config->transport = &virtio_mmio_transport;
-    d->config->place = &place;
+    const struct virtio_mmio_place window = {.base = s->windows[i].base, .gsi = s->windows[i].gsi};
+    const struct virtio_pci_place slot = {.host = s->board.pci, .slot = i + 1};
+    d->config->transport = s->options->pci ? &virtio_pci_transport : &virtio_mmio_transport;
+    d->config->place = s->options->pci ? (const void *)&slot : &window;
     d->config->arrives = !s->options->kernel;
     return device_add(s->vm, d->kind->class, d->config, &s->devices[i], err);
 }
@@ -151,7 +153,9 @@ int session_build(struct session *s, struct error *err)
                                        .debug_exit = o->debug_exit,
                                        .mark = o->mark ? &mark : NULL,
                                        .virtio = s->windows,
-                                       .nr_virtio = o->nr_devices};
+                                       .nr_virtio = o->pci ? 0 : o->nr_devices,
+                                       .pci = o->pci,
+                                       .vmgenid = o->vmgenid};
     ret = board_create(s->vm, &board, &s->board, err);
     for (unsigned i = 0; i < o->nr_devices && !ret; i++)
         ret = virtio_add(s, i, err);

@@ -8,6 +8,11 @@ int vectest_main(int argc, char **argv);
 int counter_main(int argc, char **argv);
 int info_main(int argc, char **argv);
 int dirty_main(int argc, char **argv);
+int verify_main(int argc, char **argv);
+int sock_main(int argc, char **argv);
+int memhog_main(int argc, char **argv);
+int portecho_main(int argc, char **argv);
+int offload_main(int argc, char **argv);
 
 // Parses a decimal number between min and max; on anything else prints what was expected of
 // `what` and exits with status 2.

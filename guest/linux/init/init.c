@@ -88,6 +88,22 @@ static char *cmdline_value(char *cmdline, const char *word)
     return value;
 }
 
+// ferry.tools=DEVICE: the read-only file system of guest/build tools.
+static void tools_mount(const char *cmdline)
+{
+    char copy[CMDLINE_MAX]; // cmdline_value cuts it up
+
+    if (!strstr(cmdline, "ferry.tools="))
+        return;
+    strcpy(copy, cmdline);
+    const char *device = cmdline_value(copy, "ferry.tools");
+    if (device && mount(device, "/tools", "ext4", MS_RDONLY, NULL)) {
+        char line[128];
+        snprintf(line, sizeof(line), "ferry-guest: mount %.60s: %s\n", device, strerror(errno));
+        say(line);
+    }
+}
+
 static void console_find(struct init *init)
 {
     char active[64];
@@ -140,7 +156,8 @@ static pid_t shell_start(const struct init *init)
     }
     sigprocmask(SIG_SETMASK, &init->old_mask, NULL);
 
-    static char *const env[] = {"PATH=/bin", "HOME=/root", "TERM=vt100", "PS1=ferry# ", NULL};
+    static char *const env[] = {"PATH=/bin:/tools/bin", "HOME=/root",  "TERM=vt100",
+                                "COLUMNS=999",          "PS1=ferry# ", NULL};
     if (init->run)
         execle("/bin/sh", "sh", "-c", init->run, (char *)NULL, env);
     else
@@ -246,8 +263,10 @@ int init_main(int argc, char **argv)
     init.signals = signalfd(-1, &handled, SFD_CLOEXEC);
 
     mounts_make();
-    if (file_read("/proc/cmdline", init.cmdline, sizeof(init.cmdline)) > 0)
+    if (file_read("/proc/cmdline", init.cmdline, sizeof(init.cmdline)) > 0) {
+        tools_mount(init.cmdline);
         init.run = cmdline_value(init.cmdline, "ferry.run");
+    }
     console_find(&init);
     pid_t shell = shell_start(&init);
     if (shell < 0) {

@@ -18,6 +18,11 @@ static const struct applet {
     {"counter", counter_main, "[INTERVAL_MS] [LAST]"},
     {"info", info_main, ""},
     {"dirty", dirty_main, "SIZE_MIB RATE_MIB_PER_S [SECONDS]"},
+    {"verify", verify_main, "[-c] write|read|discard|zero PATH ..."},
+    {"sock", sock_main, "serve|connect|pingpong tcp:[HOST:]PORT|vsock:[CID:]PORT ..."},
+    {"memhog", memhog_main, "MIB"},
+    {"portecho", portecho_main, "DEVICE [BYTES]"},
+    {"offload", offload_main, "INTERFACE [tx|rx|sg|tso|gso|gro on|off] [queues N]..."},
 };
 
 long number_parse(const char *what, const char *text, long min, long max)

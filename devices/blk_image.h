@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// A file or block device that holds a disk: opening, size, alignment of O_DIRECT, lock. Nothing in
+// it is interpreted here.
+//
+// Lock. An OFD lock on the whole file: exclusive for who writes, shared for who reads. It keeps out
+// every other opener that takes locks, in this process, too.
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "vmm/error.h"
+
+enum { BLK_SECTOR = 512, BLK_PATH_MAX = 1024 };
+
+struct blk_image {
+    char path[BLK_PATH_MAX];
+    bool read_only, block_device;
+    int fd, direct_fd;                   // direct_fd -1: page cache only
+    uint32_t memory_align, offset_align; // of direct_fd, bytes, powers of two
+    uint64_t device, inode;
+};
+
+struct blk_image_mode {
+    bool read_only;
+    bool cached; // no direct_fd
+    bool create; // an empty file, if there is none
+};
+
+// Opens, and does not lock. On error nothing is left open. blk_image_close may be called on an
+// image that was zeroed and never opened.
+int blk_image_open(struct blk_image *i, const char *path, const struct blk_image_mode *mode,
+                   struct error *err);
+void blk_image_close(struct blk_image *i);
+
+int blk_image_lock(struct blk_image *i, struct error *err); // -EBUSY: somebody else's
+void blk_image_unlock(struct blk_image *i);
+int blk_image_lockable(struct blk_image *i, struct error *err); // asks, and takes nothing
+
+int blk_image_bytes(struct blk_image *i, uint64_t *bytes, struct error *err); // what it has now
+// As blk_image_bytes, and good for a disk: a multiple of BLK_SECTOR, not 0.
+int blk_image_disk_size(struct blk_image *i, uint64_t *bytes, struct error *err);
+int blk_image_truncate(struct blk_image *i, uint64_t bytes, struct error *err); // files only
+
+// Smallest alignment from 512 to 4096 bytes with which O_DIRECT reads the file's beginning; 0: none
+// of them. For kernels before 6.1, which do not tell.
+uint32_t blk_direct_probe(int direct_fd);
