@@ -2,6 +2,7 @@
 #include "devices/rate_limit.h"
 
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -149,6 +150,24 @@ static int tokens_parse(const char *key, const char *value, bool bytes, uint64_t
     return 0;
 }
 
+// "SIZE/BURST/MS": a bucket in full.
+static int bucket_parse(const char *key, const char *text, struct rate_bucket_config *bucket,
+                        struct error *err)
+{
+    unsigned long long size, burst, ms;
+    char end;
+    if (sscanf(text, "%llu/%llu/%llu%c", &size, &burst, &ms, &end) != 3 || strchr(text, '-') ||
+        size > RATE_TOKENS_MAX || burst > RATE_TOKENS_MAX || ms > UINT32_MAX)
+        return error_set(err, -EINVAL,
+                         "%s '%.60s': expected SIZE/BURST/MILLISECONDS, at most %llu tokens", key,
+                         text, RATE_TOKENS_MAX);
+    *bucket = (struct rate_bucket_config) {0};
+    if (size && ms)
+        *bucket = (struct rate_bucket_config) {
+            .size = size, .one_time_burst = burst, .refill_ms = (uint32_t)ms};
+    return 0;
+}
+
 int rate_limit_key(struct rate_limit_config *config, const char *key, const char *value,
                    struct error *err)
 {
@@ -160,6 +179,10 @@ int rate_limit_key(struct rate_limit_config *config, const char *key, const char
                 {"iops", &config->ops, false},
                 {"burst-bytes", &config->bytes, true},
                 {"burst-ops", &config->ops, true}};
+    if (!strcmp(key, "bytes-bucket"))
+        return bucket_parse(key, value, &config->bytes, err);
+    if (!strcmp(key, "ops-bucket"))
+        return bucket_parse(key, value, &config->ops, err);
     for (size_t i = 0; i < ARRAY_SIZE(keys); i++) {
         uint64_t tokens;
         if (strcmp(key, keys[i].key))

@@ -56,6 +56,7 @@ bool rate_limited(const struct rate_limit *r); // whether there is a limit at al
 // One setting, as in "--disk FILE,bps=100M" or `ferry set VM disk0.bps=100M`:
 //   bps=SIZE, iops=N: a bucket of that size, filled within a second; 0: no limit
 //   burst-bytes=SIZE, burst-ops=N: its one-time burst
+//   bytes-bucket, ops-bucket=SIZE/BURST/MS: a bucket in full; size or time 0: no limit
 // -ENOENT (and nothing in `err`): no key of ours. -EINVAL: a bad value.
 int rate_limit_key(struct rate_limit_config *config, const char *key, const char *value,
                    struct error *err);

@@ -81,7 +81,7 @@ static int create_vm(void *context, const char *json, struct vm **vm, struct err
 
 static int drop(struct errand *e)
 {
-    session_drop(e->arrival->session);
+    session_vm_drop(e->arrival->session);
     return 0;
 }
 

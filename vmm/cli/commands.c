@@ -68,9 +68,8 @@ static void patch_devices(struct control_request *req, json_t *args, void *conte
     control_reply_ok(req, NULL);
 }
 
-static void get_info(struct control_request *req, json_t *args, void *context)
+json_t *session_info(struct session *s)
 {
-    struct session *s = context;
     struct vm *vm = s->vm;
     json_t *info = json_pack("{s:s, s:s, s:i}", "name", s->options->name, "state",
                              life_name(life_get(&s->life)), "pid", (int)getpid());
@@ -86,7 +85,12 @@ static void get_info(struct control_request *req, json_t *args, void *context)
     const char *console = s->console ? console_path(s->console) : NULL;
     if (console && *console)
         json_object_set_new(info, "console", json_string(console));
-    control_reply_ok(req, info);
+    return info;
+}
+
+static void get_info(struct control_request *req, json_t *args, void *context)
+{
+    control_reply_ok(req, session_info(context));
 }
 
 static void pause_vm(struct session *s, struct control_request *req)

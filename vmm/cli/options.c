@@ -147,6 +147,7 @@ static unsigned devices_of(const struct vm_options *o, const struct virtio_kind 
 void options_remove_device(struct vm_options *o, unsigned i)
 {
     free(o->devices[i].text);
+    free(o->devices[i].id);
     free(o->devices[i].config);
     o->nr_devices--;
     memmove(&o->devices[i], &o->devices[i + 1], (o->nr_devices - i) * sizeof(o->devices[0]));
@@ -171,13 +172,16 @@ static int device_room(const struct vm_options *o, const struct virtio_kind *kin
 
 // Behind those of its kind and of the kinds before; see devices/virtio_kinds.h.
 int options_add_device(struct vm_options *o, const struct virtio_kind *kind, const char *text,
-                       struct virtio_attach *config, struct error *err)
+                       const char *id, struct virtio_attach *config, struct error *err)
 {
     struct device_option new = {.kind = kind, .config = config};
     int ret = device_room(o, kind, err);
     if (!ret)
         ret = set_text(&new.text, text, err);
+    if (!ret && id)
+        ret = set_text(&new.id, id, err);
     if (ret) {
+        free(new.text);
         free(config);
         return ret;
     }
@@ -209,7 +213,7 @@ static int set_device(struct vm_options *o, const struct virtio_kind *kind, cons
         free(config);
         return ret;
     }
-    ret = options_add_device(o, kind, value, config, err);
+    ret = options_add_device(o, kind, value, NULL, config, err);
     return ret && *value ? error_prefix(err, "'%s'", value) : ret;
 }
 
@@ -257,6 +261,8 @@ static const struct option_row rows[] = {
     {"api-sock", 0, FOR_ALL, false, "PATH",
      "a further socket for the API; without --kernel, the API configures the VM", set_nothing,
      TEXT(api_sock)},
+    {"config-file", 0, FOR_RUN, false, "FILE", "a VM as microVM tools describe it, started at once",
+     set_nothing, TEXT(config_file)},
     {"id", 0, FOR_RUN, false, "NAME", "the same as --name", set_nothing, TEXT(name)},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},

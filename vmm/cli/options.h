@@ -19,6 +19,7 @@ enum { FOR_RUN = 1, FOR_RECEIVE = 2, FOR_RESTORE = 4, FOR_ALL = 7 };
 struct device_option {
     const struct virtio_kind *kind;
     char *text;                   // as given; empty for a switch, or for one that the API made
+    char *id;                     // the API's name for it, or NULL
     struct virtio_attach *config; // of the kind's class
 };
 
@@ -27,7 +28,7 @@ struct vm_options {
     struct boot_config boot;
     struct console_config console;
     char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
-    char *kernel, *initrd, *append, *numa, *listen, *api_sock;
+    char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file;
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
     bool pci; // transport of the virtio devices
@@ -49,7 +50,7 @@ int options_load(struct vm_options *o, unsigned command, const char *path, struc
 
 // A device whose config is there already (the API's). Takes `config`, allocated, also on error.
 int options_add_device(struct vm_options *o, const struct virtio_kind *kind, const char *text,
-                       struct virtio_attach *config, struct error *err);
+                       const char *id, struct virtio_attach *config, struct error *err);
 void options_remove_device(struct vm_options *o, unsigned i);
 
 // The machine the guest sees, as JSON text that options_machine takes back on another host.

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "vmm/cli/api.h"
 #include "vmm/cli/cli.h"
 #include "vmm/cli/session.h"
 
@@ -29,9 +30,10 @@ int cli_run(int argc, char **argv)
     struct error err = {0};
     options_init(&options);
     int ret = options_parse(&options, FOR_RUN, argc, argv, usage, NULL, 0, &err);
-    if (!ret && !options.kernel && !options.api_sock)
+    if (!ret && !options.kernel && !options.api_sock && !options.config_file)
         ret = error_set(&err, -EINVAL,
-                        "--kernel FILE is needed, or --api-sock PATH (ferry run --help)");
+                        "--kernel FILE is needed, or --config-file FILE, or --api-sock PATH "
+                        "(ferry run --help)");
     if (!ret)
         ret = session_default_name(&options, &err);
     if (ret) {
@@ -41,6 +43,8 @@ int cli_run(int argc, char **argv)
 
     int status;
     ret = session_init(&session, &options, &err);
+    if (!ret && options.config_file)
+        ret = api_take_file(&session, options.config_file, &err);
     if (!ret && options.kernel)
         ret = session_build(&session, &err);
     if (!ret && options.dry_run) {

@@ -11,6 +11,8 @@
 #include "devices/platform.h"
 #include "devices/ucall.h"
 #include "devices/virtio_pci.h"
+#include "migrate/snapshot.h"
+#include "vmm/cli/api.h"
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 
@@ -164,6 +166,13 @@ int session_build(struct session *s, struct error *err)
     return o->kernel ? kernel_load(s, err) : 0;
 }
 
+void session_vm_drop(struct session *s)
+{
+    vm_destroy(s->vm);
+    s->vm = NULL;
+    s->board = (struct board) {0};
+}
+
 static int describe(void *context, struct vm *vm, char **json, struct error *err)
 {
     struct session *s = context;
@@ -183,7 +192,7 @@ static int create_vm(void *context, const char *json, struct vm **vm, struct err
 
 static void destroy_vm(void *context, struct vm *vm)
 {
-    session_drop(context);
+    session_vm_drop(context);
 }
 
 void session_hooks(struct session *s, struct migrate_hooks *hooks)
@@ -197,13 +206,6 @@ int session_default_name(struct vm_options *o, struct error *err)
     char name[32];
     snprintf(name, sizeof(name), "ferry-%d", (int)getpid());
     return o->name ? 0 : options_set(o, FOR_ALL, "name", name, err);
-}
-
-static void vm_drop(struct session *s)
-{
-    vm_destroy(s->vm);
-    s->vm = NULL;
-    s->board = (struct board) {0};
 }
 
 static int migration_add(struct session *s, struct error *err)
@@ -221,6 +223,10 @@ int session_listen(struct session *s, struct error *err)
     int ret = control_create(&s->control, s->loop, &s->life, err);
     if (!ret)
         ret = session_commands_add(s, err);
+    if (!ret && !s->api)
+        ret = api_create(&s->api, s, err);
+    if (!ret)
+        ret = api_routes_add(s->api, s->control, err);
     if (!ret && s->vm)
         ret = migration_add(s, err);
     if (!ret && o->control)
@@ -248,12 +254,28 @@ int session_start(struct session *s, struct error *err)
     if (ret) { // back to where it can be configured anew
         migrate_commands_destroy(s->migrate);
         s->migrate = NULL;
-        vm_drop(s);
+        session_vm_drop(s);
         life_move(&s->life, LIFE_CREATED, NULL);
         return ret;
     }
     vm_resume(s->vm);
     return life_move(&s->life, LIFE_RUNNING, err);
+}
+
+int session_load(struct session *s, const char *path, struct snapshot_report *report,
+                 struct error *err)
+{
+    int ret = life_move(&s->life, LIFE_STARTING, err);
+    if (ret)
+        return ret;
+    session_hooks(s, &s->hooks);
+    ret = snapshot_load(path, &s->hooks, &s->vm, report, err);
+    if (!ret && s->control)
+        ret = migration_add(s, err);
+    if (ret)
+        session_vm_drop(s);
+    life_move(&s->life, ret ? LIFE_CREATED : LIFE_PAUSED, NULL);
+    return ret;
 }
 
 void session_arrived(struct session *s)
@@ -302,7 +324,7 @@ void session_drop(struct session *s)
     struct control *control = s->control;
     s->control = NULL; // nobody broadcasts into it any more
     control_destroy(control);
-    vm_drop(s);
+    session_vm_drop(s);
 }
 
 void session_destroy(struct session *s)
@@ -312,6 +334,7 @@ void session_destroy(struct session *s)
         close(s->signal_fd);
     loop_destroy(s->loop);
     console_close(s->console); // after the loop, which may still hold its polls
+    api_destroy(s->api);
     life_destroy(&s->life);
     *s = (struct session) {.signal_fd = -1};
 }

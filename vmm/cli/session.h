@@ -12,6 +12,9 @@
 #include "vmm/loop.h"
 #include "vmm/vm.h"
 
+struct api;
+struct snapshot_report;
+
 struct session {
     struct vm_options *options; // the caller's
     struct loop *loop;
@@ -22,6 +25,7 @@ struct session {
     struct console *console; // the board's; outlives the VM, is closed after the loop
     struct life life;
     struct control *control;
+    struct api *api;
     struct migrate_commands *migrate;
     struct migrate_hooks hooks;
     struct arrival *arrival; // `ferry receive`: the guest that comes in, NULL otherwise
@@ -45,9 +49,14 @@ int session_start(struct session *s, struct error *err);
 void session_arrived(struct session *s);
 // Runs the loop until the VM stops; prints how it ended; the exit status.
 int session_run(struct session *s);
-void session_drop(struct session *s); // the VM and what belongs to it
+void session_vm_drop(struct session *s); // the VM alone, before anything works on it
+void session_drop(struct session *s);    // the VM and what belongs to it, with the API
 void session_destroy(struct session *s);
 
+// Builds the VM that a snapshot file holds; it is paused then.
+int session_load(struct session *s, const char *path, struct snapshot_report *report,
+                 struct error *err);
+json_t *session_info(struct session *s);                        // what GET /info says
 int session_commands_add(struct session *s, struct error *err); // vmm/cli/commands.c
 
 // A virtio device's name is its kind and number: "disk0". `name` has VIRTIO_NAME_MAX bytes.
