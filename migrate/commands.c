@@ -22,7 +22,6 @@ struct migrate_commands {
     struct control_request *req; // of the long command
     struct migrate_params params;
     char *target; // address or path
-    bool silent;  // a snapshot without report
     struct migrate_report report;
     bool have_report;
     struct error last; // why the last migration failed
@@ -219,7 +218,7 @@ static void *snapshot_main(void *arg)
     struct snapshot_report report;
     struct error err = {0};
     int ret = snapshot_save(mc->vm, mc->target, mc->hooks, &mc->m, &report, &err);
-    finish(mc, ret, &err, ret || mc->silent ? NULL : json_snapshot(mc->target, &report));
+    finish(mc, ret, &err, json_snapshot(mc->target, &report));
     return NULL;
 }
 
@@ -299,19 +298,17 @@ static void put_migration(struct control_request *req, json_t *args, void *conte
         control_reply_error(req, &err);
 }
 
-void migrate_commands_snapshot(struct migrate_commands *mc, const char *path, bool silent,
+void migrate_commands_snapshot(struct migrate_commands *mc, const char *path,
                                struct control_request *req)
 {
     struct error err;
-    mc->silent = silent;
     if (start(mc, LIFE_SNAPSHOTTING, snapshot_main, path, NULL, req, &err))
         control_reply_error(req, &err);
 }
 
 static void put_snapshot(struct control_request *req, json_t *args, void *context)
 {
-    migrate_commands_snapshot(context, json_string_value(json_object_get(args, "path")), false,
-                              req);
+    migrate_commands_snapshot(context, json_string_value(json_object_get(args, "path")), req);
 }
 
 // --- the short ones

@@ -16,7 +16,6 @@ int migrate_commands_create(struct migrate_commands **mc, struct vm *vm, struct 
 // Takes the routes back, cancels what is under way and waits for it. Before control_destroy and
 // vm_destroy; NULL is fine.
 void migrate_commands_destroy(struct migrate_commands *mc);
-// Writes a snapshot as the route does, for routes that say it otherwise; answers `req`, without a
-// report if `silent`.
-void migrate_commands_snapshot(struct migrate_commands *mc, const char *path, bool silent,
+// Writes a snapshot as the route does, for routes that say it otherwise; answers `req`.
+void migrate_commands_snapshot(struct migrate_commands *mc, const char *path,
                                struct control_request *req);

@@ -36,7 +36,7 @@ struct control_request {
     struct control_route route;
     json_t *args;
     char id[ID_MAX + 1];
-    bool stream;
+    bool stream, silent;
 };
 
 // --- answers
@@ -84,8 +84,17 @@ static void error_send(struct http_exchange *x, const struct error *err)
               json_pack("{s:o, s:i}", "fault_message", text_value(err->text), "code", err->code));
 }
 
+void control_silence(struct control_request *req)
+{
+    req->silent = true;
+}
+
 void control_reply_ok(struct control_request *req, json_t *result)
 {
+    if (req->silent) {
+        json_decref(result);
+        result = NULL;
+    }
     if (req->stream) {
         line_send(req->x, json_pack("{s:o}", "ok", result ? result : json_object()));
         http_end(req->x);

@@ -40,6 +40,7 @@ const char *control_id(const struct control_request *req);
 // Steal the reference of the JSON value. NULL: done, and no more to say.
 void control_reply_ok(struct control_request *req, json_t *result);
 void control_reply_error(struct control_request *req, const struct error *err);
+void control_silence(struct control_request *req); // whatever the result: 204
 void control_reply_text(struct control_request *req, const char *type, const char *text);
 void control_event(struct control_request *req, json_t *event);
 

@@ -481,8 +481,9 @@ static void put_snapshot_create(struct control_request *req, json_t *args, void 
         reply(req, err.code, &err);
         return;
     }
+    control_silence(req);
     migrate_commands_snapshot(api->session->migrate,
-                              json_string_value(json_object_get(args, "snapshot_path")), true, req);
+                              json_string_value(json_object_get(args, "snapshot_path")), req);
 }
 
 static const char *memory_path(json_t *args)
