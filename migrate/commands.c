@@ -342,7 +342,7 @@ static void delete_migration(struct control_request *req, json_t *args, void *co
         control_reply_ok(req, NULL);
         return;
     }
-    error_set(&err, -ENOENT, "VM %s: no migration or snapshot is under way", mc->vm->name);
+    error_set(&err, -ENOENT, "no migration or snapshot is under way");
     control_reply_error(req, &err);
 }
 
@@ -391,13 +391,12 @@ static const struct control_route routes[] = {
     {"PUT", "/snapshot/file", "write the guest to one file", LIVE, snapshot_fields, put_snapshot},
 };
 
-int migrate_commands_create(struct migrate_commands **out, struct vm *vm, struct control *control,
+int migrate_commands_create(struct migrate_commands **out, struct control *control,
                             struct life *life, const struct migrate_hooks *hooks, struct error *err)
 {
     struct migrate_commands *mc = calloc(1, sizeof(*mc));
     if (!mc)
         return error_set(err, -ENOMEM, "no memory for the migration commands");
-    mc->vm = vm;
     mc->control = control;
     mc->life = life;
     mc->hooks = hooks;
@@ -411,6 +410,11 @@ int migrate_commands_create(struct migrate_commands **out, struct vm *vm, struct
     }
     *out = mc;
     return 0;
+}
+
+void migrate_commands_vm(struct migrate_commands *mc, struct vm *vm)
+{
+    mc->vm = vm;
 }
 
 void migrate_commands_destroy(struct migrate_commands *mc)

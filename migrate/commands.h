@@ -9,10 +9,11 @@
 
 struct migrate_commands;
 
-// Adds the routes to `control`. `hooks` must outlive this.
-int migrate_commands_create(struct migrate_commands **mc, struct vm *vm, struct control *control,
+// Adds the routes to `control`. `hooks` must outlive this. Routes work once there is a VM.
+int migrate_commands_create(struct migrate_commands **mc, struct control *control,
                             struct life *life, const struct migrate_hooks *hooks,
                             struct error *err);
+void migrate_commands_vm(struct migrate_commands *mc, struct vm *vm);
 // Takes the routes back, cancels what is under way and waits for it. Before control_destroy and
 // vm_destroy; NULL is fine.
 void migrate_commands_destroy(struct migrate_commands *mc);

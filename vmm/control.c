@@ -289,6 +289,15 @@ static void request_arrived(struct http_exchange *x, void *arg)
     loop_call(c->loop, &req->call);
 }
 
+static void get_openapi(struct control_request *req, json_t *args, void *context)
+{
+    struct control *c = context;
+    pthread_mutex_lock(&c->lock);
+    json_t *document = control_openapi(c->routes, c->nr_routes);
+    pthread_mutex_unlock(&c->lock);
+    control_reply_ok(req, document);
+}
+
 // --- life
 
 int control_create(struct control **out, struct loop *loop, struct life *life, struct error *err)
@@ -299,8 +308,13 @@ int control_create(struct control **out, struct loop *loop, struct life *life, s
     c->loop = loop;
     c->life = life;
     pthread_mutex_init(&c->lock, NULL);
-    int ret = http_create(&c->server, request_arrived, c, err);
+    static const struct control_route own = {"GET", "/openapi", "this description",
+                                             0,     NULL,       get_openapi};
+    int ret = control_add(c, &own, 1, c, err);
+    if (!ret)
+        ret = http_create(&c->server, request_arrived, c, err);
     if (ret) {
+        free(c->routes);
         free(c);
         return ret;
     }

@@ -62,6 +62,9 @@ int control_listen(struct control *control, const char *path, struct error *err)
 int control_start(struct control *control, struct error *err);
 void control_destroy(struct control *control); // also removes the sockets
 
+// GET /openapi: the routes as an OpenAPI 3.0 document (vmm/openapi.c). Every control has that route.
+json_t *control_openapi(const struct control_route *routes, unsigned nr);
+
 // Client side: one request to the VM's socket; waits for the reply. `body` may be NULL. `*result`
 // is the caller's reference, or NULL for an answer without content. With `on_event` the answer may
 // be a stream.

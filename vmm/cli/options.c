@@ -291,9 +291,13 @@ void options_init(struct vm_options *o)
 
 void options_free(struct vm_options *o)
 {
-    for (size_t i = 0; i < ARRAY_SIZE(rows); i++)
-        if (rows[i].name && rows[i].text)
-            free(*(char **)((char *)o + rows[i].text));
+    for (size_t i = 0; i < ARRAY_SIZE(rows); i++) {
+        if (!rows[i].text)
+            continue;
+        char **text = (char **)((char *)o + rows[i].text);
+        free(*text);
+        *text = NULL; // two options may share it
+    }
     while (o->nr_devices)
         options_remove_device(o, o->nr_devices - 1);
     *o = (struct vm_options) {0};

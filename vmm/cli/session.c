@@ -140,6 +140,8 @@ int session_build(struct session *s, struct error *err)
     int ret = vm_create(&s->vm, &o->vm, s->loop, err);
     if (ret)
         return ret;
+    if (s->migrate)
+        migrate_commands_vm(s->migrate, s->vm);
     s->vm->on_stop = stopped;
     s->vm->on_stop_arg = s;
     if (!s->console) // it stays open when an arrival fails and the next is awaited
@@ -168,6 +170,8 @@ int session_build(struct session *s, struct error *err)
 
 void session_vm_drop(struct session *s)
 {
+    if (s->migrate)
+        migrate_commands_vm(s->migrate, NULL);
     vm_destroy(s->vm);
     s->vm = NULL;
     s->board = (struct board) {0};
@@ -211,7 +215,10 @@ int session_default_name(struct vm_options *o, struct error *err)
 static int migration_add(struct session *s, struct error *err)
 {
     session_hooks(s, &s->hooks);
-    return migrate_commands_create(&s->migrate, s->vm, s->control, &s->life, &s->hooks, err);
+    int ret = migrate_commands_create(&s->migrate, s->control, &s->life, &s->hooks, err);
+    if (!ret)
+        migrate_commands_vm(s->migrate, s->vm); // NULL before a start
+    return ret;
 }
 
 int session_listen(struct session *s, struct error *err)
@@ -227,7 +234,7 @@ int session_listen(struct session *s, struct error *err)
         ret = api_create(&s->api, s, err);
     if (!ret)
         ret = api_routes_add(s->api, s->control, err);
-    if (!ret && s->vm)
+    if (!ret)
         ret = migration_add(s, err);
     if (!ret && o->control)
         ret = control_path(o->name, path, sizeof(path), err);
@@ -247,13 +254,9 @@ int session_start(struct session *s, struct error *err)
         return ret;
     if (!s->vm)
         ret = session_build(s, err);
-    if (!ret && s->control && !s->migrate)
-        ret = migration_add(s, err);
     if (!ret)
         ret = vm_start(s->vm, err);
     if (ret) { // back to where it can be configured anew
-        migrate_commands_destroy(s->migrate);
-        s->migrate = NULL;
         session_vm_drop(s);
         life_move(&s->life, LIFE_CREATED, NULL);
         return ret;
@@ -270,8 +273,6 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
         return ret;
     session_hooks(s, &s->hooks);
     ret = snapshot_load(path, &s->hooks, &s->vm, report, err);
-    if (!ret && s->control)
-        ret = migration_add(s, err);
     if (ret)
         session_vm_drop(s);
     life_move(&s->life, ret ? LIFE_CREATED : LIFE_PAUSED, NULL);
