@@ -49,7 +49,9 @@ class Texts(LabTest):
             for option in sorted(options - {"help"}):
                 with self.subTest(command=command, option=option):
                     value = ["x"] if re.search(rf"--{option} [A-Z]", text) else []
-                    result = self.lab.ferry(command, f"--{option}", *value)
+                    # A kernel that is missing: nothing starts and waits for its API.
+                    missing = ["--kernel", "/missing"] if command == "run" else []
+                    result = self.lab.ferry(command, *missing, f"--{option}", *value)
                     self.assertNotRegex(result.stderr, "unknown|bad option")
         self.assertRegex(self.lab.ferry("run", "--nonsense").stderr, "unknown")
         self.assertRegex(self.lab.ferry("check", "--nonsense").stderr, "bad option")

@@ -96,8 +96,9 @@ static void get_info(struct control_request *req, json_t *args, void *context)
 static void pause_vm(struct session *s, struct control_request *req)
 {
     struct error err;
-    int ret = life_move(&s->life, LIFE_PAUSED, &err);
-    if (!ret) {
+    bool already = life_get(&s->life) == LIFE_PAUSED;
+    int ret = already ? 0 : life_move(&s->life, LIFE_PAUSED, &err);
+    if (!ret && !already) {
         ret = vm_pause(s->vm, &err);
         if (ret) // it goes on, or has ended
             life_move(&s->life, LIFE_RUNNING, NULL);
@@ -111,7 +112,11 @@ static void pause_vm(struct session *s, struct control_request *req)
 static void resume_vm(struct session *s, struct control_request *req)
 {
     struct error err;
-    if (life_move(&s->life, LIFE_RUNNING, &err)) {
+    enum life_state state = life_get(&s->life);
+    int ret = state == LIFE_PAUSED ? life_move(&s->life, LIFE_RUNNING, &err)
+                                   : error_set(&err, -EALREADY, "VM %s is not paused but %s",
+                                               s->options->name, life_name(state));
+    if (ret) {
         control_reply_error(req, &err);
         return;
     }
