@@ -177,10 +177,14 @@ int msix_create(struct msix *m, struct vm *vm, const struct pci_wiring *wiring,
 
 void msix_destroy(struct msix *m)
 {
+    if (!m->nr)
+        return;
+    bool lives_on = !vm_stopped(m->vm); // one that ended takes its irqfds with it at once
     for (unsigned i = 0; i < m->nr; i++) {
         if (m->fds[i] < 0)
             continue;
-        m->wiring->irqfd(m->vm, m->gsi + i, m->fds[i], false, NULL);
+        if (lives_on)
+            m->wiring->irqfd(m->vm, m->gsi + i, m->fds[i], false, NULL);
         close(m->fds[i]);
     }
     m->nr = 0;

@@ -409,6 +409,8 @@ static void pci_detach(struct virtio *v)
     struct virtio_pci *p = v->transport_data;
     if (!p)
         return;
+    if (vm_stopped(v->dev.vm))
+        p->doorbells = 0; // it takes them with it
     pci_function_remove(&p->f);
     msix_destroy(&p->msix);
     free(p);
