@@ -11,7 +11,9 @@
 
 #include "vmm/util.h"
 
-enum { RING_ENTRIES = 64 };
+// Room for what thousands of watched sockets say at once. Without it the kernel ends their polls,
+// and arming those of sockets that stay readable would fill the queue again, for ever.
+enum { RING_ENTRIES = 64, COMPLETIONS = 8192 };
 
 struct io_uring_sqe *loop_sqe(struct loop *loop, struct loop_op *op)
 {
@@ -191,7 +193,8 @@ int loop_create(struct loop **out, struct error *err)
     struct loop *loop = calloc(1, sizeof(*loop));
     if (!loop)
         return error_set(err, -ENOMEM, "no memory for the event loop");
-    int ret = io_uring_queue_init(RING_ENTRIES, &loop->ring, 0);
+    struct io_uring_params params = {.flags = IORING_SETUP_CQSIZE, .cq_entries = COMPLETIONS};
+    int ret = io_uring_queue_init_params(RING_ENTRIES, &loop->ring, &params);
     if (ret) {
         free(loop);
         return error_set(err, ret,
