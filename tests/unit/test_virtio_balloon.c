@@ -516,6 +516,35 @@ START_TEST(queues_without_gaps)
 }
 END_TEST
 
+// A queue that no accepted feature asked for is left alone, and does not keep the loop busy.
+START_TEST(queue_without_a_feature)
+{
+    struct rig *r = rig_new("", RAM_ANONYMOUS);
+    start(r, false, 0, false);
+    r->queue[REPORT] = 4;
+    set(r, 0x70, 0);
+    const uint32_t begin[][2] = {{0x70, 1},  {0x70, 3}, {0x24, 1}, {0x20, 1},
+                                 {0x70, 11}, {0x30, 4}, {0x38, 64}};
+    for (unsigned i = 0; i < ARRAY_SIZE(begin); i++)
+        set(r, begin[i][0], begin[i][1]);
+    driver_init(&r->d[REPORT], &r->vm.ram, false, 64, RINGS);
+    const uint32_t queue[][2] = {{0x80, (uint32_t)r->d[REPORT].desc},
+                                 {0x90, (uint32_t)r->d[REPORT].avail},
+                                 {0xa0, (uint32_t)r->d[REPORT].used},
+                                 {0x44, 1},
+                                 {0x70, 15}};
+    for (unsigned i = 0; i < ARRAY_SIZE(queue); i++)
+        set(r, queue[i][0], queue[i][1]);
+    fill(r, DATA, MiB);
+    const struct buffer b[] = {{DATA, MiB, true}};
+    offer(r, REPORT, b, 1);
+    settle(r);
+    ck_assert(!used(r, REPORT));
+    ck_assert_uint_eq(resident(r, DATA, MiB), 256);
+    rig_free(r);
+}
+END_TEST
+
 // --- statistics
 
 START_TEST(statistics_are_asked_for)
@@ -814,6 +843,7 @@ int main(void)
     tcase_add_loop_test(tc, reported_pages_are_given_back, 0, 4);
     tcase_add_test(tc, poisoned_pages_stay);
     tcase_add_test(tc, queues_without_gaps);
+    tcase_add_test(tc, queue_without_a_feature);
     tcase_add_loop_test(tc, statistics_are_asked_for, 0, 2);
     tcase_add_loop_test(tc, hints_count_between_begin_and_end, 0, 2);
     tcase_add_loop_test(tc, hints_end_at_once, 0, 2);
