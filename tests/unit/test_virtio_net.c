@@ -692,6 +692,10 @@ START_TEST(control_queue_follows_the_pairs)
 {
     struct rig *r = rig_new(",queues=2");
     start(r, ALL & ~F_MQ, false);
+    room_add(r, 4, ROOM, 100); // the queues behind it are nothing: left alone, without end
+    room_add(r, 3, ROOM, 100);
+    set(r, 0x50, 4);
+    set(r, 0x50, 3);
     const uint8_t promiscuous[] = {0, 0, 1}, pairs[] = {4, 0, 2, 0};
     ck_assert_uint_eq(command(r, 2, promiscuous, 3), 0);
     ck_assert_uint_eq(command(r, 2, pairs, 4), 1);
