@@ -363,7 +363,7 @@ static void piece_submit(struct blk_engine *e, struct blk_request *r)
         io_uring_prep_fsync(sqe, file, IORING_FSYNC_DATASYNC);
     else
         io_uring_prep_fallocate(sqe, file, fallocate_mode(r), (off_t)p->offset, (off_t)p->len);
-    sqe->flags |= IOSQE_FIXED_FILE;
+    sqe->flags |= IOSQE_FIXED_FILE | (image->blocks ? IOSQE_ASYNC : 0);
     io_uring_sqe_set_data(sqe, r);
     e->unanswered++;
 }
@@ -532,7 +532,10 @@ int blk_engine_create(struct blk_engine *e, struct blk_image *top, struct blk_ov
 
 void blk_engine_destroy(struct blk_engine *e)
 {
-    if (e->ring_up)
+    if (e->ring_up) {
+        if (!e->unanswered) // the ring's own end may keep them open a little longer
+            io_uring_unregister_files(&e->ring);
         io_uring_queue_exit(&e->ring);
+    }
     e->ring_up = false;
 }

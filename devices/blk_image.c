@@ -4,9 +4,11 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/fs.h>
+#include <linux/magic.h>
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 
 #include "vmm/util.h"
 
@@ -49,6 +51,21 @@ static void direct_open(struct blk_image *i, int mode)
     }
 }
 
+// FUSE (and who knows which others) accepts I/O that must not wait, and then waits for its server,
+// or for others that wait for that.
+static bool file_blocks(int fd)
+{
+    static const uint32_t good[] = {EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, BTRFS_SUPER_MAGIC,
+                                    TMPFS_MAGIC, F2FS_SUPER_MAGIC};
+    struct statfs fs;
+    if (fstatfs(fd, &fs))
+        return true;
+    for (size_t i = 0; i < ARRAY_SIZE(good); i++)
+        if ((uint32_t)fs.f_type == good[i])
+            return false;
+    return true;
+}
+
 static int image_open(struct blk_image *i, const struct blk_image_mode *mode, struct error *err)
 {
     int how = mode->read_only ? O_RDONLY : O_RDWR;
@@ -63,6 +80,7 @@ static int image_open(struct blk_image *i, const struct blk_image_mode *mode, st
         return error_set(err, -EINVAL, "%s: expected a file or a block device", i->path);
     i->read_only = mode->read_only;
     i->block_device = S_ISBLK(st.st_mode);
+    i->blocks = !i->block_device && file_blocks(i->fd);
     i->device = st.st_dev;
     i->inode = st.st_ino;
     if (!mode->cached)

@@ -16,7 +16,8 @@ enum { BLK_SECTOR = 512, BLK_PATH_MAX = 1024 };
 struct blk_image {
     char path[BLK_PATH_MAX];
     bool read_only, block_device;
-    int fd, direct_fd;                   // direct_fd -1: page cache only
+    bool blocks;       // I/O without waiting is not known to work on its file system
+    int fd, direct_fd; // direct_fd -1: page cache only
     uint32_t memory_align, offset_align; // of direct_fd, bytes, powers of two
     uint64_t device, inode;
 };

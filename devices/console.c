@@ -94,9 +94,12 @@ static size_t channel_write(struct console *c, const uint8_t *data, size_t len)
     while (done < len && !c->broken && !c->hung_up) {
         ssize_t n = way_write(ch->out_fd, ch->out_way, data + done, len - done);
         if (n == -EAGAIN) {
+            c->stopped |= c->trying && !done;
+            c->trying = false;
             c->blocked = c->want_out = true;
             break;
         }
+        c->trying = false;
         if (n < 0)
             out_failed(c, (int)n);
         else
@@ -155,6 +158,11 @@ static bool connected(const struct console *c)
     return c->channel && !c->detached && !c->hung_up && !c->broken && !c->gone;
 }
 
+static bool listens(const struct console *c)
+{
+    return c->channel && !c->detached && !c->hung_up && !c->stopped;
+}
+
 // How many of the bytes nobody reads now are taken anyway.
 static size_t write_unread(struct console *c, const void *data, size_t len)
 {
@@ -163,8 +171,7 @@ static size_t write_unread(struct console *c, const void *data, size_t len)
             c->lost += len;
         return len;
     }
-    bool listens = c->channel && !c->detached && !c->hung_up && !c->stopped;
-    if (listens || c->config.strict)
+    if (listens(c) || c->config.strict)
         return 0;
     backlog_push(c, data, len);
     return len;
@@ -174,7 +181,7 @@ size_t console_write(struct console *c, const void *data, size_t len)
 {
     pthread_mutex_lock(&c->lock);
     size_t done = write_unread(c, data, len);
-    if (!done && len && !c->blocked && console_backlog_flush(c))
+    if (!done && len && listens(c) && !c->blocked && console_backlog_flush(c))
         done = channel_write(c, data, len);
     // The peer may have gone while we wrote.
     if (done < len)
@@ -552,6 +559,7 @@ static void output_event(struct loop_watch *watch, uint32_t revents)
     if (c->patience_made)
         loop_timer_set(&c->patience, 0, 0);
     pthread_mutex_lock(&c->lock);
+    c->trying = false;
     bool was_blocked = c->blocked && c->channel == ch;
     if (was_blocked) {
         c->blocked = c->stopped = false;
@@ -565,12 +573,14 @@ static void output_event(struct loop_watch *watch, uint32_t revents)
         console_tell_writable(c);
 }
 
-// The reader has stopped: from now on it counts as absent.
+// Room for a few bytes is no event (a socket's POLLOUT wants most of the buffer free), but it shows
+// that the reader goes on. Without any it has stopped, and counts as absent from then on.
 static void patience_over(struct loop_timer *timer)
 {
     struct console *c = container_of(timer, struct console, patience);
     pthread_mutex_lock(&c->lock);
-    c->stopped = c->blocked;
+    c->trying = c->blocked && !c->stopped;
+    c->blocked &= !c->trying;
     pthread_mutex_unlock(&c->lock);
     console_tell_writable(c);
 }
@@ -579,15 +589,15 @@ static void patience_over(struct loop_timer *timer)
 static void output_watch(struct channel *ch)
 {
     struct console *c = ch->console;
-    if (ch->ended || ch->out_on)
+    if (ch->ended)
         return;
     pthread_mutex_lock(&c->lock);
-    bool wanted = c->blocked && c->channel == ch;
+    bool wanted = c->blocked && c->channel == ch, waits = wanted && !c->stopped;
     pthread_mutex_unlock(&c->lock);
-    if (wanted)
-        ch->out_on = !loop_watch(c->loop, &ch->out, ch->out_fd, POLLOUT, output_event, NULL);
-    if (wanted && c->patience_made)
+    if (waits && c->patience_made)
         loop_timer_set(&c->patience, c->config.patience_ms * 1000000ull, 0);
+    if (wanted && !ch->out_on)
+        ch->out_on = !loop_watch(c->loop, &ch->out, ch->out_fd, POLLOUT, output_event, NULL);
 }
 
 // What other threads ask the loop's thread to do.

@@ -66,6 +66,7 @@ struct console {
     bool told;     // what the client last heard of console_connected
     bool held;     // input stays outside
     bool blocked;  // the host side was full; POLLOUT will tell
+    bool trying;   // the next write tells whether the reader goes on
     bool stopped;  // blocked for longer than config.patience_ms
     bool stalled;  // `in` was full when the host side had more
     bool want_out; // loop thread: watch for POLLOUT

@@ -162,7 +162,7 @@ int msix_create(struct msix *m, struct vm *vm, const struct pci_wiring *wiring,
 {
     if (!nr || nr > MSIX_MAX)
         return error_set(err, -EINVAL, "%u MSI-X vectors: expected 1 to %d", nr, MSIX_MAX);
-    *m = (struct msix) {.vm = vm, .wiring = wiring, .f = f, .nr = nr};
+    *m = (struct msix) {.vm = vm, .wiring = wiring, .f = f, .nr = nr, .saved_nr = nr};
     for (unsigned i = 0; i < MSIX_MAX; i++)
         m->fds[i] = -1;
     msix_reset(m);
@@ -177,10 +177,14 @@ int msix_create(struct msix *m, struct vm *vm, const struct pci_wiring *wiring,
 
 void msix_destroy(struct msix *m)
 {
+    if (!m->nr)
+        return;
+    bool lives_on = !vm_stopped(m->vm); // one that ended takes its irqfds with it at once
     for (unsigned i = 0; i < m->nr; i++) {
         if (m->fds[i] < 0)
             continue;
-        m->wiring->irqfd(m->vm, m->gsi + i, m->fds[i], false, NULL);
+        if (lives_on)
+            m->wiring->irqfd(m->vm, m->gsi + i, m->fds[i], false, NULL);
         close(m->fds[i]);
     }
     m->nr = 0;
@@ -194,16 +198,18 @@ void msix_reset(struct msix *m)
     m->pending = m->lost = 0;
 }
 
-int msix_loaded(struct msix *m, unsigned nr, struct error *err)
+int msix_loaded(struct msix *m, struct error *err)
 {
-    uint32_t saved = m->nr;
-    m->nr = nr;
-    if (saved != nr)
-        return error_set(err, -EINVAL, "saved with %u MSI-X vectors, here it has %u", saved, nr);
+    uint32_t saved = m->saved_nr;
+    m->saved_nr = m->nr;
+    if (saved != m->nr) {
+        msix_reset(m);
+        return error_set(err, -EINVAL, "saved with %u MSI-X vectors, here it has %u", saved, m->nr);
+    }
     for (unsigned i = 0; i < MSIX_MAX; i++)
         entry(m, i)[VECTOR_CONTROL] &= VECTOR_MASKED;
-    if (nr < MSIX_MAX)
-        m->pending &= (1ull << nr) - 1;
+    if (m->nr < MSIX_MAX)
+        m->pending &= (1ull << m->nr) - 1;
     m->lost = 0;
     vectors_open(m);
     return 0;

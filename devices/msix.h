@@ -21,12 +21,13 @@ struct msix {
     struct pci_function *f;
     unsigned cap; // offset of the capability in configuration space
     unsigned gsi; // of vector 0
-    uint32_t nr;
+    unsigned nr;
     int fds[MSIX_MAX];
     uint64_t lost; // vectors whose message goes nowhere, a bit each
     struct log_limit limit;
     uint32_t table[MSIX_MAX * MSIX_ENTRY_LEN / 4];
     uint64_t pending;
+    uint32_t saved_nr; // `nr` in saved state
 };
 
 // Adds the capability to `f`, with table and pending bits at these offsets of its window. After an
@@ -48,7 +49,7 @@ uint64_t msix_pending_read(const struct msix *m, uint64_t offset, unsigned size)
 void msix_config_written(struct msix *m, unsigned offset, unsigned size);
 
 // Saved fields, in a struct T with the msix as member `m`; then, after f->config is good:
-#define MSIX_STATE_FIELDS(T, m) \
-    STATE_FIELD_INT(T, m.nr, 1), STATE_FIELD_INTS(T, m.table, 1), STATE_FIELD_INT(T, m.pending, 1)
-// `nr` is what it has here.
-int msix_loaded(struct msix *m, unsigned nr, struct error *err);
+#define MSIX_STATE_FIELDS(T, m)                                         \
+    STATE_FIELD_INT(T, m.saved_nr, 1), STATE_FIELD_INTS(T, m.table, 1), \
+        STATE_FIELD_INT(T, m.pending, 1)
+int msix_loaded(struct msix *m, struct error *err);

@@ -41,6 +41,8 @@ static ssize_t tap_receive(struct net_backend *b, unsigned pair, const struct io
                            unsigned n)
 {
     ssize_t done = readv(b->fds[pair], iov, (int)n);
+    if (!done)
+        return -EPIPE; // a socket's peer closed
     return done < 0 ? -errno : done;
 }
 

@@ -410,8 +410,8 @@ static bool balloon_run(struct virtio *v, unsigned queue)
     case REPORT:
         done = work_run(b, queue, &b->report, report_some);
         break;
-    default: // a queue of a feature that was not accepted
-        break;
+    default: // of a feature that was not accepted: what it offers is never taken
+        return false;
     }
     virtio_signal(v, queue);
     if (!done)

@@ -423,7 +423,7 @@ static int image_take(struct virtio_blk *b, struct error *err)
 static void image_give_up(struct virtio_blk *b)
 {
     blk_image_unlock(&b->image);
-    if (has_overlay(b))
+    if (*b->overlay.file.path)
         blk_image_unlock(&b->overlay.file);
 }
 
@@ -526,6 +526,10 @@ static void blk_close(struct virtio_blk *b)
     if (idle && b->engine.ring_up && !b->lost && has_overlay(b) && b->overlay.present &&
         blk_engine_sync(&b->engine, &err))
         log_write(&b->v.dev.vm->log, LOG_WARN, "%s", err.text);
+    // The kernel's own references to the files outlive our close. The lock goes at once, unless I/O
+    // is still under way: then it stays as long as that.
+    if (idle)
+        image_give_up(b);
     blk_engine_destroy(&b->engine);
     blk_overlay_close(&b->overlay);
     blk_image_close(&b->image);

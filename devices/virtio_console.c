@@ -51,7 +51,7 @@ struct message {
 _Static_assert(sizeof(struct control) == 8, "5.3.6.2");
 
 // Messages a port still owes the driver; what it says of open and size follows from the state.
-enum { OWES_ADD = 1, OWES_CONSOLE = 2, OWES_NAME = 4 };
+enum { OWES_ADD = 1, OWES_CONSOLE = 2, OWES_NAME = 4, OWES_ALL = 7, ADDED = 8 };
 
 struct port {
     struct virtio_console *owner;
@@ -363,8 +363,8 @@ static void blame(struct virtio_console *vc, const struct control *c, const char
 static void driver_ready(struct virtio_console *vc)
 {
     for (struct port *p = vc->ports; p < vc->ports + vc->nr_ports; p++)
-        if (p->console && !p->ready)
-            p->owes |= OWES_ADD;
+        if (p->console && !(p->owes & ADDED))
+            p->owes |= OWES_ADD | ADDED;
 }
 
 static void port_ready(struct port *p, bool ready)
@@ -374,7 +374,7 @@ static void port_ready(struct port *p, bool ready)
     if (!ready) { // the driver could not make it work
         p->guest_open = p->told_open = p->was_closed = false;
         p->told_columns = p->told_rows = 0;
-        p->owes = 0;
+        p->owes &= OWES_ADD | ADDED;
     }
     p->ready = ready;
 }
@@ -742,7 +742,7 @@ static int port_load(struct port *p, struct stream *in, struct error *err)
         ret = stream_get(in, &p->sent, 8, err);
     if (ret)
         return ret;
-    if (flags & ~31ull || owes & ~7ull)
+    if (flags & ~31ull || owes & ~(uint64_t)(OWES_ALL | ADDED))
         return error_set(err, -EBADMSG, "port %u: saved state 0x%llx, messages 0x%llx", port_id(p),
                          (unsigned long long)flags, (unsigned long long)owes);
     if (!(flags & SAVED_PRESENT) != !p->console)

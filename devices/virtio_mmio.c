@@ -40,6 +40,8 @@ enum { MAGIC = 0x74726976, VERSION = 2, VENDOR = 0x59525246 }; // "virt", modern
 struct virtio_mmio {
     struct virtio_mmio_place place;
     int irq_fd;
+    bool irq_on;
+    unsigned doorbells; // of the first so many queues, KVM has them
 };
 
 static uint32_t register_read(struct virtio *v, uint64_t offset)
@@ -163,7 +165,39 @@ static int kvm_doorbell(struct vm *vm, uint64_t addr, uint32_t value, int event_
     return vm_ioeventfd_value(vm, addr, value, event_fd, true, err);
 }
 
-static const struct virtio_mmio_wiring kvm_wiring = {vm_irqfd, kvm_doorbell};
+static int kvm_doorbell_off(struct vm *vm, uint64_t addr, uint32_t value, int event_fd,
+                            struct error *err)
+{
+    return vm_ioeventfd_value(vm, addr, value, event_fd, false, err);
+}
+
+static const struct virtio_mmio_wiring kvm_wiring = {vm_irqfd, kvm_doorbell, vm_irqfd_remove,
+                                                     kvm_doorbell_off};
+
+static int wires_connect(struct virtio *v, struct virtio_mmio *m, struct error *err)
+{
+    const struct virtio_mmio_wiring *wiring = m->place.wiring;
+    struct vm *vm = v->dev.vm;
+    int ret = wiring->irqfd(vm, m->place.gsi, m->irq_fd, -1, err);
+    if (ret)
+        return ret;
+    m->irq_on = true;
+    for (; m->doorbells < v->nr_queues && !ret; m->doorbells += !ret)
+        ret = wiring->doorbell(vm, m->place.base + REG_NOTIFY, m->doorbells,
+                               v->bells[m->doorbells]->fd, err);
+    return ret;
+}
+
+// A VM that has ended takes them with it; one by one each would cost up to some ms.
+static void wires_cut(struct virtio *v, struct virtio_mmio *m)
+{
+    const struct virtio_mmio_wiring *wiring = m->place.wiring;
+    struct vm *vm = v->dev.vm;
+    if (m->irq_on && wiring->irqfd_off)
+        wiring->irqfd_off(vm, m->place.gsi, m->irq_fd, NULL);
+    for (unsigned i = 0; i < m->doorbells && wiring->doorbell_off; i++)
+        wiring->doorbell_off(vm, m->place.base + REG_NOTIFY, i, v->bells[i]->fd, NULL);
+}
 
 static int mmio_attach(struct virtio *v, const void *place, struct error *err)
 {
@@ -172,25 +206,26 @@ static int mmio_attach(struct virtio *v, const void *place, struct error *err)
         return error_set(err, -ENOMEM, "no memory for a virtio-mmio window");
     v->transport_data = m;
     m->place = *(const struct virtio_mmio_place *)place;
-    const struct virtio_mmio_wiring *wiring = m->place.wiring ? m->place.wiring : &kvm_wiring;
+    if (!m->place.wiring)
+        m->place.wiring = &kvm_wiring;
     m->irq_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (m->irq_fd < 0)
         return error_errno(err, "eventfd");
 
-    struct vm *vm = v->dev.vm;
     struct bus_range range = {m->place.base, VIRTIO_MMIO_LEN, v->dev.class->name,
                               &mmio_ops,     &v->dev,         &v->dev.lock};
-    int ret = wiring->irqfd(vm, m->place.gsi, m->irq_fd, -1, err);
-    for (unsigned i = 0; i < v->nr_queues && !ret; i++)
-        ret = wiring->doorbell(vm, m->place.base + REG_NOTIFY, i, v->bells[i]->fd, err);
-    return ret ? ret : bus_add(&vm->mmio, &range, err); // last: it cannot be taken back
+    int ret = wires_connect(v, m, err);
+    return ret ? ret : bus_add(&v->dev.vm->mmio, &range, err); // last: it cannot be taken back
 }
 
-// KVM drops doorbells and the interrupt with the VM, which ends now.
 static void mmio_detach(struct virtio *v)
 {
     struct virtio_mmio *m = v->transport_data;
-    if (m && m->irq_fd >= 0)
+    if (!m)
+        return;
+    if (!vm_stopped(v->dev.vm))
+        wires_cut(v, m);
+    if (m->irq_fd >= 0)
         close(m->irq_fd);
     free(m);
     v->transport_data = NULL;

@@ -19,6 +19,10 @@ enum {
 struct virtio_mmio_wiring { // how doorbells and interrupts reach KVM
     int (*irqfd)(struct vm *vm, unsigned gsi, int event_fd, int resample_fd, struct error *err);
     int (*doorbell)(struct vm *vm, uint64_t addr, uint32_t value, int event_fd, struct error *err);
+    // Take them back; NULL: nothing to do.
+    int (*irqfd_off)(struct vm *vm, unsigned gsi, int event_fd, struct error *err);
+    int (*doorbell_off)(struct vm *vm, uint64_t addr, uint32_t value, int event_fd,
+                        struct error *err);
 };
 
 struct virtio_mmio_place {

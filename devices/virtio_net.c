@@ -789,8 +789,8 @@ static bool net_run(struct virtio *v, unsigned queue)
         settle(n);
     if (queue == control_queue(n))
         return control_run(n, queue);
-    if (queue >= 2 * n->nr_pairs)
-        return true; // the control queue's place while there are fewer pairs: nothing is there
+    if (queue > control_queue(n))
+        return false; // of no meaning to a driver without F_MQ
     return queue % 2 ? send_run(n, queue / 2) : receive_run(n, queue / 2);
 }
 

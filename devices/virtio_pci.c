@@ -304,7 +304,7 @@ static int pci_load(void *object, uint16_t version, struct error *err)
     pthread_mutex_lock(&p->v->dev.lock);
     int ret = pci_function_loaded(&p->f, err);
     if (!ret)
-        ret = msix_loaded(&p->msix, p->v->nr_queues + 1, err);
+        ret = msix_loaded(&p->msix, err);
     for (unsigned i = 0; i < VIRTIO_QUEUES_MAX; i++)
         if (p->queue_vector[i] >= p->msix.nr)
             p->queue_vector[i] = NO_VECTOR;
@@ -409,6 +409,8 @@ static void pci_detach(struct virtio *v)
     struct virtio_pci *p = v->transport_data;
     if (!p)
         return;
+    if (vm_stopped(v->dev.vm))
+        p->doorbells = 0; // it takes them with it
     pci_function_remove(&p->f);
     msix_destroy(&p->msix);
     free(p);

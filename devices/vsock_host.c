@@ -110,7 +110,7 @@ static void host_ended(struct vsock_connection *c, uint8_t what)
 
 static void credit_tell(struct vsock_connection *c)
 {
-    if (flow_update_due(&c->flow) && c->state == VSOCK_OPEN)
+    if (flow_update_due(&c->flow) && c->state == VSOCK_OPEN && !(c->guest_shut & VSOCK_NO_SEND))
         c->owed |= OWES_CREDIT;
 }
 

@@ -84,7 +84,10 @@ enum ucall_nr {
     X(DEVICE, device)         /* virtio device to use: its id (virtio 1.2, 5) */               \
     X(QUEUE, queue)           /* of that device */                                             \
     X(PACKED, packed)         /* 1: packed rings, 0: split rings */                            \
-    X(EVENTS, events)         /* 1: event indexes, 0: flags */
+    X(EVENTS, events)         /* 1: event indexes, 0: flags */                                 \
+    X(DEPTH, depth)           /* requests at a time */                                         \
+    X(KIB, kib)               /* size of a request, KiB */                                     \
+    X(DOORBELLS, doorbells)   /* how many to ring */
 
 enum ucall_param {
 #define UCALL_PARAM_ENUM(suffix, word) UCALL_P_##suffix,

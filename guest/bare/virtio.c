@@ -450,13 +450,14 @@ static bool device_waits(const struct vring *r)
     return (uint16_t)(r->next - at - 1) < r->pending;
 }
 
-void vring_kick(struct vring *r)
+bool vring_kick(struct vring *r)
 {
     barrier();
-    if (device_waits(r))
+    bool waits = device_waits(r);
+    if (waits)
         vring_doorbell(r);
-    else
-        r->pending = 0;
+    r->pending = 0;
+    return waits;
 }
 
 // --- what comes back

@@ -116,8 +116,8 @@ void virtio_go(struct vdev *dev); // DRIVER_OK
 
 // Adds a chain, in an indirect table at `table` unless that is 0. Its id, or -1: the ring is full.
 int vring_add(struct vring *r, const struct vbuf *bufs, unsigned n, uint64_t table);
-// Rings if the device wants to hear of what was added, or in any case.
-void vring_kick(struct vring *r);
+// Rings if the device wants to hear of what was added (true: it did), or in any case.
+bool vring_kick(struct vring *r);
 void vring_doorbell(struct vring *r);
 // What the device gave back next.
 bool vring_used(struct vring *r, uint32_t *id, uint32_t *len);

@@ -12,6 +12,8 @@
 #include <unistd.h>
 
 #include "devices/console.h"
+#include "devices/virtio_mmio.h"
+#include "devices/virtio_pci.h"
 #include "vmm/util.h"
 
 #define CHECK(call)                                  \
@@ -93,12 +95,32 @@ static void guest_load(struct bare *b)
     snprintf(path, sizeof(path), "%s/%s.%s", dir, b->config.guest,
              strcmp(b->config.guest, "real") ? "elf" : "bin");
     const struct boot_config boot = {.kernel = path,
-                                     .cmdline = b->config.cmdline ? b->config.cmdline : "",
+                                     .cmdline = b->cmdline,
                                      .protocol = b->config.protocol,
                                      .rsdp = b->board.rsdp};
     struct boot_entry entry;
     CHECK(boot_load(&b->vm->ram, &boot, &entry, &err));
     CHECK(vm_set_entry(b->vm, &entry, &err));
+}
+
+static void devices_add(struct bare *b)
+{
+    struct acpi_virtio_mmio windows[VIRTIO_MMIO_MAX];
+    unsigned nr = b->config.nr_devices;
+    size_t len = (size_t)snprintf(b->cmdline, sizeof(b->cmdline), "%s",
+                                  b->config.cmdline ? b->config.cmdline : "");
+    ck_assert_uint_le(nr, VIRTIO_MMIO_MAX);
+    for (unsigned i = 0; i < nr; i++) {
+        const struct bare_device *d = &b->config.devices[i];
+        windows[i] = virtio_mmio_window(i);
+        const struct virtio_mmio_place place = {.base = windows[i].base, .gsi = windows[i].gsi};
+        const struct virtio_pci_place slot = {.host = b->board.pci, .slot = i + 1};
+        d->config->transport = b->config.pci ? &virtio_pci_transport : &virtio_mmio_transport;
+        d->config->place = b->config.pci ? (const void *)&slot : &place;
+        CHECK(device_add(b->vm, d->class, d->config, NULL, &err));
+    }
+    if (!b->config.pci && nr)
+        CHECK(virtio_mmio_cmdline(windows, nr, b->cmdline + len, sizeof(b->cmdline) - len, &err));
 }
 
 void bare_create(struct bare *b, const struct bare_config *config)
@@ -122,25 +144,50 @@ void bare_create(struct bare *b, const struct bare_config *config)
     CHECK(vm_create(&b->vm, &vm, b->loop, &err));
     b->vm->on_stop = stopped;
     b->vm->on_stop_arg = b;
+    if (config->log_fd)
+        b->vm->log.fd = config->log_fd;
     struct ucall_config ucall = {.handle = ucall_handle, .arg = b};
     for (unsigned i = 0; i < config->nr_params; i++) {
         ucall.params[config->params[i].id] = config->params[i].value;
         ucall.params_set |= 1ull << config->params[i].id;
     }
-    const struct board_config board = {.console = b->console, .debug_exit = true, .ucall = &ucall};
+    const struct board_config board = {
+        .console = b->console, .debug_exit = true, .ucall = &ucall, .pci = config->pci};
     CHECK(board_create(b->vm, &board, &b->board, &err));
+    devices_add(b);
     if (config->guest)
         guest_load(b);
 }
 
+static void *loop_main(void *arg)
+{
+    struct bare *b = arg;
+    CHECK(loop_run(b->loop, &err));
+    return NULL;
+}
+
 void bare_run(struct bare *b)
 {
+    if (b->config.nr_devices && !b->loop_runs) {
+        b->loop_runs = true;
+        ck_assert_int_eq(pthread_create(&b->loop_thread, NULL, loop_main, b), 0);
+    }
     CHECK(vm_start(b->vm, &err));
     vm_resume(b->vm);
 }
 
+void bare_loop_end(struct bare *b)
+{
+    if (!b->loop_runs)
+        return;
+    loop_stop(b->loop);
+    pthread_join(b->loop_thread, NULL);
+    b->loop_runs = false;
+}
+
 void bare_end(struct bare *b)
 {
+    bare_loop_end(b);
     vm_destroy(b->vm);
     loop_destroy(b->loop);
     console_close(b->console);

@@ -13,6 +13,7 @@
 
 #include "devices/board.h"
 #include "devices/ucall.h"
+#include "devices/virtio.h"
 #include "vmm/loop.h"
 #include "vmm/stream.h"
 #include "vmm/vm.h"
@@ -24,6 +25,11 @@ struct bare_param {
     uint64_t value;
 };
 
+struct bare_device {
+    const struct device_class *class;
+    struct virtio_attach *config; // of that class; transport and place are filled in
+};
+
 struct bare_config {
     const char *guest; // "hello": the image in the folder $BARE_GUESTS; NULL: load no kernel
     unsigned cpus;     // 0 = 1
@@ -33,9 +39,13 @@ struct bare_config {
     const char *cmdline;                       // NULL = ""
     struct bare_param params[BARE_PARAMS_MAX]; // up to `nr_params`
     unsigned nr_params;
-    bool
-        hold; // every SYNC keeps its vCPU until the VM is paused: saved there, it goes on behind it
-    bool quiet_panic; // the test expects a guest assertion or exception
+    // Every SYNC keeps its vCPU until the VM is paused: saved there, it goes on behind it.
+    bool hold;
+    bool quiet_panic;                  // the test expects a guest assertion or exception
+    const struct bare_device *devices; // virtio; the guest is told where they are
+    unsigned nr_devices;
+    bool pci;   // their transport; otherwise virtio-mmio
+    int log_fd; // of the VM's log lines; 0 = stderr
 };
 
 struct bare_value {
@@ -45,7 +55,10 @@ struct bare_value {
 
 struct bare {
     struct bare_config config;
-    struct loop *loop; // not run: nothing here is asynchronous
+    struct loop *loop; // run, in a thread, between bare_run and bare_end if there are devices
+    pthread_t loop_thread;
+    bool loop_runs;
+    char cmdline[4096];
     struct vm *vm;
     struct board board;
     struct console *console;
@@ -70,6 +83,7 @@ void bare_create(struct bare *b, const struct bare_config *config);
 // vm_start, vm_resume.
 void bare_run(struct bare *b);
 void bare_end(struct bare *b);
+void bare_loop_end(struct bare *b); // devices stand still from now on; bare_end does it, too
 
 void bare_pause(struct bare *b);
 void bare_resume(struct bare *b);

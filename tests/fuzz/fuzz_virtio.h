@@ -7,7 +7,9 @@
 //   static void outside(const uint8_t *p, size_t n)   // what arrives from the host; may be NULL
 //   FUZZ_VIRTIO(&virtio_X_class, config, outside)
 //
-// plus its name in tests/fuzz/meson.build and its requests in tests/fuzz/fuzz_virtio_seeds.
+// config is called once for each transport; fuzz_transport (0 mmio, 1 pci) says which one it is
+// for, and whose peer `outside` shall use. Add the target's name in tests/fuzz/meson.build and its
+// requests in tests/fuzz/fuzz_virtio_seeds.
 //
 //   input := u8 mode (enum fuzz_mode), op...
 //   op    := u8 kind (enum fuzz_op), its operands; little endian; what is missing at the end is 0
@@ -21,6 +23,7 @@
 
 #include "devices/virtio.h"
 #include "devices/virtio_mmio.h"
+#include "devices/virtio_pci.h"
 #include "vmm/vm.h"
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
@@ -31,13 +34,15 @@ enum fuzz_mode {
     FUZZ_EVENT_IDX = 4, // accepted where offered, like the next two
     FUZZ_INDIRECT = 8,
     FUZZ_FEATURES = 16, // those of the device
+    FUZZ_PCI = 32,      // transport, for the whole input
 };
 
 enum fuzz_op {
     // u8 queue, u8 flags (1 indirect, 2 no doorbell), u8 out | in << 4 (numbers of buffers),
     // u16 length of each, bytes of those that the device reads
     FUZZ_CHAIN,
-    FUZZ_WRITE,   // u16 offset in the window, u8 log2 of the width, u64 value
+    // u16 offset in the window, u8 log2 of the width, u64 value; pci: 0x8000 + in config space
+    FUZZ_WRITE,
     FUZZ_READ,    // u16 offset, u8 log2 of the width
     FUZZ_MEMORY,  // u32 address, u8 length, bytes
     FUZZ_KICK,    // u8 queue
@@ -48,12 +53,16 @@ enum fuzz_op {
 };
 
 enum {
-    FUZZ_RING = 16,         // entries of a queue
-    FUZZ_RINGS = 0,         // guest address; 4 KiB a queue: descriptors, +0x800, +0xc00
+    FUZZ_RING = 16,     // entries of a queue
+    FUZZ_RINGS = 0,     // guest address; for each queue its three parts:
+    FUZZ_AVAIL = 0x200, // behind the descriptors
+    FUZZ_USED = 0x300,
+    FUZZ_RING_BYTES = 0x800,
     FUZZ_TABLES = 0x10000,  // indirect tables, one for each ring position
     FUZZ_BUFFERS = 0x20000, // handed out one after the other, round and round
     FUZZ_AREA = 0x40000,
-    FUZZ_TURNS = 4, // of the loop after each doorbell
+    FUZZ_TURNS = 4,    // of the loop after each doorbell
+    FUZZ_REST = 10000, // turns in which a device comes to rest when the guest does nothing more
 };
 
 struct fuzz_target {
@@ -64,12 +73,18 @@ struct fuzz_target {
 
 struct fuzz_machine {
     struct vm vm;
-    struct device *dev;
+    struct device *dev, *host; // the host bridge
+    bool pci;
     uint8_t mode;
     uint16_t next[VIRTIO_QUEUES_MAX]; // split: available index; packed: position
     bool wrap[VIRTIO_QUEUES_MAX];
     uint32_t buffer; // next free byte
 };
+
+static inline uint32_t fuzz_ring(unsigned queue)
+{
+    return FUZZ_RINGS + queue * FUZZ_RING_BYTES;
+}
 
 struct fuzz_input {
     const uint8_t *data;
@@ -86,6 +101,50 @@ static inline uint64_t fuzz_take(struct fuzz_input *in, unsigned bytes)
     return value;
 }
 
+// --- two transports
+
+enum { FUZZ_MMIO_BASE = LAYOUT_VIRTIO_MMIO, FUZZ_SLOT = 1 };
+#define FUZZ_PCI_BASE   (LAYOUT_PCI_MMIO + FUZZ_SLOT * PCI_WINDOW_MAX)
+#define FUZZ_PCI_CONFIG (LAYOUT_ECAM + ((uint64_t)FUZZ_SLOT << 15))
+
+enum fuzz_reg {
+    FUZZ_STATUS,
+    FUZZ_ACCEPT_SEL,
+    FUZZ_ACCEPT,
+    FUZZ_QUEUE_SEL,
+    FUZZ_QUEUE_SIZE,
+    FUZZ_DESC,
+    FUZZ_DRIVER,
+    FUZZ_DEVICE,
+    FUZZ_READY,
+    FUZZ_REGS
+};
+
+static unsigned fuzz_transport;
+
+static inline void fuzz_register(struct fuzz_machine *m, enum fuzz_reg reg, uint32_t value)
+{
+    static const struct {
+        uint16_t at, width;
+    } mmio[] = {{0x70, 4}, {0x24, 4}, {0x20, 4}, {0x30, 4}, {0x38, 4},
+                {0x80, 4}, {0x90, 4}, {0xa0, 4}, {0x44, 4}},
+      pci[] = {{0x14, 1}, {0x08, 4}, {0x0c, 4}, {0x16, 2}, {0x18, 2},
+               {0x20, 4}, {0x28, 4}, {0x30, 4}, {0x1c, 2}};
+    _Static_assert(ARRAY_SIZE(mmio) == FUZZ_REGS && ARRAY_SIZE(pci) == FUZZ_REGS, "all of them");
+    if (m->pci)
+        bus_write(&m->vm.mmio, FUZZ_PCI_BASE + pci[reg].at, pci[reg].width, value);
+    else
+        bus_write(&m->vm.mmio, FUZZ_MMIO_BASE + mmio[reg].at, mmio[reg].width, value);
+}
+
+// Where FUZZ_WRITE and FUZZ_READ go.
+static inline uint64_t fuzz_address(const struct fuzz_machine *m, uint64_t where)
+{
+    if (!m->pci)
+        return FUZZ_MMIO_BASE + where % VIRTIO_MMIO_LEN;
+    return where & 0x8000 ? FUZZ_PCI_CONFIG + where % PCI_CONFIG_LEN : FUZZ_PCI_BASE + where;
+}
+
 static inline int fuzz_no_irqfd(struct vm *vm, unsigned gsi, int fd, int resample,
                                 struct error *err)
 {
@@ -98,27 +157,62 @@ static inline int fuzz_no_doorbell(struct vm *vm, uint64_t addr, uint32_t value,
     return 0; // kicks come through the register
 }
 
-static inline struct fuzz_machine *fuzz_machine_new(const struct fuzz_target *t)
+static inline int fuzz_no_pci_doorbell(struct vm *vm, uint64_t addr, int fd, bool add,
+                                       struct error *err)
+{
+    return 0;
+}
+
+static inline int fuzz_no_pci_irqfd(struct vm *vm, unsigned gsi, int fd, bool add,
+                                    struct error *err)
+{
+    return 0;
+}
+
+static inline int fuzz_no_route(struct vm *vm, unsigned gsi, uint64_t address, uint32_t data,
+                                struct error *err)
+{
+    return 0;
+}
+
+static inline void fuzz_device_add(struct fuzz_machine *m, const struct fuzz_target *t)
 {
     static const struct virtio_mmio_wiring wiring = {fuzz_no_irqfd, fuzz_no_doorbell};
-    const struct virtio_mmio_place place = {.base = LAYOUT_VIRTIO_MMIO, .wiring = &wiring};
-    struct fuzz_machine *m = calloc(1, sizeof(*m));
+    static const struct pci_wiring pci_wiring = {fuzz_no_pci_doorbell, fuzz_no_pci_irqfd,
+                                                 fuzz_no_route};
+    const struct pci_host_config host = {.wiring = &pci_wiring};
+    const struct virtio_mmio_place window = {.base = FUZZ_MMIO_BASE, .wiring = &wiring};
+    struct virtio_pci_place slot = {.slot = FUZZ_SLOT};
     struct virtio_attach *attach = t->config();
-    struct ram_config ram = {.size = 16 * MiB};
-    struct error err;
-    if (!m || !attach)
+    struct error err = {0};
+    if (!attach)
         abort();
-    attach->transport = &virtio_mmio_transport;
-    attach->place = &place;
+    int ret = m->pci ? device_add(&m->vm, &pci_host_class, &host, &m->host, &err) : 0;
+    if (m->pci && !ret)
+        slot.host = pci_host_of(m->host);
+    attach->transport = m->pci ? &virtio_pci_transport : &virtio_mmio_transport;
+    attach->place = m->pci ? (const void *)&slot : &window;
     attach->packed = true;
-    m->vm.mmio.name = "mmio";
-    m->vm.log = (struct log) {.level = LOG_ERROR, .fd = STDERR_FILENO};
-    if (ram_create(&m->vm.ram, &ram, &err) || loop_create(&m->vm.loop, &err) ||
-        device_add(&m->vm, t->class, attach, &m->dev, &err)) {
+    if (ret || device_add(&m->vm, t->class, attach, &m->dev, &err)) {
         log_write(&m->vm.log, LOG_ERROR, "%s", err.text);
         abort();
     }
     free(attach);
+}
+
+static inline struct fuzz_machine *fuzz_machine_new(const struct fuzz_target *t, bool pci)
+{
+    struct fuzz_machine *m = calloc(1, sizeof(*m));
+    struct ram_config ram = {.size = 16 * MiB};
+    if (!m)
+        abort();
+    m->pci = pci;
+    m->vm.mmio.name = "mmio";
+    m->vm.pio.name = "port";
+    m->vm.log = (struct log) {.level = LOG_ERROR, .fd = STDERR_FILENO};
+    if (ram_create(&m->vm.ram, &ram, NULL) || loop_create(&m->vm.loop, NULL))
+        abort();
+    fuzz_device_add(m, t);
     t->class->resume(m->dev);
     return m;
 }
@@ -130,14 +224,12 @@ static inline void fuzz_turn(struct fuzz_machine *m)
             abort();
 }
 
-static inline void fuzz_register(struct fuzz_machine *m, uint64_t reg, uint32_t value)
-{
-    bus_write(&m->vm.mmio, LAYOUT_VIRTIO_MMIO + reg, 4, value);
-}
-
 static inline void fuzz_kick(struct fuzz_machine *m, unsigned queue)
 {
-    fuzz_register(m, 0x50, queue);
+    if (m->pci)
+        bus_write(&m->vm.mmio, FUZZ_PCI_BASE + 0x3000 + 4ull * queue, 2, queue);
+    else
+        bus_write(&m->vm.mmio, FUZZ_MMIO_BASE + 0x50, 4, queue);
     fuzz_turn(m);
 }
 
@@ -154,26 +246,30 @@ static inline void fuzz_setup(struct fuzz_machine *m, uint8_t mode)
 {
     const struct virtio *v = container_of(m->dev, struct virtio, dev);
     m->mode = mode;
-    fuzz_register(m, 0x70, 0);
+    fuzz_register(m, FUZZ_STATUS, 0);
     memset(ram_at(&m->vm.ram, FUZZ_RINGS, FUZZ_TABLES), 0, FUZZ_TABLES);
     uint64_t wanted = fuzz_wanted(m, v);
-    const uint32_t begin[][2] = {{0x70, 1}, {0x70, 3},
-                                 {0x24, 0}, {0x20, (uint32_t)wanted},
-                                 {0x24, 1}, {0x20, (uint32_t)(wanted >> 32)},
-                                 {0x70, 11}};
-    for (size_t i = 0; i < ARRAY_SIZE(begin); i++)
-        fuzz_register(m, begin[i][0], begin[i][1]);
+    fuzz_register(m, FUZZ_STATUS, 1);
+    fuzz_register(m, FUZZ_STATUS, 3);
+    for (unsigned half = 0; half < 2; half++) {
+        fuzz_register(m, FUZZ_ACCEPT_SEL, half);
+        fuzz_register(m, FUZZ_ACCEPT, (uint32_t)(wanted >> 32 * half));
+    }
+    fuzz_register(m, FUZZ_STATUS, 11);
     for (unsigned q = 0; q < v->nr_queues; q++) {
-        uint32_t base = FUZZ_RINGS + q * 0x1000;
-        const uint32_t queue[][2] = {
-            {0x30, q}, {0x38, FUZZ_RING}, {0x80, base}, {0x90, base + 0x800}, {0xa0, base + 0xc00},
-            {0x44, 1}};
+        uint32_t base = fuzz_ring(q);
+        const uint32_t queue[][2] = {{FUZZ_QUEUE_SEL, q},
+                                     {FUZZ_QUEUE_SIZE, FUZZ_RING},
+                                     {FUZZ_DESC, base},
+                                     {FUZZ_DRIVER, base + FUZZ_AVAIL},
+                                     {FUZZ_DEVICE, base + FUZZ_USED},
+                                     {FUZZ_READY, 1}};
         for (size_t i = 0; i < ARRAY_SIZE(queue); i++)
             fuzz_register(m, queue[i][0], queue[i][1]);
         m->next[q] = 0;
         m->wrap[q] = true;
     }
-    fuzz_register(m, 0x70, 15);
+    fuzz_register(m, FUZZ_STATUS, 15);
     fuzz_turn(m);
 }
 
@@ -216,7 +312,7 @@ static inline void fuzz_chain_packed(struct fuzz_machine *m, unsigned q,
     uint16_t id = m->next[q];
     for (unsigned i = 0; i < n; i++) {
         uint16_t avail = m->wrap[q] ? 1 << 7 : 1 << 15;
-        fuzz_descriptor(m, FUZZ_RINGS + q * 0x1000, m->next[q], &b[i],
+        fuzz_descriptor(m, fuzz_ring(q), m->next[q], &b[i],
                         fuzz_flags(&b[i], i + 1 < n) | avail | indirect, id);
         if (++m->next[q] == FUZZ_RING) {
             m->next[q] = 0;
@@ -228,15 +324,15 @@ static inline void fuzz_chain_packed(struct fuzz_machine *m, unsigned q,
 static inline void fuzz_chain_split(struct fuzz_machine *m, unsigned q, const struct fuzz_buffer *b,
                                     unsigned n, uint16_t indirect)
 {
-    uint64_t base = FUZZ_RINGS + q * 0x1000;
+    uint64_t base = fuzz_ring(q);
     uint16_t head = (uint16_t)(m->next[q] * 3 % FUZZ_RING); // chains of up to three do not overlap
     for (unsigned i = 0; i < n; i++)
         fuzz_descriptor(m, base, (head + i) % FUZZ_RING, &b[i],
                         fuzz_flags(&b[i], i + 1 < n) | indirect,
                         (uint16_t)((head + i + 1) % FUZZ_RING));
-    ram_write(&m->vm.ram, base + 0x800 + 4 + 2 * (m->next[q] % FUZZ_RING), &head, 2);
+    ram_write(&m->vm.ram, base + FUZZ_AVAIL + 4 + 2 * (m->next[q] % FUZZ_RING), &head, 2);
     m->next[q]++;
-    ram_write(&m->vm.ram, base + 0x800 + 2, &m->next[q], 2);
+    ram_write(&m->vm.ram, base + FUZZ_AVAIL + 2, &m->next[q], 2);
 }
 
 static inline void fuzz_chain(struct fuzz_machine *m, struct fuzz_input *in)
@@ -311,14 +407,14 @@ static inline void fuzz_op(struct fuzz_machine *m, const struct fuzz_target *t,
         fuzz_chain(m, in);
         break;
     case FUZZ_WRITE:
-        where = fuzz_take(in, 2) % VIRTIO_MMIO_LEN;
+        where = fuzz_address(m, fuzz_take(in, 2));
         width = 1u << (fuzz_take(in, 1) & 3);
-        bus_write(&m->vm.mmio, LAYOUT_VIRTIO_MMIO + where, width, fuzz_take(in, 8));
+        bus_write(&m->vm.mmio, where, width, fuzz_take(in, 8));
         break;
     case FUZZ_READ:
-        where = fuzz_take(in, 2) % VIRTIO_MMIO_LEN;
+        where = fuzz_address(m, fuzz_take(in, 2));
         width = 1u << (fuzz_take(in, 1) & 3);
-        bus_read(&m->vm.mmio, LAYOUT_VIRTIO_MMIO + where, width, &value);
+        bus_read(&m->vm.mmio, where, width, &value);
         break;
     case FUZZ_MEMORY:
         where = fuzz_take(in, 4) % FUZZ_AREA;
@@ -349,21 +445,40 @@ static inline void fuzz_op(struct fuzz_machine *m, const struct fuzz_target *t,
     }
 }
 
+// A device that rings itself for ever, without anything to do, takes a CPU from its host.
+static inline void fuzz_rest(struct fuzz_machine *m)
+{
+    for (unsigned i = 0; i < FUZZ_REST; i++) {
+        if (!io_uring_cq_ready(&m->vm.loop->ring))
+            return;
+        fuzz_turn(m);
+    }
+    log_write(&m->vm.log, LOG_ERROR, "the device never comes to rest");
+    abort();
+}
+
 static inline int fuzz_virtio(const struct fuzz_target *t, const uint8_t *data, size_t size)
 {
-    static struct fuzz_machine *m; // of the fuzzer's process; its device is reset for each input
+    static struct fuzz_machine *machines[2]; // of the process; devices are reset for each input
     struct fuzz_input in = {data, size};
-    if (!m)
-        m = fuzz_machine_new(t);
     uint8_t mode = (uint8_t)fuzz_take(&in, 1);
+    fuzz_transport = mode & FUZZ_PCI ? 1 : 0;
+    if (!machines[fuzz_transport])
+        machines[fuzz_transport] = fuzz_machine_new(t, fuzz_transport);
+    struct fuzz_machine *m = machines[fuzz_transport];
     memset(ram_at(&m->vm.ram, 0, FUZZ_AREA), 0, FUZZ_AREA);
     m->buffer = FUZZ_BUFFERS;
-    fuzz_register(m, 0x70, 0);
+    t->class->reset(m->dev);
+    if (m->pci) {
+        pci_host_class.reset(m->host);
+        bus_write(&m->vm.mmio, FUZZ_PCI_CONFIG + PCI_COMMAND, 2, PCI_COMMAND_MEMORY);
+    }
     if (mode & FUZZ_UP)
         fuzz_setup(m, mode);
     while (in.left)
         fuzz_op(m, t, &in);
     fuzz_turn(m);
+    fuzz_rest(m);
     return 0;
 }
 

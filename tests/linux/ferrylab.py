@@ -148,14 +148,14 @@ class Process:
 class Vm(Process):
     """`ferry run`, `receive` or `restore` with the console on a socket pair."""
 
-    def __init__(self, lab, command, *args, name=None, namespace=None, ferry=FERRY):
+    def __init__(self, lab, command, *args, name=None, namespace=None, ferry=FERRY, fds=()):
         self.name = name or lab.new_name()
         ours, theirs = socket.socketpair()
         self.socket = ours
         argv = [ferry, command, *args, "--name", self.name, "--console", f"fd:{theirs.fileno()}"]
         if namespace:  # a Namespaces.Side
             argv = namespace.enter + argv
-        super().__init__(argv, env=lab.env, pass_fds=(theirs.fileno(),),
+        super().__init__(argv, env=lab.env, pass_fds=(theirs.fileno(), *fds),
                          stdout=subprocess.DEVNULL)
         theirs.close()
         self.lab = lab

@@ -58,6 +58,7 @@ static const uint8_t *table_at(const struct ram *ram, uint64_t gpa, const char *
 
 struct tables {
     const uint8_t *fadt, *madt, *dsdt;
+    const uint8_t *mcfg; // NULL: none
 };
 
 static struct tables tables_walk(const struct ram *ram, uint64_t rsdp)
@@ -69,9 +70,11 @@ static struct tables tables_walk(const struct ram *ram, uint64_t rsdp)
     ck_assert_uint_eq(sum(r, 20), 0);
     ck_assert_uint_eq(sum(r, get(r + 20, 4)), 0);
     const uint8_t *x = table_at(ram, get(r + 24, 8), "XSDT");
-    ck_assert_uint_eq(get(x + 4, 4), 36 + 2 * 8);
+    bool pci = get(x + 4, 4) == 36 + 3 * 8;
+    ck_assert_uint_eq(get(x + 4, 4), pci ? 60 : 52);
     struct tables t = {.fadt = table_at(ram, get(x + 36, 8), "FACP"),
-                       .madt = table_at(ram, get(x + 44, 8), "APIC")};
+                       .madt = table_at(ram, get(x + 44, 8), "APIC"),
+                       .mcfg = pci ? table_at(ram, get(x + 52, 8), "MCFG") : NULL};
     ck_assert_uint_eq(get(t.fadt + 40, 4), get(t.fadt + 140, 8));
     t.dsdt = table_at(ram, get(t.fadt + 140, 8), "DSDT");
     return t;
@@ -162,6 +165,29 @@ START_TEST(tables)
 }
 END_TEST
 
+START_TEST(pci_tables)
+{
+    struct ram ram;
+    struct error err = {0};
+    ram_make(&ram);
+    const struct acpi_config config = {.cpus = 2, .pci = true};
+    uint64_t rsdp;
+    ck_assert_msg(acpi_build(&ram, &config, &rsdp, &err) == 0, "%s", err.text);
+    struct tables t = tables_walk(&ram, rsdp);
+    ck_assert_ptr_nonnull(t.mcfg);
+    ck_assert_uint_eq(get(t.mcfg + 4, 4), 60);
+    ck_assert_uint_eq(get(t.mcfg + 44, 8), LAYOUT_ECAM);
+    ck_assert_uint_eq(get(t.mcfg + 52, 4), 0);                  // segment 0, bus 0 to 0
+    static const uint8_t id[] = {0x0c, 0x41, 0xd0, 0x0a, 0x03}; // PNP0A03
+    ck_assert_uint_eq(occurrences(t.dsdt, id, sizeof(id)), 1);
+    const uint32_t window[] = {LAYOUT_PCI_MMIO, (uint32_t)LAYOUT_PCI_END - 1, 0,
+                               (uint32_t)(LAYOUT_PCI_END - LAYOUT_PCI_MMIO)};
+    ck_assert_uint_eq(occurrences(t.dsdt, window, sizeof(window)), 1);
+    ck_assert_uint_eq(occurrences(t.dsdt, "LNRO0005", 9), 0);
+    ram_destroy(&ram);
+}
+END_TEST
+
 static void file_write(const char *path, const void *data, size_t len)
 {
     FILE *f = fopen(path, "w");
@@ -214,6 +240,7 @@ START_TEST(dsdt_by_iasl)
     ram_make(&ram);
     struct acpi_config config = {
         .cpus = counts[_i], .virtio = virtio, .nr_virtio = _i ? ARRAY_SIZE(virtio) : 0};
+    config.pci = _i % 2;
     uint64_t rsdp;
     ck_assert_msg(acpi_build(&ram, &config, &rsdp, &err) == 0, "%s", err.text);
     iasl_round_trip(tables_walk(&ram, rsdp).dsdt);
@@ -341,6 +368,7 @@ int main(void)
 {
     TCase *tc = tcase_create("acpi");
     tcase_add_loop_test(tc, tables, 1, 65);
+    tcase_add_test(tc, pci_tables);
     tcase_add_test(tc, limits);
     tcase_add_test(tc, aml_encodings);
     tcase_add_test(tc, aml_bounded);

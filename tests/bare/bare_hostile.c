@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+// A guest whose driver is malicious (guest/bare/guests/hostile.c), one attack after the other, on
+// both transports and both ring formats. Whatever it does:
+//  - the VM goes on, can be paused, saved, loaded elsewhere or resumed, and stopped;
+//  - the attacked device is lost until its reset at most, another one is not;
+//  - guest memory that no descriptor offered, and the disk, keep their bytes;
+//  - the log gets one line for each offence, and a flood of them the rate limit's share;
+//  - the process does not grow.
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "devices/virtio_blk.h"
+#include "devices/virtio_rng.h"
+#include "guest/bare/hostile_cases.h"
+#include "tests/bare/bare.h"
+#include "vmm/util.h"
+
+enum { MEMORY = 32 * 1024 * 1024, GROWTH_MAX = 64 * 1024 * 1024, LINES_A_SECOND = 11 };
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+enum { SANITIZED = 1 };
+#else
+enum { SANITIZED = 0 };
+#endif
+
+static const struct hostile {
+    const char *name;
+    uint32_t device;
+    unsigned rings;
+    int lines;
+} cases[] = {
+#define CASE(NAME, name, device, rings, lines) [HOSTILE_##NAME] = {#name, device, rings, lines},
+    HOSTILE_CASES(CASE)
+#undef CASE
+};
+
+struct setting { // of one run
+    enum hostile_case what;
+    uint32_t device;
+    bool packed, pci;
+};
+
+struct rig {
+    struct setting setting;
+    char disk[64];
+    int log;
+    struct virtio_blk_config blk;
+    struct virtio_rng_config rng;
+    struct bare_device devices[2];
+    struct bare_config config;
+};
+
+// --- what there is before, and what has to be left of it
+
+static void disk_create(struct rig *r)
+{
+    uint8_t sector[BLK_SECTOR];
+    snprintf(r->disk, sizeof(r->disk), "/tmp/ferry-hostile-XXXXXX");
+    int fd = mkstemp(r->disk);
+    ck_assert_int_ge(fd, 0);
+    for (unsigned i = 0; i < HOSTILE_SECTORS; i++) {
+        memset(sector, HOSTILE_SECTOR(i), sizeof(sector));
+        if (write_all(fd, sector, sizeof(sector)))
+            ck_abort_msg("%s: %s", r->disk, strerror(errno));
+    }
+    close(fd);
+}
+
+static void disk_check(struct rig *r)
+{
+    uint8_t sector[BLK_SECTOR], wanted[BLK_SECTOR];
+    int fd = open(r->disk, O_RDONLY);
+    ck_assert_int_ge(fd, 0);
+    ck_assert_int_eq(lseek(fd, 0, SEEK_END), HOSTILE_SECTORS * BLK_SECTOR);
+    for (unsigned i = 0; i < HOSTILE_SECTORS; i++) {
+        memset(wanted, HOSTILE_SECTOR(i), sizeof(wanted));
+        bool scratch = i >= HOSTILE_SCRATCH && i < HOSTILE_SCRATCH + 8;
+        if (pread(fd, sector, sizeof(sector), (off_t)i * BLK_SECTOR) != BLK_SECTOR ||
+            (!scratch && memcmp(sector, wanted, sizeof(sector))))
+            ck_abort_msg("sector %u changed", i);
+    }
+    close(fd);
+}
+
+static void canaries_plant(struct bare *b)
+{
+    memset(ram_at(&b->vm->ram, HOSTILE_ARENA, MEMORY - HOSTILE_ARENA), HOSTILE_CANARY,
+           MEMORY - HOSTILE_ARENA);
+}
+
+// Wipes what the guest called writable, then all bytes must be canaries.
+static void canaries_check(struct bare *b)
+{
+    unsigned areas = 0;
+    for (; areas < VM_MAX_VCPUS && bare_has_value(b, UCALL_V_AREA_BYTES, areas); areas++) {
+        uint64_t at = bare_value(b, UCALL_V_AREA_BASE, areas);
+        uint64_t bytes = bare_value(b, UCALL_V_AREA_BYTES, areas);
+        void *p = ram_at(&b->vm->ram, at, bytes);
+        ck_assert_msg(p && at >= HOSTILE_ARENA, "area at 0x%llx", (unsigned long long)at);
+        memset(p, HOSTILE_CANARY, bytes);
+    }
+    ck_assert_uint_ge(areas, 10);
+    const uint8_t *all = ram_at(&b->vm->ram, HOSTILE_ARENA, MEMORY - HOSTILE_ARENA);
+    for (size_t i = 0; i < MEMORY - HOSTILE_ARENA; i++)
+        if (all[i] != HOSTILE_CANARY)
+            ck_abort_msg("guest memory at 0x%zx was written: 0x%02x", i + HOSTILE_ARENA, all[i]);
+}
+
+static unsigned log_lines(const struct rig *r, char text[4096])
+{
+    unsigned lines = 0;
+    ssize_t n = pread(r->log, text, 4095, 0);
+    text[n > 0 ? n : 0] = 0;
+    for (const char *p = text; (p = strchr(p, '\n')); p++)
+        lines++;
+    return lines;
+}
+
+static void log_check(const struct rig *r, uint64_t ns)
+{
+    char text[4096];
+    unsigned lines = log_lines(r, text);
+    int wanted = cases[r->setting.what].lines;
+    if (wanted == HOSTILE_FLOOD)
+        ck_assert_msg(lines && lines <= LINES_A_SECOND * (ns / 1000000000u + 2), "%u lines: %s",
+                      lines, text);
+    else
+        ck_assert_msg((int)lines == wanted, "%u lines, expected %d: %s", lines, wanted, text);
+}
+
+static uint64_t resident(void)
+{
+    char text[128] = "";
+    unsigned long total = 0, pages = 0;
+    int fd = open("/proc/self/statm", O_RDONLY);
+    ck_assert(fd >= 0 && read(fd, text, sizeof(text) - 1) > 0);
+    close(fd);
+    ck_assert_int_eq(sscanf(text, "%lu %lu", &total, &pages), 2);
+    return (uint64_t)pages * PAGE_SIZE;
+}
+
+// --- a run
+
+static void rig_init(struct rig *r, const struct setting *s)
+{
+    const struct hostile *c = &cases[s->what];
+    memset(r, 0, sizeof(*r));
+    r->setting = *s;
+    disk_create(r);
+    r->log = memfd_create("log", MFD_CLOEXEC);
+    ck_assert_int_ge(r->log, 0);
+    r->blk = (struct virtio_blk_config) {.attach = {.packed = s->packed}, .queues = 1};
+    memcpy(r->blk.path, r->disk, sizeof(r->disk));
+    r->rng = (struct virtio_rng_config) {.attach = {.packed = s->packed}};
+    r->devices[0] = (struct bare_device) {&virtio_blk_class, &r->blk.attach};
+    r->devices[1] = (struct bare_device) {&virtio_rng_class, &r->rng.attach};
+    r->config = (struct bare_config) {.guest = "hostile",
+                                      .cpus = strstr(c->name, "flip_") ? 2 : 1,
+                                      .memory = MEMORY,
+                                      .hold = true,
+                                      .devices = r->devices,
+                                      .nr_devices = ARRAY_SIZE(r->devices),
+                                      .pci = s->pci,
+                                      .log_fd = r->log,
+                                      .params = {{UCALL_P_CASE, s->what},
+                                                 {UCALL_P_DEVICE, s->device},
+                                                 {UCALL_P_PACKED, s->packed},
+                                                 {UCALL_P_EVENTS, s->pci}},
+                                      .nr_params = 4};
+}
+
+// The guest goes on in a new VM.
+static void move(struct bare *from, struct bare *to, struct rig *r, struct stream_mem *blob)
+{
+    struct bare_config config = r->config;
+    config.guest = NULL;
+    r->blk.attach.arrives = r->rng.attach.arrives = true;
+    bare_create(to, &config);
+    bare_load(to, from, blob);
+    memcpy(to->values, from->values, sizeof(to->values));
+    bare_end(from);
+    bare_run(to);
+}
+
+static void attack(const struct setting *s)
+{
+    struct rig r;
+    struct bare vm[2], *b = &vm[0];
+    struct stream_mem blob;
+    rig_init(&r, s);
+    uint64_t before = resident(), begin = time_ns();
+    bare_create(b, &r.config);
+    canaries_plant(b);
+    bare_run(b);
+    bare_wait_syncs(b, 1); // HOSTILE_ATTACKED
+    bare_pause(b);
+    bare_save(b, &blob);
+    if (s->packed) {
+        move(b, &vm[1], &r, &blob);
+        b = &vm[1];
+    } else {
+        bare_resume(b);
+    }
+    stream_mem_free(&blob);
+    bare_wait_done(b);
+    uint64_t grown = resident() - before;
+    bare_loop_end(b);
+    canaries_check(b);
+    bare_end(b);
+    log_check(&r, time_ns() - begin);
+    disk_check(&r);
+    ck_assert_msg(SANITIZED || grown < 2ull * MEMORY + GROWTH_MAX, "grew by %llu KiB",
+                  (unsigned long long)grown / 1024);
+    close(r.log);
+    unlink(r.disk);
+}
+
+static void attacks(enum hostile_case what, uint32_t device)
+{
+    for (unsigned i = 0; i < 4; i++) {
+        const struct setting s = {what, device, i & 1, i & 2};
+        if (cases[what].rings & (s.packed ? HOSTILE_PACKED : HOSTILE_SPLIT))
+            attack(&s);
+    }
+}
+
+START_TEST(attack_is_survived)
+{
+    static const uint32_t any[] = {VIRTIO_ID_BLK, VIRTIO_ID_RNG};
+    enum hostile_case what = (enum hostile_case)_i;
+    if (cases[what].device)
+        attacks(what, cases[what].device);
+    else
+        for (unsigned i = 0; i < ARRAY_SIZE(any); i++)
+            attacks(what, any[i]);
+}
+END_TEST
+
+// HOSTILE_CASE in the environment: that one alone (tests/bare/guards).
+static void add_tests(TCase *tc)
+{
+    const char *only = getenv("HOSTILE_CASE");
+    for (int i = 0; i < HOSTILE_COUNT; i++)
+        if (!only || !strcmp(only, cases[i].name))
+            tcase_add_loop_test(tc, attack_is_survived, i, i + 1);
+}
+
+int main(void)
+{
+    return bare_main("bare_hostile", add_tests);
+}
