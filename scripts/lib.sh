@@ -21,6 +21,7 @@ build ninja-build         runs the build
 build pkg-config          finds the libraries below
 build liburing-dev        the event loop stands on io_uring
 build libjansson-dev      configuration files and the control socket speak JSON
+build libevent-dev       serves the control API: HTTP on a Unix socket
 build zlib1g-dev          unpacks gzip kernels on the host side
 build liblzma-dev         unpacks xz kernels on the host side
 build liblz4-dev          unpacks lz4 kernels on the host side
