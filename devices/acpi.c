@@ -185,7 +185,7 @@ static void dsdt_power_button(struct aml *aml)
 static void dsdt_vmgenid(struct aml *aml)
 {
     size_t device = aml_device(aml, "VGEN");
-    aml_name_string(aml, "_HID", "FERRYGID");
+    aml_name_string(aml, "_HID", "FERY0001");
     aml_name_string(aml, "_CID", "VM_Gen_Counter");
     aml_name_string(aml, "_DDN", "VM_Gen_Counter");
     aml_name(aml, "ADDR");

@@ -28,7 +28,7 @@ class VmGenId(lab.LabTest):
 
     def test_1_new_after_each_restore(self):
         vm = self.boot()
-        self.assertIn("FERRYGID:00", vm.command("ls /sys/bus/acpi/devices"))
+        self.assertIn("FERY0001:00", vm.command("ls /sys/bus/acpi/devices"))
         vm.command("head -c 64 /dev/random >/dev/null")  # waits until the generator is ready
         first = self.generation(vm)
         self.assertEqual(32, len(first))
@@ -61,7 +61,7 @@ class VmGenId(lab.LabTest):
 
     def test_3_left_off(self):
         vm = self.boot("--vmgenid", "false")
-        self.assertNotIn("FERRYGID", vm.command("ls /sys/bus/acpi/devices"))
+        self.assertNotIn("FERY0001", vm.command("ls /sys/bus/acpi/devices"))
         path = self.lab.path("snapshot")
         self.assertStatus(vm.ferry("snapshot", path), lab.OK)
         clone = self.lab.vm("restore", path)

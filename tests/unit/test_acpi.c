@@ -188,6 +188,29 @@ START_TEST(pci_tables)
 }
 END_TEST
 
+START_TEST(generation_id)
+{
+    struct ram ram;
+    struct error err = {0};
+    uint64_t rsdp;
+    ram_make(&ram);
+    for (int present = 0; present < 2; present++) {
+        const struct acpi_config config = {.cpus = 1, .vmgenid = present};
+        ck_assert_msg(acpi_build(&ram, &config, &rsdp, &err) == 0, "%s", err.text);
+        const uint8_t *dsdt = tables_walk(&ram, rsdp).dsdt;
+        ck_assert_uint_eq(occurrences(dsdt, "VM_Gen_Counter", 15), present ? 2 : 0); // _CID, _DDN
+        // Name (ADDR, Package () {low, high}), and Notify (VGEN, 0x80) with the event's bit.
+        const uint8_t package[] = {8, 'A', 'D', 'D', 'R', 0x12, 8, 2, 0x0c, 0x00, 0xf0, 0x0e, 0, 0};
+        ck_assert_uint_eq(LAYOUT_VMGENID, 0xef000);
+        ck_assert_uint_eq(occurrences(dsdt, package, sizeof(package)), present);
+        const uint8_t notify[] = {0x7b, 0x60, 0x0a, ACPI_EVENT_VMGENID, 0, 0x86, 'V',
+                                  'G',  'E',  'N'};
+        ck_assert_uint_eq(occurrences(dsdt, notify, sizeof(notify)), present);
+    }
+    ram_destroy(&ram);
+}
+END_TEST
+
 static void file_write(const char *path, const void *data, size_t len)
 {
     FILE *f = fopen(path, "w");
@@ -241,6 +264,7 @@ START_TEST(dsdt_by_iasl)
     struct acpi_config config = {
         .cpus = counts[_i], .virtio = virtio, .nr_virtio = _i ? ARRAY_SIZE(virtio) : 0};
     config.pci = _i % 2;
+    config.vmgenid = _i / 2;
     uint64_t rsdp;
     ck_assert_msg(acpi_build(&ram, &config, &rsdp, &err) == 0, "%s", err.text);
     iasl_round_trip(tables_walk(&ram, rsdp).dsdt);
@@ -369,6 +393,7 @@ int main(void)
     TCase *tc = tcase_create("acpi");
     tcase_add_loop_test(tc, tables, 1, 65);
     tcase_add_test(tc, pci_tables);
+    tcase_add_test(tc, generation_id);
     tcase_add_test(tc, limits);
     tcase_add_test(tc, aml_encodings);
     tcase_add_test(tc, aml_bounded);

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include "vmm/layout.h"
@@ -280,6 +281,141 @@ START_TEST(own_writes_are_logged)
 }
 END_TEST
 
+// --- giving memory back
+
+static unsigned resident(const struct ram *ram, uint64_t gpa, uint64_t len)
+{
+    unsigned char map[1024];
+    unsigned n = 0;
+    ck_assert_int_eq(mincore(ram_at(ram, gpa, len), len, map), 0);
+    for (uint64_t i = 0; i < len / PAGE_SIZE; i++)
+        n += map[i] & 1;
+    return n;
+}
+
+static const enum ram_backing backings[] = {RAM_ANONYMOUS, RAM_MEMFD};
+
+START_TEST(discards)
+{
+    struct ram ram;
+    struct error err;
+    uint64_t given;
+    const uint64_t low = LAYOUT_RAM_LOW_MAX, high = LAYOUT_RAM_HIGH;
+    create(&ram, low + 16 * MiB, backings[_i]);
+    madvise(ram.map, ram.size, MADV_NOHUGEPAGE);
+    memset(ram_at(&ram, 0, MiB), 1, MiB);
+    memset(ram_at(&ram, low - MiB, MiB), 1, MiB);
+    memset(ram_at(&ram, high, MiB), 1, MiB);
+    ck_assert_int_eq(ram_discard(&ram, PAGE_SIZE, 2 * PAGE_SIZE, &given, &err), 0);
+    ck_assert_uint_eq(given, 2 * PAGE_SIZE);
+    ck_assert_uint_eq(resident(&ram, 0, MiB), 254);
+    ck_assert_uint_eq(*(uint8_t *)ram_at(&ram, PAGE_SIZE, 1), 0);
+    ck_assert_uint_eq(*(uint8_t *)ram_at(&ram, PAGE_SIZE - 1, 1), 1);
+    ck_assert_uint_eq(*(uint8_t *)ram_at(&ram, 3 * PAGE_SIZE, 1), 1);
+    // Whole pages within the range only.
+    static const struct {
+        uint64_t gpa, len, given;
+    } parts[] = {{4 * PAGE_SIZE + 1, PAGE_SIZE, 0},
+                 {4 * PAGE_SIZE, PAGE_SIZE - 1, 0},
+                 {4 * PAGE_SIZE, 0, 0},
+                 {4 * PAGE_SIZE + 7, 2 * PAGE_SIZE, PAGE_SIZE},
+                 {6 * PAGE_SIZE - 1, PAGE_SIZE + 2, PAGE_SIZE}};
+    for (unsigned i = 0; i < ARRAY_SIZE(parts); i++) {
+        ck_assert_int_eq(ram_discard(&ram, parts[i].gpa, parts[i].len, &given, &err), 0);
+        ck_assert_msg(given == parts[i].given, "row %u", i);
+    }
+    ck_assert_uint_eq(*(uint8_t *)ram_at(&ram, 4 * PAGE_SIZE, 1), 1);
+    ck_assert_uint_eq(*(uint8_t *)ram_at(&ram, 5 * PAGE_SIZE, 1), 0);
+    ck_assert_uint_eq(*(uint8_t *)ram_at(&ram, 6 * PAGE_SIZE, 1), 0);
+    ck_assert_uint_eq(*(uint8_t *)ram_at(&ram, 7 * PAGE_SIZE, 1), 1);
+    // Both sides of the hole, which lie back to back here.
+    ck_assert_int_eq(ram_discard(&ram, low - PAGE_SIZE, PAGE_SIZE, &given, &err), 0);
+    ck_assert_int_eq(ram_discard(&ram, high, PAGE_SIZE, &given, &err), 0);
+    ck_assert_uint_eq(resident(&ram, low - MiB, MiB), 255);
+    ck_assert_uint_eq(resident(&ram, high, MiB), 255);
+    static const struct {
+        uint64_t gpa, len;
+    } outside[] = {{LAYOUT_RAM_LOW_MAX - PAGE_SIZE, 2 * PAGE_SIZE},
+                   {LAYOUT_RAM_LOW_MAX, PAGE_SIZE},
+                   {LAYOUT_RAM_HIGH + 16 * MiB, PAGE_SIZE},
+                   {LAYOUT_RAM_HIGH + 16 * MiB - PAGE_SIZE, PAGE_SIZE + 1},
+                   {UINT64_MAX - PAGE_SIZE + 1, PAGE_SIZE},
+                   {PAGE_SIZE, UINT64_MAX},
+                   {0, LAYOUT_RAM_HIGH + PAGE_SIZE}};
+    for (unsigned i = 0; i < ARRAY_SIZE(outside); i++) {
+        ck_assert_int_eq(ram_discard(&ram, outside[i].gpa, outside[i].len, &given, &err), -EFAULT);
+        ck_assert_uint_eq(given, 0);
+    }
+    ck_assert_uint_eq(resident(&ram, low - MiB, MiB), 255);
+    ram_destroy(&ram);
+}
+END_TEST
+
+START_TEST(discards_can_be_blocked)
+{
+    struct ram ram;
+    struct error err;
+    uint64_t given;
+    create(&ram, RAM_MIN, backings[_i]);
+    memset(ram_at(&ram, 0, MiB), 1, MiB);
+    ram_discard_block(&ram);
+    ram_discard_block(&ram); // counted
+    ram_discard_unblock(&ram);
+    ck_assert_int_eq(ram_discard(&ram, 0, MiB, &given, &err), 0);
+    ck_assert_uint_eq(given, 0);
+    ck_assert_uint_eq(resident(&ram, 0, MiB), 256);
+    ck_assert_int_eq(ram_drop(&ram, 0, 1, &err), 0); // for those who block
+    ck_assert_uint_eq(resident(&ram, 0, MiB), 255);
+    ram_discard_unblock(&ram);
+    ck_assert_int_eq(ram_discard(&ram, 0, MiB, &given, &err), 0);
+    ck_assert_uint_eq(given, MiB);
+    ck_assert_uint_eq(resident(&ram, 0, MiB), 0);
+    ram_destroy(&ram);
+}
+END_TEST
+
+START_TEST(discards_count_as_written)
+{
+    struct ram ram;
+    struct error err;
+    uint64_t given, bitmap[RAM_MIN / PAGE_SIZE / 64] = {0};
+    autoclose int vm = kvm_vm();
+    if (vm < 0)
+        return;
+    create(&ram, RAM_MIN, RAM_ANONYMOUS);
+    ck_assert_int_eq(ram_attach(&ram, vm, &err), 0);
+    ck_assert_int_eq(ram_dirty_start(&ram, &err), 0);
+    ck_assert_int_eq(ram_discard(&ram, 64 * PAGE_SIZE + 1, 3 * PAGE_SIZE, &given, &err), 0);
+    ram_discard_block(&ram);
+    ck_assert_int_eq(ram_discard(&ram, 128 * PAGE_SIZE, PAGE_SIZE, &given, &err), 0);
+    ck_assert_int_eq(ram_dirty_sync(&ram, bitmap, NULL, &err), 0);
+    for (unsigned i = 0; i < ARRAY_SIZE(bitmap); i++)
+        ck_assert_uint_eq(bitmap[i], i == 1 ? 6 : 0);
+    ram_destroy(&ram);
+}
+END_TEST
+
+// Huge pages go whole or not at all. A machine without any has nothing to test.
+START_TEST(discards_of_huge_pages)
+{
+    struct ram ram;
+    struct error err;
+    uint64_t given;
+    const struct ram_config config = {.size = RAM_MIN, .backing = RAM_HUGETLB};
+    if (ram_create(&ram, &config, &err))
+        return;
+    memset(ram.map, 1, 6 * MiB);
+    ck_assert_int_eq(ram_discard(&ram, 0, 2 * MiB - PAGE_SIZE, &given, &err), 0);
+    ck_assert_uint_eq(given, 0);
+    ck_assert_int_eq(ram_discard(&ram, PAGE_SIZE, 4 * MiB, &given, &err), 0);
+    ck_assert_uint_eq(given, 2 * MiB);
+    ck_assert_uint_eq(ram.map[2 * MiB - 1], 1);
+    ck_assert_uint_eq(ram.map[2 * MiB], 0);
+    ck_assert_uint_eq(ram.map[4 * MiB], 1);
+    ram_destroy(&ram);
+}
+END_TEST
+
 struct marker {
     struct ram *ram;
     unsigned step, times;
@@ -337,6 +473,10 @@ int main(void)
     tcase_add_test(tc, numa_policies);
     tcase_add_test(tc, thp_is_a_wish);
     tcase_add_test(tc, own_writes_are_logged);
+    tcase_add_loop_test(tc, discards, 0, 2);
+    tcase_add_loop_test(tc, discards_can_be_blocked, 0, 2);
+    tcase_add_test(tc, discards_count_as_written);
+    tcase_add_test(tc, discards_of_huge_pages);
     tcase_add_test(tc, marks_race_with_syncs);
     Suite *suite = suite_create("ram");
     suite_add_tcase(suite, tc);
