@@ -330,6 +330,31 @@ START_TEST(power_button_event)
 }
 END_TEST
 
+START_TEST(generation_id)
+{
+    struct power_config config = {irq_note};
+    struct error err = {0};
+    struct rig *rig = rig_with(&power_class, &config), *other = rig_with(&vmgenid_class, NULL);
+    struct device *power = rig->dev;
+    uint8_t none[VMGENID_LEN] = {0}, first[VMGENID_LEN], theirs[VMGENID_LEN];
+    const uint8_t *id = ram_at(&rig->vm.ram, LAYOUT_VMGENID, VMGENID_LEN);
+    rig_add(rig, &vmgenid_class, NULL);
+    memcpy(first, id, sizeof(first));
+    memcpy(theirs, ram_at(&other->vm.ram, LAYOUT_VMGENID, VMGENID_LEN), sizeof(theirs));
+    ck_assert_mem_ne(first, none, sizeof(first));
+    ck_assert_mem_ne(first, theirs, sizeof(first));
+    ck_assert_uint_eq(in(rig, PORT_EVENT, 1), 0); // nobody has seen another one
+    ck_assert_int_eq(vmgenid_renew(rig->dev, power, &err), 0);
+    ck_assert_mem_ne(first, id, sizeof(first));
+    ck_assert_str_eq(rig->irqs, "10");
+    power_button(power); // beside it, not instead
+    ck_assert_uint_eq(in(rig, PORT_EVENT, 1), ACPI_EVENT_VMGENID | ACPI_EVENT_POWER_BUTTON);
+    ck_assert_uint_eq(in(rig, PORT_EVENT, 1), 0);
+    rig_free(other);
+    rig_free(rig);
+}
+END_TEST
+
 // --- pvpanic, debug exit, mark
 
 START_TEST(pvpanic)
@@ -569,6 +594,7 @@ int main(void)
     tcase_add_test(tc, rtc_memory_and_hostile);
     tcase_add_test(tc, power_off);
     tcase_add_test(tc, power_button_event);
+    tcase_add_test(tc, generation_id);
     tcase_add_test(tc, pvpanic);
     tcase_add_test(tc, debug_exit);
     tcase_add_test(tc, mark);
