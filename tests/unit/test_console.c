@@ -32,6 +32,9 @@ struct rig {
     char input[16384];
     size_t input_len;
     unsigned commands[8], nr_commands;
+    char opened[16]; // '+' and '-'
+    unsigned resized;
+    struct console_config extra; // strict, patience_ms and sized of the next rig_open
 };
 
 static void on_readable(void *arg)
@@ -47,6 +50,18 @@ static void on_writable(void *arg)
     ((struct rig *)arg)->writable++;
 }
 
+static void on_opened(void *arg, bool open)
+{
+    struct rig *rig = arg;
+    ck_assert(console_connected(rig->console) == open);
+    strcat(rig->opened, open ? "+" : "-");
+}
+
+static void on_resized(void *arg)
+{
+    ((struct rig *)arg)->resized++;
+}
+
 static void on_command(void *arg, enum console_command command)
 {
     struct rig *rig = arg;
@@ -54,7 +69,7 @@ static void on_command(void *arg, enum console_command command)
     rig->commands[rig->nr_commands++] = command;
 }
 
-static const struct console_client client = {on_readable, on_writable};
+static const struct console_client client = {on_readable, on_writable, on_opened, on_resized};
 
 static struct rig *rig_new(void)
 {
@@ -71,6 +86,9 @@ static void rig_open(struct rig *rig, const char *text)
     struct error err = {0};
     struct console_config config;
     ck_assert_msg(!console_parse(text, &config, &err), "%s", err.text);
+    config.strict = rig->extra.strict;
+    config.patience_ms = rig->extra.patience_ms;
+    config.sized = rig->extra.sized;
     ck_assert_msg(!console_open(&rig->console, &config, rig->loop, &err), "%s", err.text);
     console_attach(rig->console, &client, rig);
     console_on_command(rig->console, on_command, rig);
@@ -769,6 +787,136 @@ START_TEST(socket_stale_and_live)
 }
 END_TEST
 
+// --- what virtio ports ask for
+
+START_TEST(strict_takes_nothing_for_nobody)
+{
+    char path[96], word[128];
+    struct rig *rig = rig_new();
+    rig->extra.strict = true;
+    snprintf(path, sizeof(path), "%s/sock", rig->dir);
+    snprintf(word, sizeof(word), "unix:%s", path);
+    rig_open(rig, word);
+    ck_assert_uint_eq(console_write(rig->console, "x", 1), 0);
+    int fd = dial(path);
+    turn(rig);
+    ck_assert_str_eq(rig->opened, "+");
+    put(rig, "now");
+    expect(fd, "now");
+    close(fd);
+    turn(rig);
+    ck_assert_str_eq(rig->opened, "+-");
+    ck_assert_uint_eq(console_write(rig->console, "x", 1), 0);
+    ck_assert_uint_eq(console_lost(rig->console), 0);
+    rig_free(rig);
+}
+END_TEST
+
+// What is held outside is there for somebody else, even after this console has gone.
+START_TEST(held_input_stays_outside)
+{
+    struct rig *rig = rig_new();
+    int fd[2];
+    char word[32], left[8];
+    ck_assert(!socketpair(AF_UNIX, SOCK_STREAM, 0, fd));
+    int other = dup(fd[1]);
+    snprintf(word, sizeof(word), "fd:%d", fd[1]);
+    rig_open(rig, word);
+    send_all(fd[0], "taken");
+    await_input(rig, "taken");
+    console_hold(rig->console, true);
+    send_all(fd[0], "held");
+    turn(rig);
+    ck_assert_uint_eq(rig->input_len + console_pending(rig->console), 0);
+    console_hold(rig->console, false);
+    await_input(rig, "held");
+    console_hold(rig->console, true);
+    send_all(fd[0], "left");
+    turn(rig);
+    rig_free(rig);
+    ck_assert_int_eq(read(other, left, sizeof(left)), 4);
+    ck_assert_mem_eq(left, "left", 4);
+    close(other);
+    close(fd[0]);
+}
+END_TEST
+
+// A reader that stops is given up after its time, one that only is slow is not.
+START_TEST(patience)
+{
+    struct rig *rig = rig_new();
+    int fd[2];
+    char word[32], data[4096];
+    ck_assert(!socketpair(AF_UNIX, SOCK_STREAM, 0, fd));
+    snprintf(word, sizeof(word), "fd:%d", fd[1]);
+    rig->extra.patience_ms = 50;
+    rig_open(rig, word);
+    memset(data, 'p', sizeof(data));
+    for (unsigned slow = 0; slow < 4; slow++) { // too little for POLLOUT
+        while (console_write(rig->console, data, sizeof(data)) == sizeof(data))
+            continue;
+        ck_assert(!read_all(fd[0], data, sizeof(data)));
+        unsigned before = rig->writable;
+        while (rig->writable == before)
+            ck_assert(!loop_turn(rig->loop, true, NULL));
+    }
+    ck_assert_uint_eq(console_lost(rig->console), 0);
+    size_t n = 0;
+    while (n < 2 * CONSOLE_BACKLOG) { // until it is taken for nobody
+        size_t taken = console_write(rig->console, data, sizeof(data));
+        n = taken < sizeof(data) ? 0 : n + taken;
+        unsigned before = rig->writable;
+        while (taken < sizeof(data) && rig->writable == before)
+            ck_assert(!loop_turn(rig->loop, true, NULL));
+    }
+    ck_assert_uint_gt(console_lost(rig->console), 0);
+    rig_free(rig);
+    close(fd[0]);
+}
+END_TEST
+
+// Let go while the loop lives: everything is given back, without the loop's end.
+START_TEST(released_under_a_living_loop)
+{
+    static const char *const words[] = {"null", "pty", "unix:%s/sock", "file:/dev/null", "fd:%d"};
+    struct rig *rig = rig_new();
+    for (unsigned visit = 0; visit < 3; visit++) {
+        for (unsigned i = 0; i < ARRAY_SIZE(words); i++) {
+            char word[128];
+            int fd[2], visitor = -1, before = dup(0);
+            close(before);
+            ck_assert(!socketpair(AF_UNIX, SOCK_STREAM, 0, fd));
+            if (i == 2)
+                snprintf(word, sizeof(word), words[i], rig->dir);
+            else
+                snprintf(word, sizeof(word), words[i], fd[1]);
+            if (i != 4)
+                close(fd[1]);
+            rig->extra.patience_ms = visit ? 1000 : 0;
+            rig_open(rig, word);
+            if (visit)
+                turn(rig);
+            if (visit && i == 2)
+                visitor = dial(word + 5);
+            if (visit && i == 1)
+                visitor = open(console_path(rig->console), O_RDWR | O_NOCTTY);
+            if (visit > 1)
+                turn(rig);
+            console_release(rig->console);
+            turn(rig);
+            close(fd[0]);
+            if (visitor >= 0)
+                close(visitor);
+            int after = dup(0);
+            close(after);
+            ck_assert_msg(before == after, "%s leaks an fd", word);
+        }
+    }
+    rig->console = NULL;
+    rig_free(rig);
+}
+END_TEST
+
 // --- threads
 
 struct writer {
@@ -899,6 +1047,10 @@ int main(void)
     tcase_add_test(tc, socket_backlog_is_bounded);
     tcase_add_test(tc, socket_blocked_client_leaves);
     tcase_add_test(tc, socket_stale_and_live);
+    tcase_add_test(tc, strict_takes_nothing_for_nobody);
+    tcase_add_test(tc, held_input_stays_outside);
+    tcase_add_test(tc, patience);
+    tcase_add_test(tc, released_under_a_living_loop);
     tcase_add_test(tc, threads);
     tcase_add_test(tc, drain);
     suite_add_tcase(suite, tc);
