@@ -31,7 +31,7 @@ _ferry()
         choices=$(_ferry_commands "$ferry")
     else
         case $previous in
-        --kernel | -k | --initrd | -i | --config)
+        --kernel | -k | --initrd | -i | --config | --config-file)
             mapfile -t COMPREPLY < <(compgen -f -- "$word")
             return
             ;;
@@ -39,13 +39,15 @@ _ferry()
         --backing | -B) choices="anonymous thp memfd hugetlb" ;;
         --console | -o) choices="stdio null pty file: unix: fd:" ;;
         --log) choices="error warn info debug" ;;
-        --control) choices="true false" ;;
+        --control | --vmgenid) choices="true false" ;;
+        --transport) choices="mmio pci" ;;
+        --net) choices="tap= tap-fd= user" ;;
         --mode) choices="precopy postcopy hybrid" ;;
         --on-stall) choices="continue cancel switch postcopy" ;;
         *)
             case $word:$command in
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
-            *:info | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
+            *:info | *:set | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
             esac
             ;;
         esac

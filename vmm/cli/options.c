@@ -354,19 +354,37 @@ int options_set(struct vm_options *o, unsigned command, const char *name, const 
 
 // --- command line
 
+enum { HELP_INDENT = 27, HELP_WIDTH = 100 };
+
+// A long text goes on below itself, broken before a space or a bracket.
+static void help_text(const char *text)
+{
+    enum { ROOM = HELP_WIDTH - HELP_INDENT };
+    while (strlen(text) > ROOM) {
+        size_t cut = ROOM;
+        while (cut > 1 && text[cut] != ' ' && text[cut] != '[')
+            cut--;
+        if (cut == 1)
+            cut = ROOM;
+        printf("%.*s\n%*s", (int)cut, text, HELP_INDENT, "");
+        text += cut + (text[cut] == ' ');
+    }
+    printf("%s\n", text);
+}
+
 static void help(const struct option_table *t, unsigned command, const char *usage)
 {
     printf("usage: %s\n\n", usage);
     for (const struct option_row *row = t->rows; row < t->rows + t->nr; row++) {
         if (!(row->commands & command))
             continue;
-        char left[40];
+        char left[40], brief[8] = "    ";
         snprintf(left, sizeof(left), "--%s%s%s", row->name, row->arg ? " " : "",
                  row->arg ? row->arg : "");
         if (row->brief)
-            printf("  -%c, %-20s %s\n", row->brief, left, row->help);
-        else
-            printf("      %-20s %s\n", left, row->help);
+            snprintf(brief, sizeof(brief), "-%c, ", row->brief);
+        printf("  %s%-20s ", brief, left);
+        help_text(row->help);
     }
     printf("  -h, %-20s %s\n", "--help", "this text");
 }
