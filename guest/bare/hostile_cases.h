@@ -3,10 +3,9 @@
 
 // What guest `hostile` tries, and what the test expects (tests/bare/bare_hostile.c).
 //
-// X(NAME, name, device, rings, lines): virtio id of the device it is for (0: any that has a queue
-// which the device reads at once), bits of the ring formats it makes sense for, and how many lines
-// the VMM logs about it: one for each offence (HOSTILE_FLOOD: as many as the rate limit lets
-// through).
+// X(NAME, name, device, rings, lines): virtio id of the device it is for (0: any), bits of the ring
+// formats it makes sense for, and how many lines the VMM logs about it: one for each offence
+// (HOSTILE_FLOOD: as many as the rate limit lets through).
 
 enum hostile_rings { HOSTILE_SPLIT = 1, HOSTILE_PACKED = 2, HOSTILE_BOTH = 3 };
 enum { HOSTILE_FLOOD = -1 };
@@ -67,8 +66,15 @@ enum { HOSTILE_FLOOD = -1 };
     X(BLK_NO_HEADER, blk_no_header, 2, HOSTILE_BOTH, 1)                                            \
     X(BLK_FORMAT, blk_format, 2, HOSTILE_BOTH, 0) /* writes the header of another image format */  \
     X(BLK_FLIP_HEADER, blk_flip_header, 2, HOSTILE_BOTH, 0)                                        \
-    /* entropy */                                                                                  \
-    X(RNG_FLOOD, rng_flood, 4, HOSTILE_BOTH, 0) /* gigabytes in one request, many requests */
+    /* entropy, net, console, vsock, balloon */                                                    \
+    X(RNG_FLOOD, rng_flood, 4, HOSTILE_BOTH, 0)   /* gigabytes in one request */                   \
+    X(NET_FRAMES, net_frames, 1, HOSTILE_BOTH, 1) /* headers that lie, too short, far too long */  \
+    X(CONSOLE_CONTROL, console_control, 3, HOSTILE_BOTH,                                           \
+      HOSTILE_FLOOD) /* messages for no port, cut short */                                         \
+    X(VSOCK_LENGTHS, vsock_lengths, 19, HOSTILE_BOTH,                                              \
+      1) /* a length that is not the buffers'; half a header */                                    \
+    X(BALLOON_PAGES, balloon_pages, 5, HOSTILE_BOTH,                                               \
+      HOSTILE_FLOOD) /* outside of RAM, odd lengths, a lie about its size */
 
 enum hostile_case {
 #define HOSTILE_ENUM(NAME, name, device, rings, lines) HOSTILE_##NAME,

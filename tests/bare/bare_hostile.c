@@ -12,10 +12,15 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
+#include "devices/virtio_balloon.h"
 #include "devices/virtio_blk.h"
+#include "devices/virtio_console.h"
+#include "devices/virtio_net.h"
 #include "devices/virtio_rng.h"
+#include "devices/virtio_vsock.h"
 #include "guest/bare/hostile_cases.h"
 #include "tests/bare/bare.h"
 #include "vmm/util.h"
@@ -42,8 +47,11 @@ static const struct hostile {
 struct setting { // of one run
     enum hostile_case what;
     uint32_t device;
+    unsigned queue; // that the device reads at once
     bool packed, pci;
 };
+
+enum { PEERS_MAX = 4 };
 
 struct rig {
     struct setting setting;
@@ -51,7 +59,16 @@ struct rig {
     int log;
     struct virtio_blk_config blk;
     struct virtio_rng_config rng;
-    struct bare_device devices[2];
+    union {
+        struct virtio_attach attach;
+        struct virtio_net_config net;
+        struct virtio_console_config console;
+        struct virtio_vsock_config vsock;
+        struct virtio_balloon_config balloon;
+    } other;
+    int peers[PEERS_MAX]; // host's ends of sockets
+    unsigned nr_peers;
+    struct bare_device devices[3]; // disk, entropy, and the attacked one if it is another
     struct bare_config config;
 };
 
@@ -146,6 +163,49 @@ static uint64_t resident(void)
 
 // --- a run
 
+// The device's end of a new socket.
+static int socket_new(struct rig *r, int type)
+{
+    int ends[2];
+    ck_assert_uint_lt(r->nr_peers, PEERS_MAX);
+    ck_assert_int_eq(socketpair(AF_UNIX, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends), 0);
+    r->peers[r->nr_peers++] = ends[0];
+    return ends[1];
+}
+
+// Fills in r->other, for a VM that is made next.
+static const struct device_class *other_make(struct rig *r)
+{
+    const struct device_class *class = NULL;
+    struct error err = {0};
+    char text[128];
+    int ret = 0;
+    memset(&r->other, 0, sizeof(r->other));
+    switch (r->setting.device) {
+    case VIRTIO_ID_NET:
+        r->other.net.kind = NET_PACKETS;
+        r->other.net.fds[0] = socket_new(r, SOCK_SEQPACKET);
+        class = &virtio_net_class;
+        break;
+    case VIRTIO_ID_CONSOLE:
+        snprintf(text, sizeof(text), "fd:%d", socket_new(r, SOCK_STREAM));
+        ret = virtio_console_parse(text, &r->other.console, &err);
+        class = &virtio_console_class;
+        break;
+    case VIRTIO_ID_VSOCK:
+        r->other.vsock.cid = VSOCK_CID_MIN;
+        snprintf(r->other.vsock.path, sizeof(r->other.vsock.path), "%s.vsock", r->disk);
+        class = &virtio_vsock_class;
+        break;
+    case VIRTIO_ID_BALLOON:
+        class = &virtio_balloon_class;
+        break;
+    }
+    ck_assert_msg(!ret, "%s", err.text);
+    r->other.attach.packed = r->setting.packed;
+    return class;
+}
+
 static void rig_init(struct rig *r, const struct setting *s)
 {
     const struct hostile *c = &cases[s->what];
@@ -159,19 +219,21 @@ static void rig_init(struct rig *r, const struct setting *s)
     r->rng = (struct virtio_rng_config) {.attach = {.packed = s->packed}};
     r->devices[0] = (struct bare_device) {&virtio_blk_class, &r->blk.attach};
     r->devices[1] = (struct bare_device) {&virtio_rng_class, &r->rng.attach};
+    r->devices[2] = (struct bare_device) {other_make(r), &r->other.attach};
     r->config = (struct bare_config) {.guest = "hostile",
                                       .cpus = strstr(c->name, "flip_") ? 2 : 1,
                                       .memory = MEMORY,
                                       .hold = true,
                                       .devices = r->devices,
-                                      .nr_devices = ARRAY_SIZE(r->devices),
+                                      .nr_devices = r->devices[2].class ? 3 : 2,
                                       .pci = s->pci,
                                       .log_fd = r->log,
                                       .params = {{UCALL_P_CASE, s->what},
                                                  {UCALL_P_DEVICE, s->device},
                                                  {UCALL_P_PACKED, s->packed},
-                                                 {UCALL_P_EVENTS, s->pci}},
-                                      .nr_params = 4};
+                                                 {UCALL_P_EVENTS, s->pci},
+                                                 {UCALL_P_QUEUE, s->queue}},
+                                      .nr_params = 5};
 }
 
 // The guest goes on in a new VM.
@@ -179,7 +241,8 @@ static void move(struct bare *from, struct bare *to, struct rig *r, struct strea
 {
     struct bare_config config = r->config;
     config.guest = NULL;
-    r->blk.attach.arrives = r->rng.attach.arrives = true;
+    other_make(r);
+    r->blk.attach.arrives = r->rng.attach.arrives = r->other.attach.arrives = true;
     bare_create(to, &config);
     bare_load(to, from, blob);
     memcpy(to->values, from->values, sizeof(to->values));
@@ -210,34 +273,41 @@ static void attack(const struct setting *s)
     bare_wait_done(b);
     uint64_t grown = resident() - before;
     bare_loop_end(b);
+    log_check(&r, time_ns() - begin);
     canaries_check(b);
     bare_end(b);
-    log_check(&r, time_ns() - begin);
     disk_check(&r);
     ck_assert_msg(SANITIZED || grown < 2ull * MEMORY + GROWTH_MAX, "grew by %llu KiB",
                   (unsigned long long)grown / 1024);
+    for (unsigned i = 0; i < r.nr_peers; i++)
+        close(r.peers[i]);
     close(r.log);
     unlink(r.disk);
 }
 
-static void attacks(enum hostile_case what, uint32_t device)
+static void attacks(enum hostile_case what, uint32_t device, unsigned queue)
 {
     for (unsigned i = 0; i < 4; i++) {
-        const struct setting s = {what, device, i & 1, i & 2};
-        if (cases[what].rings & (s.packed ? HOSTILE_PACKED : HOSTILE_SPLIT))
+        const struct setting s = {what, device, queue, i & 1, i & 2};
+        // The shared core behind all devices needs each setting once.
+        bool core = !cases[what].device && device != VIRTIO_ID_BLK && (what + device) % 4 != i;
+        if (cases[what].rings & (s.packed ? HOSTILE_PACKED : HOSTILE_SPLIT) &&
+            (!core || bare_long()))
             attack(&s);
     }
 }
 
 START_TEST(attack_is_survived)
 {
-    static const uint32_t any[] = {VIRTIO_ID_BLK, VIRTIO_ID_RNG};
+    static const struct {
+        uint32_t id;
+        unsigned queue;
+    } devices[] = {{VIRTIO_ID_BLK, 0},     {VIRTIO_ID_RNG, 0},   {VIRTIO_ID_NET, 1},
+                   {VIRTIO_ID_CONSOLE, 1}, {VIRTIO_ID_VSOCK, 1}, {VIRTIO_ID_BALLOON, 0}};
     enum hostile_case what = (enum hostile_case)_i;
-    if (cases[what].device)
-        attacks(what, cases[what].device);
-    else
-        for (unsigned i = 0; i < ARRAY_SIZE(any); i++)
-            attacks(what, any[i]);
+    for (unsigned i = 0; i < ARRAY_SIZE(devices); i++)
+        if (!cases[what].device || cases[what].device == devices[i].id)
+            attacks(what, devices[i].id, devices[i].queue);
 }
 END_TEST
 

@@ -21,7 +21,7 @@ struct kit { // a device and what its requests use
     struct vring ring;
     unsigned queue;
     uint64_t features; // wanted
-    uint64_t rings, table, header, data, status;
+    uint64_t rings, table, header, data, status, page;
 };
 
 static struct vdev devices[VIRTIO_DEVICES_MAX];
@@ -70,6 +70,7 @@ static void kit_init(struct kit *k, uint32_t id, unsigned queue)
     k->header = area(sizeof(struct blk_header) + 16, 16);
     k->data = area(BUFFER, 8);
     k->status = area(1, 3);
+    k->page = area(PAGE_SIZE, 0); // a balloon takes it away
 }
 
 static uint64_t used_now(const struct kit *k)
@@ -115,12 +116,60 @@ static void rng_works(struct kit *k)
     GUEST_ASSERT(len && len <= 64);
 }
 
+// What the device only reads: it comes back.
+static void send(struct kit *k, uint32_t bytes)
+{
+    const struct vbuf buf = {k->data, bytes, false};
+    uint32_t id, len;
+    GUEST_ASSERT(vring_add(&k->ring, &buf, 1, 0) >= 0);
+    vring_kick(&k->ring);
+    GUEST_ASSERT(vring_wait(&k->ring, &id, &len));
+}
+
+struct __attribute__((packed)) vsock_header { // 5.10.6
+    uint64_t src_cid, dst_cid;
+    uint32_t src_port, dst_port, len;
+    uint16_t type, op;
+    uint32_t flags, buf_alloc, fwd_cnt;
+};
+
+enum { NET_HEADER = 12, VSOCK_STREAM = 1, VSOCK_RST = 3, VSOCK_RW = 5, VSOCK_HOST = 2 };
+
+// A reset, which nobody answers.
+static struct vsock_header vsock_header(const struct kit *k)
+{
+    return (struct vsock_header) {.src_cid = *(volatile uint32_t *)k->dev->config,
+                                  .dst_cid = VSOCK_HOST,
+                                  .src_port = 1000,
+                                  .dst_port = 2000,
+                                  .type = VSOCK_STREAM,
+                                  .op = VSOCK_RST};
+}
+
 static void kit_works(struct kit *k)
 {
-    if (k->dev->id == VIRTIO_BLK)
+    memset((void *)k->data, 0, 128);
+    switch (k->dev->id) {
+    case VIRTIO_BLK:
         blk_works(k);
-    else if (k->dev->id == VIRTIO_RNG)
+        break;
+    case VIRTIO_RNG:
         rng_works(k);
+        break;
+    case VIRTIO_NET:
+        send(k, NET_HEADER + 60);
+        break;
+    case VIRTIO_VSOCK:
+        *(struct vsock_header *)k->data = vsock_header(k);
+        send(k, sizeof(struct vsock_header));
+        break;
+    case VIRTIO_BALLOON:
+        *(uint32_t *)k->data = (uint32_t)(k->page / PAGE_SIZE);
+        send(k, 4);
+        break;
+    default:
+        send(k, 4);
+    }
     GUEST_ASSERT_EQ(vreg_read(k->dev, VR_STATUS), 15);
 }
 
@@ -236,10 +285,12 @@ static bool indirect_outside(struct kit *k)
     return offer_one(k, ram_end - 16, 32, VD_INDIRECT);
 }
 
+// What lies behind the table is a good descriptor, for a device that looks there.
 static bool indirect_next_range(struct kit *k)
 {
-    const struct bad b[] = {{k->data, 64, VD_NEXT, 200}, {k->data, 64, VD_WRITE, 0}};
-    return offer_indirect(k, b, 2);
+    const struct bad b = {k->data, 64, VD_NEXT, 200}, behind = {k->data, 64, VD_WRITE, 0};
+    table_write(k, k->table + 16 * 200, &behind, 1);
+    return offer_indirect(k, &b, 1);
 }
 
 static bool empty_buffer(struct kit *k)
@@ -247,8 +298,20 @@ static bool empty_buffer(struct kit *k)
     return offer_one(k, k->data, 0, VD_WRITE);
 }
 
+// Makes the beginning of the available ring, which lies behind the descriptors, a good descriptor:
+// 64 bytes to write at some low address. Its entries 5 and on are free for use.
+static void behind_ring(struct kit *k)
+{
+    struct vring *r = &k->ring;
+    while (r->next % RING != 5)
+        kit_works(k);
+    for (unsigned i = 0; i < 5; i++)
+        vring_publish(r, (uint16_t)i, i == 2 ? 64 : i == 4 ? VD_WRITE : 0, r->next);
+}
+
 static bool head_range(struct kit *k)
 {
+    behind_ring(k);
     vring_publish(&k->ring, k->ring.next, RING, (uint16_t)(k->ring.next + 1));
     vring_doorbell(&k->ring);
     return true;
@@ -257,6 +320,7 @@ static bool head_range(struct kit *k)
 static bool next_range(struct kit *k)
 {
     const struct bad b = {k->data, 64, VD_NEXT, RING};
+    behind_ring(k);
     offer(k, &b, 1);
     return true;
 }
@@ -581,6 +645,8 @@ static bool config_range(struct kit *k)
         *(volatile uint32_t *)p = 0xffffffff;
         *(volatile uint64_t *)p = ~0ul;
     }
+    for (uint64_t at = config + 256; at < config + 2048; at += 8)
+        GUEST_ASSERT_EQ(*(volatile uint64_t *)at, 0);
     // The last bytes of the window, and accesses that cross its end.
     for (uint64_t at = end - 8; at < end && !k->dev->pci; at++) {
         (void)*(volatile uint8_t *)at;
@@ -603,9 +669,12 @@ static bool reset_busy(struct kit *k)
     for (unsigned round = 0; round < ROUNDS; round++) {
         kit_up(k);
         header_set(k, T_IN, 0);
+        memset((void *)room, 0, REQUESTS * BUFFER);
         for (unsigned i = 0; i < REQUESTS; i++) {
             const struct vbuf bufs[] = {
-                {k->header, 16, false}, {room + i * BUFFER, BUFFER, true}, {k->status, 1, true}};
+                {k->header, 16, false},
+                {room + i * BUFFER, BUFFER, blk || k->dev->id == VIRTIO_RNG},
+                {k->status, 1, true}};
             GUEST_ASSERT(vring_add(&k->ring, blk ? bufs : bufs + 1, blk ? 3 : 1, 0) >= 0);
         }
         vring_doorbell(&k->ring);
@@ -773,8 +842,85 @@ static bool rng_flood(struct kit *k)
         k->ring.link[0] = link; // nothing was taken from the list
         k->ring.free_head = head;
         k->ring.free = RING;
-        GUEST_ASSERT(len <= 64 * 1024);
+        GUEST_ASSERT(len <= 4096); // one request costs little, whatever it asks for
     }
+    return false;
+}
+
+// --- net, console, vsock, balloon
+
+static bool net_frames(struct kit *k)
+{
+    // flags, gso, u16 header, gso size, checksum start, offset, buffers
+    static const uint16_t lies[][6] = {
+        {0x0001, 0, 0, 0xffff, 0xffff, 0},  {0x00fe, 0, 0, 0, 0, 0},
+        {0x0100, 100, 1460, 0, 0, 9},       {0x7f00, 0, 0, 0, 0, 0},
+        {0x0101, 0xffff, 0xffff, 70, 2, 0}, {0x0301, 0, 0, 34, 16, 0}};
+    struct vbuf large[16];
+    uint32_t id, len;
+    for (uint32_t bytes = 1; bytes <= NET_HEADER + 1; bytes++)
+        send(k, bytes);
+    for (unsigned i = 0; i < sizeof(lies) / sizeof(lies[0]); i++) {
+        memcpy((void *)k->data, lies[i], sizeof(lies[i]));
+        send(k, NET_HEADER + 60);
+    }
+    memset((void *)k->data, 0, NET_HEADER);
+    for (unsigned i = 0; i < 16; i++)
+        large[i] = (struct vbuf) {HOSTILE_ARENA, 1 << 20, false};
+    GUEST_ASSERT(vring_add(&k->ring, large, 16, 0) >= 0);
+    vring_kick(&k->ring);
+    GUEST_ASSERT(vring_wait(&k->ring, &id, &len));
+    return false;
+}
+
+static bool console_control(struct kit *k)
+{
+    enum { MULTIPORT = 2, CONTROL = 3 };
+    static const struct message {
+        uint32_t port;
+        uint16_t event, value;
+    } messages[] = {{0, 0, 1},      {~0u, 3, 1},  {31, 3, 1},        {0, 0xffff, 0xffff},
+                    {0, 2, 0xffff}, {1, 6, 0xff}, {0x80000000, 0, 1}};
+    struct kit control = *k;
+    control.queue = CONTROL;
+    control.features |= MULTIPORT;
+    kit_up(&control);
+    for (unsigned n = 0; n < KICKS; n++) {
+        *(volatile struct message *)k->data =
+            messages[n % (sizeof(messages) / sizeof(messages[0]))];
+        send(&control, n % 3 ? sizeof(struct message) : n % 8 + 1);
+    }
+    kit_up(k);
+    return false;
+}
+
+static bool vsock_lengths(struct kit *k)
+{
+    static const uint32_t lengths[] = {1, 85, 4096, 0x7fffffff, 0xffffffd4, 0xffffffff};
+    for (unsigned i = 0; i < sizeof(lengths) / sizeof(lengths[0]); i++) {
+        struct vsock_header h = vsock_header(k);
+        h.op = VSOCK_RW;
+        h.len = lengths[i];
+        *(struct vsock_header *)k->data = h;
+        send(k, sizeof(h) + (i & 1 ? 40 : 0));
+    }
+    return offer_one(k, k->data, sizeof(struct vsock_header) - 1, 0);
+}
+
+static bool balloon_pages(struct kit *k)
+{
+    volatile uint32_t *pages = (volatile uint32_t *)k->data;
+    const uint32_t tries[] = {~0u, 0x80000000, (uint32_t)(ram_end / PAGE_SIZE),
+                              (uint32_t)(LAPIC_GPA / PAGE_SIZE),
+                              (uint32_t)(k->dev->regs / PAGE_SIZE)};
+    unsigned n = sizeof(tries) / sizeof(tries[0]);
+    for (unsigned round = 0; round < KICKS; round++) {
+        for (unsigned i = 0; i < n; i++)
+            pages[i] = tries[i] + (i < 2 ? 0 : round);
+        send(k, 4 * n - round % 4);
+    }
+    for (unsigned i = 0; i < 4; i++) // what it has is told by the driver
+        mmio_write32(k->dev->config + 4, i & 1 ? ~0u : 0x80000000);
     return false;
 }
 
