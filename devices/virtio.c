@@ -402,6 +402,8 @@ int virtio_save(void *object, struct error *err)
 {
     struct virtio *v = object;
     struct stream_mem mem;
+    if (v->resetting)
+        return error_set(err, -EBUSY, "its driver resets it, and something is still under way");
     stream_mem_writer(&mem, "queues", sizeof(v->saved));
     int ret = stream_put(&mem.stream, v->nr_queues, 2, err);
     for (unsigned i = 0; i < v->nr_queues && !ret; i++)
