@@ -59,6 +59,7 @@ struct net_backend {
     unsigned pairs;
     int fds[NET_PAIRS_MAX]; // -1: not open
     uint16_t mtu;           // that it suggests, bytes; 0: none
+    uint8_t mac[6];         // the guest's, set before open: for those that speak to it first
     bool blocked;  // the last frame was taken, but the next must wait for POLLOUT and flush
     char why[160]; // what the other side said at its end, if it said something
 };

@@ -358,7 +358,8 @@ static int ports_listening(const struct net_user *u, struct error *err)
     return 0;
 }
 
-// A question that it answers as soon as it works: who has the gateway's address?
+// A question that it answers as soon as it works: who has the gateway's address? It also learns the
+// guest's MAC from it, so that forwarded connections arrive before the guest has sent anything.
 struct __attribute__((packed)) arp {
     uint8_t to[6], from[6];
     uint16_t ethertype, hardware, protocol;
@@ -370,17 +371,17 @@ struct __attribute__((packed)) arp {
     uint32_t target;
 };
 
-static void question_make(struct arp *q)
+static void question_make(struct arp *q, const uint8_t mac[6])
 {
     *q = (struct arp) {.to = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff},
-                       .from = {2, 0, 0, 0, 0, 1},
                        .ethertype = htons(0x0806),
                        .hardware = htons(1),
                        .protocol = htons(0x0800),
                        .hardware_len = 6,
                        .protocol_len = 4,
-                       .operation = htons(1),
-                       .sender_mac = {2, 0, 0, 0, 0, 1}};
+                       .operation = htons(1)};
+    memcpy(q->from, mac, sizeof(q->from));
+    memcpy(q->sender_mac, mac, sizeof(q->sender_mac));
     inet_pton(AF_INET, NET_USER_GUEST, &q->sender);
     inet_pton(AF_INET, NET_USER_GATEWAY, &q->target);
 }
@@ -398,7 +399,7 @@ static int ready_wait(struct net_user *u, struct error *err)
     uint8_t answer[NET_FRAME_MIN + 64];
     const struct iovec out[] = {{&header, sizeof(header)}, {&question, sizeof(question)}};
     const struct iovec in[] = {{&header, sizeof(header)}, {answer, sizeof(answer)}};
-    question_make(&question);
+    question_make(&question, u->b.mac);
     if (user_send(&u->b, 0, out, 2) < 0)
         return died(u, err);
     uint64_t deadline = time_ns() + READY_MS * 1000000ull;

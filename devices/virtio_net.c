@@ -276,6 +276,7 @@ static void backend_lost(struct virtio_net *n, ssize_t error)
 
 static int backend_open(struct virtio_net *n, struct error *err)
 {
+    memcpy(n->backend->mac, n->mac, sizeof(n->mac));
     int ret = n->open ? 0 : n->backend->ops->open(n->backend, err);
     if (ret)
         return ret;
