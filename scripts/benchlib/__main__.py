@@ -8,10 +8,11 @@ import sys
 import report
 import rows
 import suite_boot
+import suite_io
 import suite_migrate
 from vmms import Ferry, Qemu
 
-SUITES = {"boot": suite_boot, "migrate": suite_migrate}
+SUITES = {"boot": suite_boot, "io": suite_io, "migrate": suite_migrate}
 
 
 def versions():

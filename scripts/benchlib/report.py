@@ -38,6 +38,10 @@ def digest(row):
             peer, limit = metric.goal_ratio
             result["goals"].append({"text": f"<= {limit:g} x {peer}",
                                     "met": result["ratios"][peer] <= limit})
+        if metric.goal_ratio_least and metric.goal_ratio_least[0] in result["ratios"]:
+            peer, limit = metric.goal_ratio_least
+            result["goals"].append({"text": f">= {limit:g} x {peer}",
+                                    "met": result["ratios"][peer] >= limit})
         yield result
 
 

@@ -22,6 +22,7 @@ class Metric:
     unit: str
     goal: float = None  # Ferry's median, at most
     goal_ratio: tuple = None  # (peer, Ferry's median over the peer's, at most)
+    goal_ratio_least: tuple = None  # where more is better
 
 
 @dataclass

@@ -159,6 +159,19 @@ class Machine:
     def values(self):
         return guest_values(self.console)
 
+    def cpu_ns(self, vcpus=True):
+        """CPU time of the process's threads so far; without those of vCPUs where asked."""
+        total = 0
+        for task in os.listdir(f"/proc/{self.pid}/task"):
+            base = f"/proc/{self.pid}/task/{task}"
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                with open(f"{base}/comm") as f:
+                    vcpu = f.read().startswith(("vcpu", "CPU "))
+                if vcpus or not vcpu:
+                    with open(f"{base}/schedstat") as f:
+                        total += int(f.read().split()[0])
+        return total
+
     def wait_end(self, timeout):
         self._until(lambda: self.out is None and self.err is None, "its end", timeout)
         return self.child.wait()
@@ -235,22 +248,37 @@ class Ferry:
         program(FERRY, "ninja -C build")
         return [FERRY, "version"]
 
-    def __init__(self):
+    def __init__(self, transport=None):
         self.serial = 0
+        self.transport = transport  # of virtio devices, else Ferry's default
+
+    def exits(self, machine):
+        """Exits of all vCPUs to the VMM so far."""
+        done = subprocess.run([FERRY, "info", machine.name, "--json"], capture_output=True,
+                              text=True, timeout=60, check=True)
+        return sum(vcpu["exits"] for vcpu in json.loads(done.stdout)["vcpus"])
 
     def _name(self):
         self.serial += 1
         return f"bench-{os.getpid()}-{self.serial}"
 
     # `acpi`: Ferry always has tables; what counts is whether the guest's command line uses them.
-    def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False):
+    # `disks`: read-only images; `tap`: name of a tap device; `enter`: command to start it under.
+    def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False,
+              disks=(), tap=None, enter=()):
         name = self._name()
         argv = [program(FERRY, "ninja -C build"), "run", "-n", name, "-k", kernel, "-a", append,
                 "-c", str(cpus), "-m", f"{memory}M", "--console", "stdio"]
         if initrd:
             argv += ["-i", initrd]
         argv += ["--mark"] if mark else ["--debug-exit"]
-        machine = Machine(argv, memory, b"first guest instruction" if mark else None)
+        for disk in disks:
+            argv += ["--disk", f"{disk},ro"]
+        if tap:
+            argv += ["--net", f"tap={tap}"]
+        if self.transport:
+            argv += ["--transport", self.transport]
+        machine = Machine([*enter, *argv], memory, b"first guest instruction" if mark else None)
         machine.name = name
         return machine
 
@@ -317,6 +345,7 @@ class Qemu:
         argv = [self.BINARY, "-M", f"microvm,accel=kvm,acpi={'on' if acpi else 'off'},pit=on,"
                 "pic=on,rtc=on,isa-serial=on",
                 "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+                "-name", "bench,debug-threads=on", "-global", "virtio-mmio.force-legacy=false",
                 "-cpu", QEMU_CPU, "-smp", str(cpus), "-m", f"{memory}M",
                 "-chardev", "file,id=console,path=/dev/stdout", "-serial", "chardev:console",
                 "-device", "isa-debug-exit,iobase=0xf4,iosize=4",
@@ -339,9 +368,20 @@ class Qemu:
             machine.mark_fd = mark_read
         return machine
 
-    def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False):
+    def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False,
+              disks=(), tap=None, enter=()):
         directory = tempfile.mkdtemp(prefix="ferry-bench-")
         argv = self._argv(directory, kernel, initrd, append, memory, cpus, acpi)
+        # microvm puts the device that was named last into its first window, where Linux looks first.
+        devices = []
+        for i, disk in enumerate(disks):
+            devices.append(["-drive", f"file={disk},if=none,id=disk{i},format=raw,cache=none,"
+                            "aio=io_uring,readonly=on", "-device",
+                            f"virtio-blk-device,drive=disk{i}"])
+        if tap:
+            devices.append(["-netdev", f"tap,id=net0,ifname={tap},script=no,downscript=no,vhost=off",
+                            "-device", "virtio-net-device,netdev=net0"])
+        argv = [*enter, *argv, *(word for device in devices for word in device)]
         return self._start(argv, directory, memory, mark)
 
     def receive(self, memory, kernel):
