@@ -8,6 +8,9 @@
 //  - the process does not grow.
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -66,8 +69,10 @@ struct rig {
         struct virtio_vsock_config vsock;
         struct virtio_balloon_config balloon;
     } other;
-    int peers[PEERS_MAX]; // host's ends of sockets
-    unsigned nr_peers;
+    int peers[PEERS_MAX]; // host's ends of sockets; a thread takes what the guest sends
+    atomic_uint nr_peers;
+    atomic_bool done;
+    pthread_t reader;
     struct bare_device devices[3]; // disk, entropy, and the attacked one if it is another
     struct bare_config config;
 };
@@ -169,8 +174,31 @@ static int socket_new(struct rig *r, int type)
     int ends[2];
     ck_assert_uint_lt(r->nr_peers, PEERS_MAX);
     ck_assert_int_eq(socketpair(AF_UNIX, type | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends), 0);
-    r->peers[r->nr_peers++] = ends[0];
+    r->peers[r->nr_peers] = ends[0];
+    r->nr_peers++;
     return ends[1];
+}
+
+static void *reader_main(void *arg)
+{
+    enum { STEP_MS = 10 }; // only bounds how late a new peer or the end is seen
+    static __thread uint8_t data[64 * 1024];
+    struct rig *r = arg;
+    bool gone[PEERS_MAX] = {false};
+    while (!r->done) {
+        struct pollfd fds[PEERS_MAX];
+        unsigned nr = r->nr_peers;
+        for (unsigned i = 0; i < nr; i++)
+            fds[i] = (struct pollfd) {.fd = gone[i] ? -1 : r->peers[i], .events = POLLIN};
+        poll(fds, nr, STEP_MS);
+        for (unsigned i = 0; i < nr; i++) {
+            ssize_t n;
+            while ((n = recv(r->peers[i], data, sizeof(data), 0)) > 0)
+                continue;
+            gone[i] |= !n;
+        }
+    }
+    return NULL;
 }
 
 // Fills in r->other, for a VM that is made next.
@@ -220,6 +248,7 @@ static void rig_init(struct rig *r, const struct setting *s)
     r->devices[0] = (struct bare_device) {&virtio_blk_class, &r->blk.attach};
     r->devices[1] = (struct bare_device) {&virtio_rng_class, &r->rng.attach};
     r->devices[2] = (struct bare_device) {other_make(r), &r->other.attach};
+    ck_assert_int_eq(pthread_create(&r->reader, NULL, reader_main, r), 0);
     r->config = (struct bare_config) {.guest = "hostile",
                                       .cpus = strstr(c->name, "flip_") ? 2 : 1,
                                       .memory = MEMORY,
@@ -279,6 +308,8 @@ static void attack(const struct setting *s)
     disk_check(&r);
     ck_assert_msg(SANITIZED || grown < 2ull * MEMORY + GROWTH_MAX, "grew by %llu KiB",
                   (unsigned long long)grown / 1024);
+    r.done = true;
+    pthread_join(r.reader, NULL);
     for (unsigned i = 0; i < r.nr_peers; i++)
         close(r.peers[i]);
     close(r.log);
