@@ -26,6 +26,7 @@ def run(stages, options):
     stages.build_and_test("asan", ["-Dferry_sanitize=address"])
     if options.long:
         stages.build_and_test("tsan", ["-Dferry_sanitize=thread"])
+        stages.guards()
     if shutil.which("clang"):
         stages.build_only("clang", compiler="clang")
     else:

@@ -144,6 +144,27 @@ class Stages:
             for _ in range(bad - 1):
                 self.tally.add_failed(name, "a further case", quiet=True)
 
+    # --- guards
+
+    def guards(self):
+        """Takes each guard against hostile guests out and expects a test to notice."""
+        if not self.wanted("guards"):
+            return
+        log = os.path.join(self.logs, "guards.log")
+        open(log, "wb").close()
+        argv = [os.path.join(self.root, "tests", "bare", "guards"),
+                os.path.join(self.build, "guards")]
+        proc.logged("guards", argv, log, env=self.environment())
+        with open(log, errors="replace") as f:
+            lines = f.read().splitlines()
+        for line in lines:
+            if line.startswith("ok "):
+                self.tally.add_passed("guard " + line.split()[1].rstrip(":"), quiet=True)
+            elif line.startswith("FAIL "):
+                self.tally.add_failed("guard " + line.split()[1].rstrip(":"), line)
+        if not any(line.startswith(("ok ", "FAIL ")) for line in lines):
+            self.tally.add_failed("guards", f"did not run, see {log}", proc.tail(log))
+
     # --- fuzzers
 
     def fuzz(self):
