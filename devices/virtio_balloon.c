@@ -317,13 +317,14 @@ static bool hint_start(struct ram_hinter *h, _Atomic uint64_t *bitmap)
     return can;
 }
 
-static bool hint_busy(struct ram_hinter *h)
+static uint64_t hint_progress(struct ram_hinter *h)
 {
     struct virtio_balloon *b = container_of(h, struct virtio_balloon, hinter);
     pthread_mutex_lock(&b->v.dev.lock);
     bool busy = b->hint_state == HINT_ASKED || b->hint_state == HINT_ACTIVE;
+    uint64_t progress = busy ? b->hinted_bytes + b->hint_state : 0;
     pthread_mutex_unlock(&b->v.dev.lock);
-    return busy;
+    return progress;
 }
 
 // DONE: the driver may use again what it held back while it named it.
@@ -491,7 +492,7 @@ static int balloon_realize(struct device *dev, const void *config, struct error 
         virtio_bell_close(b->timer);
         return ret;
     }
-    b->hinter = (struct ram_hinter) {hint_start, hint_busy, hint_end};
+    b->hinter = (struct ram_hinter) {hint_start, hint_progress, hint_end};
     if (!dev->vm->ram.hinter)
         dev->vm->ram.hinter = &b->hinter;
     return 0;

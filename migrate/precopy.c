@@ -19,9 +19,11 @@
 #define SAMPLE_MIN        (256 * KiB)
 #define BANDWIDTH_GUESS   100000000ull // bytes/s: 1 Gbit Ethernet
 
-// How long the first round waits for a guest that says which pages it does not need. The guest runs
-// meanwhile; what comes later still spares what the round has not reached.
-#define HINTS_NS 250000000ull
+// How long the first round waits for a guest that says which pages it does not need: between two
+// hints, and in all. The guest runs meanwhile; what comes later still spares what the round has not
+// reached.
+#define HINT_NS  1000000000ull
+#define HINTS_NS 5000000000ull
 
 // With a low bandwidth limit records get small, so that a write takes about 50 ms at most.
 static unsigned batch_pages(const struct outgoing *out)
@@ -123,12 +125,25 @@ static void bandwidth_update(struct outgoing *out, uint64_t bytes, uint64_t ns)
         out->bandwidth = limit;
 }
 
+static void hints_wait(struct outgoing *out, struct ram_hinter *hinter)
+{
+    struct pollfd cancel = {.fd = out->m->cancel_fd, .events = POLLIN};
+    uint64_t start = time_ns(), news = start, seen = 0, now;
+    do {
+        uint64_t progress = hinter->progress(hinter);
+        if (!progress)
+            return;
+        now = time_ns();
+        if (progress != seen)
+            news = now;
+        seen = progress;
+    } while (now - start < HINTS_NS && now - news < HINT_NS && !poll(&cancel, 1, 2));
+}
+
 // During the first round only: it sends everything, later ones what the guest has just used.
 static void hints_begin(struct outgoing *out)
 {
     struct ram *ram = &out->vm->ram;
-    struct pollfd cancel = {.fd = out->m->cancel_fd, .events = POLLIN};
-    uint64_t end = time_ns() + HINTS_NS;
     out->hints = ram->hinter ? calloc(ram_bitmap_words(ram), sizeof(*out->hints)) : NULL;
     if (!out->hints)
         return; // without hints it only takes longer
@@ -138,8 +153,7 @@ static void hints_begin(struct outgoing *out)
         return;
     }
     out->presence.hinted = out->hints;
-    while (ram->hinter->busy(ram->hinter) && time_ns() < end && !poll(&cancel, 1, 2))
-        ;
+    hints_wait(out, ram->hinter);
 }
 
 void precopy_hints_end(struct outgoing *out)

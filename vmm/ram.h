@@ -46,7 +46,8 @@ struct ram_hinter {
     // the dirty log, which must be running, says later that they were written. False: the guest
     // gives no hints now. `bitmap` is written until `end` returns.
     bool (*start)(struct ram_hinter *h, _Atomic uint64_t *bitmap);
-    bool (*busy)(struct ram_hinter *h); // more may come
+    // 0: no more come. Otherwise another number after each hint.
+    uint64_t (*progress)(struct ram_hinter *h);
     // Before the next ram_dirty_sync: a hint that is older than a sync must not count after it.
     void (*end)(struct ram_hinter *h);
 };

@@ -40,7 +40,7 @@ static void setting(struct device *dev, const char *key, unsigned value)
 static void hints_turn(struct ram *ram, _Atomic uint64_t **bitmap)
 {
     if (*bitmap) {
-        ram->hinter->busy(ram->hinter);
+        ram->hinter->progress(ram->hinter);
         ram->hinter->end(ram->hinter);
         free((void *)*bitmap);
         *bitmap = NULL;
