@@ -62,7 +62,8 @@ int control_listen(struct control *control, const char *path, struct error *err)
 int control_start(struct control *control, struct error *err);
 void control_destroy(struct control *control); // also removes the sockets
 
-// GET /openapi: the routes as an OpenAPI 3.0 document (vmm/openapi.c). Every control has that route.
+// GET /openapi: the routes as an OpenAPI 3.0 document (vmm/openapi.c). Every control has that
+// route.
 json_t *control_openapi(const struct control_route *routes, unsigned nr);
 
 // Client side: one request to the VM's socket; waits for the reply. `body` may be NULL. `*result`
@@ -71,6 +72,10 @@ json_t *control_openapi(const struct control_route *routes, unsigned nr);
 int control_call(const char *socket_path, const char *method, const char *path, json_t *body,
                  json_t **result, void (*on_event)(json_t *event, void *arg), void *arg,
                  struct error *err);
+
+// GET, for a VM that may not answer: -ETIMEDOUT then.
+int control_ask(const char *socket_path, const char *path, unsigned timeout_ms, json_t **result,
+                struct error *err);
 
 // /run/ferry (or $XDG_RUNTIME_DIR/ferry) + "/NAME.sock". Creates the directory (0700).
 int control_path(const char *name, char *path, size_t size, struct error *err);

@@ -21,7 +21,7 @@ struct answer {
     long long length; // -1: not said
 };
 
-static int connect_to(const char *path, struct error *err)
+static int connect_to(const char *path, unsigned timeout_ms, struct error *err)
 {
     struct sockaddr_un addr = {.sun_family = AF_UNIX};
     if (strlen(path) >= sizeof(addr.sun_path))
@@ -30,6 +30,10 @@ static int connect_to(const char *path, struct error *err)
     autoclose int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     if (fd < 0)
         return error_errno(err, "control socket");
+    const struct timeval patience = {.tv_sec = timeout_ms / 1000,
+                                     .tv_usec = timeout_ms % 1000 * 1000}; // 0: for ever
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
     if (connect(fd, (struct sockaddr *)&addr, sizeof(addr)))
         return errno == ENOENT || errno == ECONNREFUSED
                    ? error_set(err, -ENOENT, "no running VM has the control socket %s", path)
@@ -66,6 +70,8 @@ static int request_send(int sock, const char *method, const char *path, json_t *
 
 static int ended(struct error *err)
 {
+    if (errno == EAGAIN)
+        return error_set(err, -ETIMEDOUT, "the VM does not answer");
     return error_set(err, -ECONNRESET, "the VM ended before it answered");
 }
 
@@ -215,13 +221,14 @@ static int stream_take(struct answer *a, json_t **result, void (*on_event)(json_
     }
 }
 
-int control_call(const char *socket_path, const char *method, const char *path, json_t *body,
-                 json_t **result, void (*on_event)(json_t *event, void *arg), void *arg,
-                 struct error *err)
+static int call(const char *socket_path, unsigned timeout_ms, const char *method, const char *path,
+                json_t *body, json_t **result, void (*on_event)(json_t *event, void *arg),
+                void *arg, struct error *err)
 {
     if (result)
         *result = NULL;
-    autoclose int fd = connect_to(socket_path, err);
+    errno = 0;
+    autoclose int fd = connect_to(socket_path, timeout_ms, err);
     if (fd < 0)
         return fd;
     int ret = request_send(fd, method, path, body, on_event, err);
@@ -237,4 +244,17 @@ int control_call(const char *socket_path, const char *method, const char *path, 
                                    : plain_take(&a, result, err);
     fclose(a.in);
     return ret;
+}
+
+int control_call(const char *socket_path, const char *method, const char *path, json_t *body,
+                 json_t **result, void (*on_event)(json_t *event, void *arg), void *arg,
+                 struct error *err)
+{
+    return call(socket_path, 0, method, path, body, result, on_event, arg, err);
+}
+
+int control_ask(const char *socket_path, const char *path, unsigned timeout_ms, json_t **result,
+                struct error *err)
+{
+    return call(socket_path, timeout_ms, "GET", path, NULL, result, NULL, NULL, err);
 }

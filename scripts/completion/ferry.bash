@@ -47,7 +47,7 @@ _ferry()
         *)
             case $word:$command in
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
-            *:info | *:set | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
+            *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
             esac
             ;;
         esac

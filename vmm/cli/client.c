@@ -23,6 +23,7 @@ static int parse(int argc, char **argv, const char *usage, int wanted, bool more
 {
     static const struct option longs[] = {{"json", no_argument, NULL, 'j'},
                                           {"powerbutton", no_argument, NULL, 'p'},
+                                          {"follow", no_argument, NULL, 'f'},
                                           {"help", no_argument, NULL, 'h'},
                                           {0}};
     *args = (struct client_args) {0};
@@ -38,6 +39,8 @@ static int parse(int argc, char **argv, const char *usage, int wanted, bool more
             args->json = true;
         else if (c == 'p' && !strcmp(argv[0], "stop"))
             args->powerbutton = true;
+        else if (c == 'f' && !strcmp(argv[0], "events"))
+            continue; // they always do; said so in other tools
         else
             return error_set(err, -EINVAL, "unknown option '%s'; usage: %s", argv[optind - 1],
                              usage);
@@ -161,4 +164,34 @@ int cli_set(int argc, char **argv)
         }
     }
     return call("PATCH", "/devices", json_pack("{s:o}", "settings", request), &args);
+}
+
+static void event_print(json_t *event, void *arg)
+{
+    const struct client_args *args = arg;
+    autofree char *text = json_dumps(event, JSON_COMPACT);
+    if (args->json || strcmp(json_string_value(json_object_get(event, "type")) ?: "", "state"))
+        printf("%s\n", text);
+    else
+        printf("%s -> %s\n", json_string_value(json_object_get(event, "from")),
+               json_string_value(json_object_get(event, "to")));
+    fflush(stdout);
+}
+
+int cli_events(int argc, char **argv)
+{
+    struct client_args args;
+    struct error err;
+    char path[108];
+    int ret = parse(argc, argv,
+                    "ferry events NAME [--json] [--follow]\n\n"
+                    "Prints each change of a VM's state as it happens, until the VM ends.",
+                    1, false, &args, &err);
+    if (ret)
+        return ret > 0 ? EXIT_OK : cli_fail(&err);
+    ret = control_path(args.positional[0], path, sizeof(path), &err);
+    if (!ret)
+        ret = control_call(path, "GET", "/events", NULL, NULL, event_print, &args, &err);
+    return !ret || ret == -ECONNRESET ? EXIT_OK
+                                      : cli_fail(&err); // its end is the end of the events
 }

@@ -81,6 +81,7 @@ json_t *session_info(struct session *s)
         json_object_set_new(info, "memory_bytes", json_integer((json_int_t)vm->ram.size));
         json_object_set_new(info, "vcpus", vcpus);
         json_object_set_new(info, "devices", devices_show(s));
+        usage_show(&s->usage, info);
     }
     const char *console = s->console ? console_path(s->console) : NULL;
     if (console && *console)

@@ -259,7 +259,7 @@ static const struct option_row rows[] = {
     {"listen", 'l', FOR_RECEIVE, false, "ADDRESS", "tcp:HOST:PORT to wait on", set_nothing,
      TEXT(listen)},
     {"api-sock", 0, FOR_ALL, false, "PATH",
-     "a further socket for the API; without --kernel, the API configures the VM", set_nothing,
+     "a further socket for the API; a run without kernel waits there to be configured", set_nothing,
      TEXT(api_sock)},
     {"config-file", 0, FOR_RUN, false, "FILE", "a VM as microVM tools describe it, started at once",
      set_nothing, TEXT(config_file)},

@@ -15,6 +15,7 @@
 #include "vmm/cli/api.h"
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
+#include "vmm/cli/registry.h"
 
 static void signal_ready(struct loop_watch *watch, uint32_t revents)
 {
@@ -244,6 +245,8 @@ int session_listen(struct session *s, struct error *err)
         error_set(err, ret, "a VM named %s is running (choose another --name)", o->name);
     if (!ret && o->api_sock)
         ret = control_listen(s->control, o->api_sock, err);
+    if (!ret && o->control)
+        ret = registry_write(s, err);
     return ret ? ret : control_start(s->control, err);
 }
 
@@ -262,6 +265,10 @@ int session_start(struct session *s, struct error *err)
         return ret;
     }
     vm_resume(s->vm);
+    if (s->control && registry_write(s, err)) // what it became is known now
+        log_write(&s->vm->log, LOG_WARN, "%s", err->text);
+    if (usage_start(&s->usage, s->vm, err))
+        log_write(&s->vm->log, LOG_WARN, "%s", err->text);
     return life_move(&s->life, LIFE_RUNNING, err);
 }
 
@@ -281,6 +288,9 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
 
 void session_arrived(struct session *s)
 {
+    struct error err;
+    if (usage_start(&s->usage, s->vm, &err))
+        log_write(&s->vm->log, LOG_WARN, "%s", err.text);
     life_move(&s->life, LIFE_STARTING, NULL);
     life_move(&s->life, vm_paused(s->vm) ? LIFE_PAUSED : LIFE_RUNNING, NULL);
 }
@@ -322,8 +332,11 @@ void session_drop(struct session *s)
 {
     migrate_commands_destroy(s->migrate);
     s->migrate = NULL;
+    usage_stop(&s->usage);
     struct control *control = s->control;
     s->control = NULL; // nobody broadcasts into it any more
+    if (control && s->options->control)
+        registry_remove(s->options->name);
     control_destroy(control);
     session_vm_drop(s);
 }

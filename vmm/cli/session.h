@@ -7,6 +7,7 @@
 #include "devices/virtio_mmio.h"
 #include "migrate/commands.h"
 #include "vmm/cli/options.h"
+#include "vmm/cli/usage.h"
 #include "vmm/control.h"
 #include "vmm/life.h"
 #include "vmm/loop.h"
@@ -24,6 +25,7 @@ struct session {
     struct device *devices[VIRTIO_DEVICES_MAX];
     struct console *console; // the board's; outlives the VM, is closed after the loop
     struct life life;
+    struct usage usage;
     struct control *control;
     struct api *api;
     struct migrate_commands *migrate;

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// The VMs of this host, as files beside their control sockets: NAME.json says who NAME is. A record
+// outlives a VM that was killed, so that what it left can be found and removed.
+#pragma once
+
+#include <jansson.h>
+#include <stdbool.h>
+#include <sys/types.h>
+
+#include "vmm/error.h"
+
+struct session;
+
+enum registry_fate {
+    REGISTRY_ALIVE,
+    REGISTRY_DEAD, // its process is gone
+};
+
+struct registry_entry {
+    char name[64];
+    enum registry_fate fate;
+    pid_t pid;
+    json_t *record; // as the VM wrote it, or {} if it is damaged or missing
+};
+
+struct registry {
+    struct registry_entry *entries; // by name
+    size_t nr;
+};
+
+int registry_write(const struct session *s, struct error *err);
+void registry_remove(const char *name); // of this process, when its VM ends
+
+// Never fails for what others wrote: a damaged record is an entry without details.
+int registry_scan(struct registry *registry, struct error *err);
+void registry_free(struct registry *registry);
+const struct registry_entry *registry_find(const struct registry *registry, const char *name);
+
+// What a dead VM left behind: files that belong to nobody any more, with their sizes:
+// [{"path", "bytes"}]. Never a disk or overlay.
+json_t *registry_leftovers(const struct registry_entry *entry);
+// Removes them. Counts what was removed.
+unsigned registry_clean(const struct registry_entry *entry);

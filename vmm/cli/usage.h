@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// How much a VM uses of what it was given: read once every USAGE_PERIOD_S, so that "idle for an
+// hour" can be said without anybody watching.
+#pragma once
+
+#include <jansson.h>
+
+#include "vmm/error.h"
+#include "vmm/loop.h"
+
+struct vm;
+
+enum {
+    USAGE_PERIOD_S = 10,
+    USAGE_IDLE_PERMILLE = 30, // of one CPU, all vCPUs together: less than that is idle
+};
+
+struct usage {
+    struct loop_timer timer;
+    struct vm *vm;
+    uint64_t start_ns, at_ns;         // CLOCK_MONOTONIC
+    uint64_t vcpu_ns;                 // CPU time of the vCPU threads at at_ns
+    uint64_t busy_at_ns;              // end of the last period that was not idle
+    uint32_t permille, peak_permille; // of one CPU, in the last period and in the busiest
+};
+
+int usage_start(struct usage *u, struct vm *vm, struct error *err); // loop's thread
+void usage_stop(struct usage *u);
+// Adds uptime, CPU, idle time, resident memory.
+void usage_show(struct usage *u, json_t *out);
