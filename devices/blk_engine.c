@@ -464,11 +464,19 @@ void blk_reap(struct blk_engine *e)
 // meanwhile: it would only wake the loop for what is already done.
 void blk_submit(struct blk_engine *e)
 {
-    io_uring_cq_eventfd_toggle(&e->ring, false);
-    while (io_uring_sq_ready(&e->ring) && io_uring_submit(&e->ring) > 0)
-        blk_reap(e); // which may submit the next piece
-    io_uring_cq_eventfd_toggle(&e->ring, true);
-    blk_reap(e); // what came before the event was on again
+    bool stuck = false;
+    do {
+        io_uring_cq_eventfd_toggle(&e->ring, false);
+        while (io_uring_sq_ready(&e->ring) && !stuck) {
+            stuck = io_uring_submit(&e->ring) <= 0;
+            blk_reap(e); // which may prepare the next pieces
+        }
+        io_uring_cq_eventfd_toggle(&e->ring, true);
+        blk_reap(e); // what came before the event was on again
+    } while (io_uring_sq_ready(&e->ring) && !stuck);
+    uint64_t one = 1;
+    if (stuck && write(e->event_fd, &one, sizeof(one)) < 0) // the kernel lacked memory: again soon
+        return; // the counter is full, so the event is there already
 }
 
 bool blk_wait(struct blk_engine *e, unsigned ms)
@@ -512,6 +520,7 @@ int blk_engine_create(struct blk_engine *e, struct blk_image *top, struct blk_ov
     e->top = top;
     e->overlay = overlay;
     e->shift = overlay ? overlay->data_offset : 0;
+    e->event_fd = event_fd;
     int ret = io_uring_queue_init_params(RING_ENTRIES, &e->ring, &params);
     if (ret)
         return error_set(err, ret, "io_uring_setup: %s", strerror(-ret));

@@ -82,6 +82,7 @@ struct blk_request {
 struct blk_engine {
     struct io_uring ring;
     bool ring_up;
+    int event_fd;                // the owner's: announces completions
     struct blk_image *top;       // what is written
     struct blk_overlay *overlay; // NULL: `top` is the disk
     uint64_t shift;              // of the disk's byte 0 in `top`

@@ -29,6 +29,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "vmm/loop.h"
+
 enum { DISK_MAX = 16 << 20, DISK_LOG = 64 << 20, DISK_WRITE_MAX = 128 << 10, DISK_QUEUE = 1024 };
 
 struct disk_write { // since the last fsync; `len` bytes follow, then the next
@@ -303,10 +305,13 @@ static inline void fuse_disk_free(struct fuse_disk *d)
     munmap(d, sizeof(*d));
 }
 
-// Waits until so many requests of that kind are held.
-static inline void disk_wait_held(struct fuse_disk *d, uint32_t opcode, unsigned wanted)
+// Waits until so many requests of that kind are held, and turns the loop meanwhile.
+static inline void disk_wait_held(struct fuse_disk *d, struct loop *loop, uint32_t opcode,
+                                  unsigned wanted)
 {
+    struct error err;
     for (unsigned held = 0; held < wanted; usleep(1000)) {
+        ck_assert(!loop_turn(loop, false, &err));
         pthread_mutex_lock(&d->lock);
         held = 0;
         for (unsigned i = 0; i < d->nr_queued; i++)

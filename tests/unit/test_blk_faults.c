@@ -133,7 +133,7 @@ START_TEST(flush_waits_for_the_disk)
     atomic_store(&d->hold_sync, true);
     submit(r, T_FLUSH, 0, 0, 0);
     turn(r);
-    disk_wait_held(d, FUSE_FSYNC, 1);
+    disk_wait_held(d, r->vm.loop, FUSE_FSYNC, 1);
     ck_assert(!driver_used(&r->d, &id, &len));
     ck_assert_uint_eq(d->log_len != 0, 1);
     atomic_store(&d->hold_sync, false);
@@ -277,7 +277,7 @@ START_TEST(end_without_answers)
     atomic_store(&d->hold_write, true);
     submit(r, T_OUT, 0, DATA, 4096);
     turn(r);
-    disk_wait_held(d, FUSE_WRITE, 1);
+    disk_wait_held(d, r->vm.loop, FUSE_WRITE, 1);
     close(r->vm.log.fd);
     r->vm.log.fd = open("/dev/null", O_WRONLY | O_CLOEXEC);
     struct device *dev = r->dev;

@@ -223,6 +223,30 @@ START_TEST(overlay_is_a_disk)
 }
 END_TEST
 
+// A discard zeroes whole clusters, and leaves alone those that it covers in part: of one, of two.
+START_TEST(discards_keep_their_edges)
+{
+    struct files f;
+    struct model *m = model_new(&f, 7);
+    struct rig *r = files_open(&f, f.overlay, "");
+    start(r, false);
+    const struct slot rows[] = {{T_DISCARD, 1, 3, true},   {T_DISCARD, 12, 8, true},
+                                {T_DISCARD, 33, 30, true}, {T_DISCARD, 201, 7, true},
+                                {T_DISCARD, 215, 1, true}, {T_DISCARD, DISK_SECTORS - 9, 9, true}};
+    for (unsigned i = 0; i < ARRAY_SIZE(rows); i++) {
+        slot_submit(r, 0, &rows[i]);
+        set(r, 0x50, 0);
+        used_wait(r);
+        ck_assert_uint_eq(slot_status(r, 0), S_OK);
+    }
+    memset(m->now + 40 * 512, 0, 16 * 512);
+    memset(m->now + (DISK_SECTORS - 8) * 512, 0, 8 * 512);
+    check_all(r, m->now);
+    rig_free(r);
+    files_end(&f, m);
+}
+END_TEST
+
 // The same log through both rings, on a raw image and through an overlay: one image.
 START_TEST(one_log_one_image)
 {
@@ -402,7 +426,7 @@ START_TEST(power_cut)
         atomic_store(&d->hold_sync, true);
         submit(r, T_FLUSH, 0, 0, 0);
         turn(r);
-        disk_wait_held(d, FUSE_FSYNC, 1);
+        disk_wait_held(d, r->vm.loop, FUSE_FSYNC, 1);
         check_power_cut(d, &f, m, keeps_table, data_offset);
         check_power_cut(d, &f, m, keeps_some, data_offset);
         unsigned id;
@@ -442,9 +466,7 @@ START_TEST(flush_during_a_flush)
     atomic_store(&d->hold_below, d->size - DISK_BYTES); // the table
     slot_submit(r, 1, &sync);
     set(r, 0x50, 0);
-    turn(r); // the doorbell
-    turn(r); // the first sync is done
-    disk_wait_held(d, FUSE_WRITE, 1);
+    disk_wait_held(d, r->vm.loop, FUSE_WRITE, 1);
     batch_run(r, m, &second, 1);
     for (unsigned i = 2; i < 6; i++)
         slot_submit(r, i, &sync);
@@ -644,9 +666,13 @@ START_TEST(frozen)
     ck_assert(!blk_image_open(&base, f.base, &mode, &err));
     mode.read_only = false;
     ck_assert(!blk_overlay_open(&o, f.overlay, &mode, &base, false, &err));
-    blk_overlay_set(&o, 0, 4096); // would be lost if freezing did not sync
-    memset(m->now, 0, 4096);
-    ck_assert_int_eq(pwrite(o.file.fd, m->now, 4096, (off_t)o.data_offset), 4096);
+    bool present = true;
+    uint64_t place = 0; // of a cluster that would be lost if freezing did not sync
+    while (blk_overlay_run(&o, place, 4096, &present), present)
+        place += 4096;
+    blk_overlay_set(&o, place, 4096);
+    memset(m->now + place, 0x3c, 4096);
+    ck_assert_int_eq(pwrite(o.file.fd, m->now + place, 4096, (off_t)(o.data_offset + place)), 4096);
     ck_assert_msg(!blk_overlay_freeze(&o, &err), "%s", err.text);
     blk_overlay_close(&o);
     blk_image_close(&base);
@@ -766,6 +792,7 @@ int main(void)
     TCase *tc = tcase_create("disk");
     tcase_set_timeout(tc, 100);
     tcase_add_loop_test(tc, overlay_is_a_disk, 0, 4);
+    tcase_add_test(tc, discards_keep_their_edges);
     tcase_add_test(tc, one_log_one_image);
     tcase_add_loop_test(tc, any_order_of_answers, 0, 4);
     tcase_add_test(tc, killed);

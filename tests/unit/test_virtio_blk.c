@@ -3,6 +3,7 @@
 // guest does, on real files, with the loop but without KVM. That the tests notice a missing guard
 // was checked by taking each out; where one stands behind another (an empty transfer, status bits
 // taken back, a write to a read-only image) the second still gives the right answer.
+#include "devices/blk_engine.h"
 #include "devices/virtio_rng.h"
 #include "tests/unit/blk_rig.h"
 
@@ -67,6 +68,43 @@ START_TEST(discard_and_zeroes)
     ck_assert(filled(r, DATA + 64 * 512, 0, 16 * 512));
     ck_assert(filled(r, DATA + 7 * 512, 50, 512));
     ck_assert(filled(r, DATA + 24 * 512, 169, 512));
+    rig_free(r);
+}
+END_TEST
+
+// Several segments in one request: all or, when one of them is bad, none.
+START_TEST(segments)
+{
+    struct rig *r = rig_blk("");
+    start(r, false);
+    struct {
+        uint64_t sector;
+        uint32_t sectors, flags;
+    } s[BLK_RANGES_MAX + 1];
+    for (unsigned i = 0; i < BLK_RANGES_MAX + 1; i++) {
+        s[i].sector = 16 * i;
+        s[i].sectors = 1 + i;
+        s[i].flags = i & 1;
+    }
+    memcpy(at(r, DATA), s, sizeof(s));
+    ck_assert_uint_eq(request(r, T_ZEROES, 0, DATA, sizeof(s)), S_IOERR); // one too many
+    s[3].flags = 2;
+    memcpy(at(r, DATA), s, sizeof(s));
+    ck_assert_uint_eq(request(r, T_ZEROES, 0, DATA, sizeof(s) - 16), S_UNSUPP);
+    s[3].flags = 0;
+    s[7].sector = SECTORS;
+    memcpy(at(r, DATA), s, sizeof(s));
+    ck_assert_uint_eq(request(r, T_ZEROES, 0, DATA, sizeof(s) - 16), S_IOERR);
+    ck_assert_uint_eq(request(r, T_IN, 0, DATA + 4096, 512), S_OK);
+    ck_assert(filled(r, DATA + 4096, 1, 512));
+    s[7].sector = 16 * 7;
+    memcpy(at(r, DATA), s, sizeof(s));
+    ck_assert_uint_eq(request(r, T_ZEROES, 0, DATA, sizeof(s) - 16), S_OK);
+    ck_assert_uint_eq(request(r, T_IN, 0, DATA + 4096, BLK_RANGES_MAX * 16 * 512), S_OK);
+    for (unsigned i = 0; i < BLK_RANGES_MAX * 16; i++) {
+        bool zeroed = i % 16 < 1 + i / 16;
+        ck_assert(filled(r, DATA + 4096 + 512 * i, zeroed ? 0 : (uint8_t)(i * 7 + 1), 512));
+    }
     rig_free(r);
 }
 END_TEST
@@ -502,6 +540,7 @@ int main(void)
     tcase_set_timeout(tc, 60);
     tcase_add_loop_test(tc, read_and_write, 0, 4);
     tcase_add_test(tc, discard_and_zeroes);
+    tcase_add_test(tc, segments);
     tcase_add_test(tc, bad_requests_get_errors);
     tcase_add_test(tc, unanswerable_requests_break_the_queue);
     tcase_add_test(tc, read_only);
