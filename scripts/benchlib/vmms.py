@@ -274,6 +274,8 @@ class Ferry:
         argv += ["--mark"] if mark else ["--debug-exit"]
         for disk in disks:
             argv += ["--disk", f"{disk},ro"]
+        if disks or tap:
+            argv += ["--backing", "thp"]  # QEMU asks for huge pages, too
         if tap:
             argv += ["--net", f"tap={tap}"]
         if self.transport:
@@ -372,17 +374,13 @@ class Qemu:
               disks=(), tap=None, enter=()):
         directory = tempfile.mkdtemp(prefix="ferry-bench-")
         argv = self._argv(directory, kernel, initrd, append, memory, cpus, acpi)
-        # microvm puts the device that was named last into its first window, where Linux looks first.
-        devices = []
         for i, disk in enumerate(disks):
-            devices.append(["-drive", f"file={disk},if=none,id=disk{i},format=raw,cache=none,"
-                            "aio=io_uring,readonly=on", "-device",
-                            f"virtio-blk-device,drive=disk{i}"])
+            argv += ["-drive", f"file={disk},if=none,id=disk{i},format=raw,cache=none,"
+                     "aio=io_uring,readonly=on", "-device", f"virtio-blk-device,drive=disk{i}"]
         if tap:
-            devices.append(["-netdev", f"tap,id=net0,ifname={tap},script=no,downscript=no,vhost=off",
-                            "-device", "virtio-net-device,netdev=net0"])
-        argv = [*enter, *argv, *(word for device in devices for word in device)]
-        return self._start(argv, directory, memory, mark)
+            argv += ["-netdev", f"tap,id=net0,ifname={tap},script=no,downscript=no,vhost=off",
+                     "-device", "virtio-net-device,netdev=net0"]
+        return self._start([*enter, *argv], directory, memory, mark)
 
     def receive(self, memory, kernel):
         directory, port = tempfile.mkdtemp(prefix="ferry-bench-"), free_port()
