@@ -1087,11 +1087,13 @@ static int net_load(void *object, uint16_t version, struct error *err)
     int ret = fields_check(n, err);
     if (!ret)
         ret = virtio_load(&n->v, version, err);
+    if (ret)
+        virtio_device_reset(&n->v.dev); // what stays behind is safe to touch
     pthread_mutex_lock(&n->v.dev.lock);
-    if (ret) { // what stays behind is safe to touch
+    if (ret) {
+        n->v.offered = n->v.features;
         memcpy(n->mac, space->mac, sizeof(n->mac));
         n->mtu = space->mtu;
-        net_reset(&n->v);
     } else {
         memcpy(space->mac, n->mac, sizeof(n->mac));
         space->mtu = n->mtu;

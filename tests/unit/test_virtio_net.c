@@ -983,6 +983,8 @@ START_TEST(hostile_state)
     for (unsigned i = 0; i < ARRAY_SIZE(rows); i++) {
         struct error err = {0};
         start(r, ALL, false);
+        room_add(r, 0, ROOM, 2000); // it is taken at once
+        set(r, 0x50, 0);
         turns(r);
         ck_assert_int_eq(table->save(r->dev, &err), 0);
         bool found = false;
@@ -995,6 +997,8 @@ START_TEST(hostile_state)
         ck_assert(found);
         ck_assert_msg(table->load(r->dev, 1, &err) < 0, "row %u loads", i);
         ck_assert_uint_gt(strlen(err.text), 5);
+        const struct virtio *v = container_of(r->dev, struct virtio, dev);
+        ck_assert(!v->queues[0].first && !v->queues[0].enabled); // nothing in flight is left
         set(r, 0x70, 0);
     }
     start(r, ALL, false);
