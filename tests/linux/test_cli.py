@@ -14,7 +14,7 @@ import ferrylab as lab
 from ferrylab import LabTest
 
 COMMANDS = ("run", "check", "info", "pause", "resume", "stop", "ls", "ps", "kill", "rm", "prune",
-            "events", "set", "snapshot", "restore", "migrate",
+            "top", "events", "set", "snapshot", "restore", "migrate",
             "receive", "version")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
 SHORT = re.compile(r"(?m)^ +-(\w), --([a-z-]+)")

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "devices/platform.h"
+#include "vmm/cli/metrics.h"
 #include "vmm/cli/session.h"
 #include "vmm/vcpu.h"
 
@@ -94,6 +95,14 @@ static void get_info(struct control_request *req, json_t *args, void *context)
     control_reply_ok(req, session_info(context));
 }
 
+static void get_metrics(struct control_request *req, json_t *args, void *context)
+{
+    json_t *info = session_info(context);
+    autofree char *text = metrics_text(info);
+    json_decref(info);
+    control_reply_text(req, "text/plain; version=0.0.4", text ? text : "");
+}
+
 static void pause_vm(struct session *s, struct control_request *req)
 {
     struct error err;
@@ -168,6 +177,7 @@ enum {
 
 static const struct control_route routes[] = {
     {"GET", "/info", "name, state, memory, vCPUs, devices", 0, NULL, get_info},
+    {"GET", "/metrics/prometheus", "the same figures as text for Prometheus", 0, NULL, get_metrics},
     {"PATCH", "/devices", "change devices: {\"settings\": {\"disk0.size\": \"2G\", ...}}", BUILT,
      devices_fields, patch_devices},
     {"PATCH", "/vm", "pause or resume", LIVE, vm_fields, patch_vm},

@@ -17,6 +17,7 @@ static const struct cli_command commands[] = {
     {"kill", cli_kill, "end a VM's process at once"},
     {"rm", cli_rm, "remove what a dead VM left"},
     {"prune", cli_prune, "remove what all dead VMs left"},
+    {"top", cli_top, "a live view of what the VMs of this host use"},
     {"events", cli_events, "what happens to a VM, a line each"},
     {"set", cli_set, "change a device of a running VM"},
     {"snapshot", cli_snapshot, "save a running VM to a file"},
