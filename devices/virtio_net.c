@@ -109,12 +109,17 @@ struct virtio_net {
     bool settled;          // offloads and pairs are as the driver wants them
     bool arrived;          // state was loaded
     unsigned announces;    // left
-    // Saved.
     uint8_t mac[6];
     uint16_t mtu, active_pairs;
     uint8_t announcing;   // the guest was asked, and did not answer yet
     uint8_t started;      // guest_takes follows from the features
     uint64_t guest_takes; // of GUEST_TAKES, what the driver wants now (5.1.6.5.6)
+    // The same, on their way out or in: only a load that is good changes those above.
+    struct net_saved {
+        uint8_t mac[6], announcing, started;
+        uint16_t mtu, active_pairs;
+        uint64_t guest_takes;
+    } saved;
 };
 
 static struct virtio_net *net_of(struct virtio *v)
@@ -1053,55 +1058,79 @@ static void net_unrealize(struct device *dev)
 
 static const struct state_field net_fields[] = {
     VIRTIO_STATE_FIELDS(struct virtio_net),
-    STATE_FIELD_BYTES(struct virtio_net, mac, 1),
-    STATE_FIELD_INT(struct virtio_net, mtu, 1),
-    STATE_FIELD_INT(struct virtio_net, active_pairs, 1),
-    STATE_FIELD_INT(struct virtio_net, announcing, 1),
-    STATE_FIELD_INT(struct virtio_net, started, 1),
-    STATE_FIELD_INT(struct virtio_net, guest_takes, 1),
+    STATE_FIELD_BYTES(struct virtio_net, saved.mac, 1),
+    STATE_FIELD_INT(struct virtio_net, saved.mtu, 1),
+    STATE_FIELD_INT(struct virtio_net, saved.active_pairs, 1),
+    STATE_FIELD_INT(struct virtio_net, saved.announcing, 1),
+    STATE_FIELD_INT(struct virtio_net, saved.started, 1),
+    STATE_FIELD_INT(struct virtio_net, saved.guest_takes, 1),
 };
 
-static int fields_check(const struct virtio_net *n, struct error *err)
+static int net_save(void *object, struct error *err)
 {
-    if (!mac_good(n->mac) || n->mtu < MTU_MIN || n->announcing > 1 || n->started > 1)
-        return error_set(err, -EBADMSG, "saved address, MTU %u or announcement %u", n->mtu,
-                         n->announcing);
-    if (!n->active_pairs || n->active_pairs > n->nr_pairs ||
-        (n->active_pairs > 1 && !(n->v.accepted & F_MQ)))
+    struct virtio_net *n = object;
+    pthread_mutex_lock(&n->v.dev.lock);
+    n->saved = (struct net_saved) {.announcing = n->announcing,
+                                   .started = n->started,
+                                   .mtu = n->mtu,
+                                   .active_pairs = n->active_pairs,
+                                   .guest_takes = n->guest_takes};
+    memcpy(n->saved.mac, n->mac, sizeof(n->mac));
+    pthread_mutex_unlock(&n->v.dev.lock);
+    return virtio_save(&n->v, err);
+}
+
+static int saved_check(const struct virtio_net *n, struct error *err)
+{
+    const struct net_saved *s = &n->saved;
+    if (!mac_good(s->mac) || s->mtu < MTU_MIN || s->announcing > 1 || s->started > 1)
+        return error_set(err, -EBADMSG, "saved address, MTU %u or announcement %u", s->mtu,
+                         s->announcing);
+    if (!s->active_pairs || s->active_pairs > n->nr_pairs ||
+        (s->active_pairs > 1 && !(n->v.accepted & F_MQ)))
         return error_set(err, -EBADMSG, "saved with %u pairs of queues, here it has %u",
-                         n->active_pairs, n->nr_pairs);
-    if (n->guest_takes & ~(n->v.accepted & GUEST_TAKES))
+                         s->active_pairs, n->nr_pairs);
+    if (s->guest_takes & ~(n->v.accepted & GUEST_TAKES))
         return error_set(err, -EBADMSG, "saved offloads 0x%llx with features 0x%llx",
-                         (unsigned long long)n->guest_takes, (unsigned long long)n->v.accepted);
+                         (unsigned long long)s->guest_takes, (unsigned long long)n->v.accepted);
     return 0;
+}
+
+static void saved_apply(struct virtio_net *n)
+{
+    const struct net_saved *s = &n->saved;
+    struct net_space *space = (struct net_space *)(void *)n->v.config;
+    memcpy(n->mac, s->mac, sizeof(n->mac));
+    n->mtu = s->mtu;
+    n->active_pairs = s->active_pairs;
+    n->announcing = s->announcing;
+    n->started = s->started;
+    n->guest_takes = s->guest_takes;
+    memcpy(space->mac, n->mac, sizeof(n->mac));
+    space->mtu = n->mtu;
+    space->status = (uint16_t)((link_up(n) ? S_LINK_UP : 0) | (n->announcing ? S_ANNOUNCE : 0));
+    n->arrived = true;
 }
 
 static int net_load(void *object, uint16_t version, struct error *err)
 {
     struct virtio_net *n = object;
-    struct net_space *space = (struct net_space *)(void *)n->v.config;
     pthread_mutex_lock(&n->v.dev.lock);
     queues_forget(n);
     n->settled = false;
     pthread_mutex_unlock(&n->v.dev.lock);
-    int ret = fields_check(n, err);
+    int ret = saved_check(n, err);
     if (!ret)
         ret = virtio_load(&n->v, version, err);
-    if (ret)
-        virtio_device_reset(&n->v.dev); // what stays behind is safe to touch
-    pthread_mutex_lock(&n->v.dev.lock);
-    if (ret) {
+    if (ret) { // what stays behind is safe to touch
         n->v.offered = n->v.features;
-        memcpy(n->mac, space->mac, sizeof(n->mac));
-        n->mtu = space->mtu;
-    } else {
-        memcpy(space->mac, n->mac, sizeof(n->mac));
-        space->mtu = n->mtu;
-        space->status = (uint16_t)((link_up(n) ? S_LINK_UP : 0) | (n->announcing ? S_ANNOUNCE : 0));
-        n->arrived = true;
+        virtio_device_reset(&n->v.dev);
+        return ret;
     }
+    pthread_mutex_lock(&n->v.dev.lock);
+    saved_apply(n);
     pthread_mutex_unlock(&n->v.dev.lock);
-    return ret;
+    return 0;
 }
 
 static const struct state_table net_state = {
@@ -1110,7 +1139,7 @@ static const struct state_table net_state = {
     .oldest = 1,
     .nr_fields = ARRAY_SIZE(net_fields),
     .fields = net_fields,
-    .save = virtio_save,
+    .save = net_save,
     .load = net_load,
 };
 

@@ -976,9 +976,10 @@ START_TEST(hostile_state)
     static const struct {
         const char *field;
         uint64_t value;
-    } rows[] = {{"v.offered", 0},  {"v.status", 4},   {"mac", 0},          {"mac", 1},
-                {"mtu", 0},        {"mtu", 67},       {"active_pairs", 0}, {"active_pairs", 3},
-                {"announcing", 2}, {"started", 0x80}, {"guest_takes", 1},  {"guest_takes", ~0ull},
+    } rows[] = {{"v.offered", 0},          {"v.status", 4},           {"saved.mac", 0},
+                {"saved.mac", 1},          {"saved.mtu", 0},          {"saved.mtu", 67},
+                {"saved.active_pairs", 0}, {"saved.active_pairs", 3}, {"saved.announcing", 2},
+                {"saved.started", 0x80},   {"saved.guest_takes", 1},  {"saved.guest_takes", ~0ull},
                 {"v.accepted", 1}};
     for (unsigned i = 0; i < ARRAY_SIZE(rows); i++) {
         struct error err = {0};
