@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the files of the block device share: virtio_blk.c (requests), virtio_blk_life.c (image,
+// life, saved state), virtio_blk_admin.c (the person outside). The device's lock is held around all
+// of it.
+#pragma once
+
+#include "devices/blk_engine.h"
+#include "devices/virtio_blk.h"
+#include "vmm/util.h"
+
+enum { BLK_QUEUE_SIZE = 256 };
+
+// Sectors of a discard or zeroes segment: what one request of zeroes can write.
+enum { BLK_RANGE_SECTORS = BLK_ZEROES / BLK_SECTOR * VQ_SEGMENTS_MAX };
+
+struct virtio_blk {
+    struct virtio v; // first
+    struct virtio_blk_config config;
+    struct blk_image image;
+    struct blk_overlay overlay; // where config.overlay names one; then `image` is its base
+    struct blk_engine engine;
+    uint64_t capacity; // bytes, a multiple of BLK_SECTOR
+    struct virtio_bell *completion, *timer;
+    struct blk_request *pool, *free;
+    size_t fresh; // pool entries never used so far
+    struct rate_limit limit;
+    struct blk_request *waiting, **waiting_tail; // for tokens, in order; one of a queue at most
+    uint32_t waiting_queues;                     // a bit each
+    bool lost;                                   // the image belongs to somebody else
+    uint8_t flush_failed;                        // the engine's, in saved state
+    uint32_t touched; // queues with answers not yet signalled, a bit each
+    uint8_t serial[BLK_SERIAL_MAX];
+    struct {
+        uint64_t reads, writes, flushes, discards, read_bytes, written_bytes, errors;
+    } count;
+};
+
+static inline struct virtio_blk *blk_of(struct virtio *v)
+{
+    return container_of(v, struct virtio_blk, v);
+}
+
+static inline struct virtio_blk *blk_of_device(struct device *dev)
+{
+    return container_of(dev, struct virtio_blk, v.dev);
+}
+
+static inline bool has_overlay(const struct virtio_blk *b)
+{
+    return *b->config.overlay;
+}
+
+static inline struct blk_image *written_image(struct virtio_blk *b)
+{
+    return has_overlay(b) ? &b->overlay.file : &b->image;
+}
+
+extern const struct virtio_ops blk_ops;
+void blk_request_done(struct blk_engine *e, struct blk_request *r, int error); // of the engine
+void blk_completed(struct virtio *v, struct virtio_bell *bell);
+void blk_timer_fired(struct virtio *v, struct virtio_bell *bell);
+void blk_answer(struct virtio_blk *b);        // submits; signals the queues that have answers
+void blk_waiting_clear(struct virtio_blk *b); // of none, at first
+void blk_waiting_run(struct virtio_blk *b);   // those that find tokens now
+
+void blk_space_capacity(struct virtio_blk *b); // config space says b->capacity
+
+void blk_show(struct device *dev, json_t *out);
+int blk_set(struct device *dev, const char *key, const char *value, struct error *err);
