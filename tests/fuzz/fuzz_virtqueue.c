@@ -33,8 +33,15 @@ static void queue_use(struct virtqueue *vq, struct ram *ram)
             chain_write(ram, &held[nr], i, bytes, n);
             nr++;
         }
-        if (nr == 4 || (nr && i % 3 == 0))
+        if (nr == 4 && i % 2) { // what one packet took
+            struct virtqueue_used group[4];
+            for (unsigned k = 0; k < nr; k++)
+                group[k] = (struct virtqueue_used) {&held[k], i + k};
+            virtqueue_push_group(vq, group, nr);
+            nr = 0;
+        } else if (nr == 4 || (nr && i % 3 == 0)) {
             virtqueue_push(vq, &held[--nr], i);
+        }
         virtqueue_should_signal(vq);
         virtqueue_kicks(vq, true);
         if (vq->in_flight > vq->size)

@@ -694,10 +694,19 @@ static bool reset_busy(struct kit *k)
     return false;
 }
 
+static bool is_broken(const struct kit *k)
+{
+    return vreg_read(k->dev, VR_STATUS) & VS_NEEDS_RESET;
+}
+
+// A chain that comes back all the same was taken for good, unless the device breaks over it (the
+// status is read after that, under the same lock).
 static void broken_wait(struct kit *k)
 {
     uint64_t end = rdtsc() + VIRTIO_WAIT_CYCLES;
-    while (!(vreg_read(k->dev, VR_STATUS) & VS_NEEDS_RESET)) {
+    uint32_t id, len;
+    while (!is_broken(k)) {
+        GUEST_ASSERT(!vring_used(&k->ring, &id, &len) || is_broken(k));
         GUEST_ASSERT(rdtsc() < end);
         pause();
     }
