@@ -11,7 +11,8 @@ import ferrylab as lab
 
 MIB = 1024 * 1024
 PAGE = 4096
-MEMORY, HOG, TARGET = 256, 200, 128  # MiB
+MEMORY, HOG, TARGET = 256, 160, 128  # MiB
+LIMIT = 4 * lab.LIMIT  # a page costs the guest dearly where its ring 0 is emulated
 
 
 def pss(vm):
@@ -31,7 +32,7 @@ class Balloon(lab.LabTest):
 
     def until(self, vm, what, test):
         """Waits until test(what the balloon shows) holds; the guest works at its own pace."""
-        end = time.monotonic() + lab.LIMIT
+        end = time.monotonic() + LIMIT
         while True:
             shown = self.show(vm)
             if test(shown):
@@ -44,7 +45,7 @@ class Balloon(lab.LabTest):
         """The guest uses `mib` MiB until release(); the host's memory for it."""
         start = vm.console.size()
         vm.type(f"memhog {mib}\n")
-        vm.wait_for(b"memhog: holds %d MiB" % mib, start)
+        vm.wait_for(b"memhog: holds %d MiB" % mib, start, LIMIT)
         return pss(vm)
 
     def release(self, vm):
@@ -77,7 +78,7 @@ class Balloon(lab.LabTest):
         self.until(vm, "deflating", lambda b: b["actual_bytes"] == 0)
         self.assertGreater(self.hold(vm, HOG), before - 8 * MIB)  # the guest has it again
         guest = self.until(vm, "statistics",
-                           lambda b: b["guest"].get("free", MEMORY * MIB) < 60 * MIB)["guest"]
+                           lambda b: b["guest"].get("free", MEMORY * MIB) < 100 * MIB)["guest"]
         self.assertGreater(guest["total"], 200 * MIB)
         self.assertGreater(guest["minor_faults"], 0)
         self.release(vm)

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The balloon driven as a guest does, on both rings, with the loop but without KVM. Whether memory
 // is given back is asked of the kernel (mincore). That the tests notice a missing guard was checked
-// by taking each out.
+// by taking out one at a time: limits of a turn, the states of hinting, poison, widths and fields of
+// config space, tags, targets, what a load checks, what a reset forgets.
 #include <check.h>
 #include <errno.h>
 #include <fcntl.h>
