@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The virtio-pci transport with a small device of our own, found and driven as a guest's driver
-// does; resets that end later; state that goes out and comes back. That the tests notice a missing
-// guard was checked by taking each out.
+// does; resets that end later; state that goes out and comes back.
 #include <check.h>
 #include <errno.h>
 #include <stdlib.h>
