@@ -29,7 +29,7 @@ enum {
     VSOCK_BUFFERS_MAX = 128 * 1024 * 1024,
     VSOCK_WINDOW = 256 * 1024,      // bytes a connection may have buffered; while that fits
     VSOCK_WINDOW_SMALL = 32 * 1024, // the other connections; all of them always fit
-    VSOCK_TIMEOUT_MS = 5000, // for a CONNECT line, the guest's answer, a place in a full backlog
+    VSOCK_TIMEOUT_MS = 10000, // for a CONNECT line, the guest's answer, a place in a full backlog
     VSOCK_PATH_MAX = 96,     // bytes; leaves room for "_4294967295"
 };
 
