@@ -101,7 +101,7 @@ struct blk_engine {
 // completions are announced at `event_fd`.
 int blk_engine_create(struct blk_engine *e, struct blk_image *top, struct blk_overlay *overlay,
                       unsigned depth, int event_fd, struct error *err);
-// Whatever the kernel still has is left to it: then the requests' memory must not be freed.
+// Whatever the kernel still has is left to it: then an overlay's table must not be freed.
 void blk_engine_destroy(struct blk_engine *e);
 
 void blk_start(struct blk_engine *e, struct blk_request *r);

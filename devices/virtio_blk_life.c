@@ -155,10 +155,12 @@ static void blk_close(struct virtio_blk *b)
     if (idle)
         image_give_up(b);
     blk_engine_destroy(&b->engine);
-    blk_overlay_close(&b->overlay);
-    blk_image_close(&b->image);
     if (idle)
-        free(b->pool); // else the kernel may still look at it: nothing but our end frees it
+        blk_overlay_close(&b->overlay);
+    else // the kernel may still write from its table: nothing but our end frees that
+        blk_image_close(&b->overlay.file);
+    blk_image_close(&b->image);
+    free(b->pool); // of a request the kernel has a copy (IORING_FEAT_SUBMIT_STABLE)
 }
 
 static int blk_realize(struct device *dev, const void *config, struct error *err)
