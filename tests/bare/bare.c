@@ -189,6 +189,8 @@ void bare_end(struct bare *b)
 {
     bare_loop_end(b);
     vm_destroy(b->vm);
+    for (unsigned i = 0; i < 4; i++) // polls that devices cancelled end, and free what they watched
+        CHECK(loop_turn(b->loop, false, &err));
     loop_destroy(b->loop);
     console_close(b->console);
     close(b->console_fd);
