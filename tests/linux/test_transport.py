@@ -56,7 +56,7 @@ class Transport(unittest.TestCase):
 
     def many(self, transport, append=None):
         disks = [word for i in range(DEVICES - 1) for word in ("--disk", self.disk(i))]
-        vm = self.boot("--transport", transport, "--cpus", "2", *disks, append=append)
+        vm = self.boot("--transport", transport, *disks, append=append)
         self.check_labels(vm, DEVICES - 1)
         self.check_rng(vm)
         if transport == "pci":
@@ -93,7 +93,7 @@ class Transport(unittest.TestCase):
         shutil.copy(lab.guest_file("disk.ext4"), image)
         raw = self.disk(0)
         disks = ("--disk", f"{image},queues=2", "--disk", raw)
-        vm = self.boot("--transport", "pci", "--cpus", "2", *disks, name="source")
+        vm = self.boot("--transport", "pci", *disks, name="source")
         vm.command("mount -t ext4 /dev/vda /mnt")
         before = vm.command("sha256sum /mnt/data/megabyte")
         vm.command("echo changed >/mnt/new; sync")
