@@ -223,6 +223,11 @@ struct block {
 
 // In the order they are loaded. The local APIC before the MSRs (deadline timer), the events last
 // (they may depend on all others).
+//
+// A one-shot timer that has expired fires once more when KVM_SET_LAPIC loads it (each move adds
+// one; deadlines are exact). KVM_GET_LAPIC shows a count of 0 both for one that was delivered and
+// for one that expired while the vCPU stood still and must still come: KVM gives both, and so do
+// we, since a guest copes with a tick too many and not with one too few.
 static const struct block blocks_before_msrs[] = {BLOCK(SREGS, sregs), BLOCK(REGS, regs),
                                                   BLOCK(DEBUGREGS, debugregs), BLOCK(LAPIC, lapic)};
 static const struct block blocks_after_msrs[] = {BLOCK(MP_STATE, mp_state),

@@ -3,15 +3,22 @@
 // kind.
 #include "../rt.h"
 
-#define VECTOR_TIMER 0x50
-#define VECTOR_PIT   0x51
+#define VECTOR_TIMER    0x50
+#define VECTOR_PIT      0x51
+#define VECTOR_DEADLINE 0x52
 
-static volatile uint64_t timer_irqs, pit_irqs;
+static volatile uint64_t timer_irqs, pit_irqs, deadline_irqs;
 
 static void on_timer(struct trap_frame *frame)
 {
     (void)frame;
     timer_irqs++;
+}
+
+static void on_deadline(struct trap_frame *frame)
+{
+    (void)frame;
+    deadline_irqs++;
 }
 
 static void on_pit(struct trap_frame *frame)
@@ -31,7 +38,8 @@ static void check_local_timer(uint64_t n)
     for (uint64_t i = 1; i <= n; i++) {
         timer_oneshot(VECTOR_TIMER, 100000);
         count_to(&timer_irqs, i);
-        GUEST_ASSERT_EQ(timer_irqs, i);
+        // More when the guest was moved: see the local APIC in vmm/vcpu_state.c.
+        GUEST_ASSERT(timer_irqs >= i);
     }
     timer_periodic(VECTOR_TIMER, 1000000);
     count_to(&timer_irqs, 2 * n);
@@ -56,14 +64,19 @@ static void check_ring3(uint64_t n)
     timer_stop();
 }
 
+// With a vector of its own. A tick of the periodic timer may come between the last look at the
+// count and timer_stop, and stopping does not take it back from the local APIC's IRR: it is
+// delivered in the first irq_wait here. Counted as the deadline's, it would look like one that came
+// up to a period early (seen: 726,000 of 1,000,000 cycles, with 5,000,000 cycles spent before the
+// stop).
 static void check_deadline(uint64_t n)
 {
-    uint64_t before = timer_irqs;
     for (uint64_t i = 1; i <= n; i++) {
         uint64_t deadline = rdtsc() + 1000000;
-        timer_deadline(VECTOR_TIMER, deadline);
-        count_to(&timer_irqs, before + i);
-        GUEST_ASSERT(rdtsc() >= deadline);
+        timer_deadline(VECTOR_DEADLINE, deadline);
+        count_to(&deadline_irqs, i);
+        uint64_t now = rdtsc();
+        GUEST_ASSERT_EQ(now < deadline ? deadline - now : 0, 0); // cycles it came too early
     }
     timer_stop();
 }
@@ -97,6 +110,7 @@ void guest_main(void)
     irq_init();
     trap_handler_set(VECTOR_TIMER, on_timer);
     trap_handler_set(VECTOR_PIT, on_pit);
+    trap_handler_set(VECTOR_DEADLINE, on_deadline);
     check_local_timer(n);
     check_ring3(n);
     if (tsc_deadline_present())
@@ -104,7 +118,7 @@ void guest_main(void)
     if (guest_param(UCALL_P_IRQS, 1))
         check_pit(n);
     check_kvmclock();
-    guest_value(UCALL_V_TIMER_IRQS, timer_irqs, 0);
+    guest_value(UCALL_V_TIMER_IRQS, timer_irqs + deadline_irqs, 0);
     guest_value(UCALL_V_PIT_IRQS, pit_irqs, 0);
     guest_value(UCALL_V_TSC_KHZ, tsc_khz(), 0);
 }
