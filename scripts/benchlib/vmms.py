@@ -242,6 +242,7 @@ def free_port():
 
 class Ferry:
     name = "ferry"
+    serial = 0  # of machines, for their names
 
     @staticmethod
     def version():
@@ -249,29 +250,31 @@ class Ferry:
         return [FERRY, "version"]
 
     def __init__(self, transport=None):
-        self.serial = 0
         self.transport = transport  # of virtio devices, else Ferry's default
 
     def exits(self, machine):
         """Exits of all vCPUs to the VMM so far."""
         done = subprocess.run([FERRY, "info", machine.name, "--json"], capture_output=True,
-                              text=True, timeout=60, check=True)
+                              text=True, timeout=60, check=False)
+        if done.returncode:
+            raise Failed(f"ferry info: status {done.returncode}: {done.stderr[-300:]}")
         return sum(vcpu["exits"] for vcpu in json.loads(done.stdout)["vcpus"])
 
     def _name(self):
-        self.serial += 1
-        return f"bench-{os.getpid()}-{self.serial}"
+        Ferry.serial += 1
+        return f"bench-{os.getpid()}-{Ferry.serial}"
 
     # `acpi`: Ferry always has tables; what counts is whether the guest's command line uses them.
-    # `disks`: read-only images; `tap`: name of a tap device; `enter`: command to start it under.
+    # `disks`: read-only images; `tap`: name of a tap device; `enter`: command to start it under;
+    # `stays`: when its guest has ended, so that it can still be asked.
     def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False,
-              disks=(), tap=None, enter=()):
+              disks=(), tap=None, enter=(), stays=False):
         name = self._name()
         argv = [program(FERRY, "ninja -C build"), "run", "-n", name, "-k", kernel, "-a", append,
                 "-c", str(cpus), "-m", f"{memory}M", "--console", "stdio"]
         if initrd:
             argv += ["-i", initrd]
-        argv += ["--mark"] if mark else ["--debug-exit"]
+        argv += ["--mark"] if mark else [] if stays else ["--debug-exit"]
         for disk in disks:
             argv += ["--disk", f"{disk},ro"]
         if disks or tap:
@@ -371,12 +374,12 @@ class Qemu:
         return machine
 
     def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False,
-              disks=(), tap=None, enter=()):
+              disks=(), tap=None, enter=(), stays=False):
         directory = tempfile.mkdtemp(prefix="ferry-bench-")
         argv = self._argv(directory, kernel, initrd, append, memory, cpus, acpi)
         for i, disk in enumerate(disks):
             argv += ["-drive", f"file={disk},if=none,id=disk{i},format=raw,cache=none,"
-                     "aio=io_uring,readonly=on", "-device", f"virtio-blk-device,drive=disk{i}"]
+                     "aio=io_uring,readonly=on,file.locking=off", "-device", f"virtio-blk-device,drive=disk{i}"]
         if tap:
             argv += ["-netdev", f"tap,id=net0,ifname={tap},script=no,downscript=no,vhost=off",
                      "-device", "virtio-net-device,netdev=net0"]
