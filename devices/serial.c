@@ -38,6 +38,12 @@ enum { POLLS_TO_READ = 4 };
 // See irq_hold: how long a driver has to come back to IIR.
 enum { HOLD_NS = 2000000 };
 
+// On the heap: the kernel may hold the poll a little longer than the device lives.
+struct hold_timer {
+    struct loop_watch watch;
+    struct serial *serial; // NULL once the device is gone
+};
+
 struct serial {
     struct device dev;
     struct console *console;
@@ -63,7 +69,7 @@ struct serial {
     bool held;    // the line is still high although IIR was read; see irq_hold
     int timer_fd; // ends a hold
     bool timer_set;
-    struct loop_watch timer;
+    struct hold_timer *timer; // with timer_fd
 };
 
 static struct serial *serial_of(void *dev)
@@ -144,7 +150,7 @@ static void irq_hold(struct serial *s)
 
 static void hold_timeout(struct loop_watch *watch, uint32_t revents)
 {
-    struct serial *s = container_of(watch, struct serial, timer);
+    struct serial *s = container_of(watch, struct hold_timer, watch)->serial;
     uint64_t ticks;
     if (read(s->timer_fd, &ticks, sizeof(ticks)) != sizeof(ticks))
         return; // taken back meanwhile
@@ -574,7 +580,30 @@ static int hold_init(struct serial *s, struct error *err)
     s->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
     if (s->timer_fd < 0)
         return error_errno(err, "serial: cannot create a timer");
-    return loop_watch(s->dev.vm->loop, &s->timer, s->timer_fd, POLLIN, hold_timeout, err);
+    s->timer = calloc(1, sizeof(*s->timer));
+    if (!s->timer)
+        return error_set(err, -ENOMEM, "serial: no memory for a timer");
+    s->timer->serial = s;
+    return loop_watch(s->dev.vm->loop, &s->timer->watch, s->timer_fd, POLLIN, hold_timeout, err);
+}
+
+static void hold_closed(struct loop_watch *watch)
+{
+    free(container_of(watch, struct hold_timer, watch));
+}
+
+static void hold_destroy(struct serial *s)
+{
+    if (s->timer_fd < 0)
+        return;
+    if (s->timer && s->timer->watch.loop) {
+        s->timer->serial = NULL;
+        loop_unwatch(&s->timer->watch, hold_closed);
+    } else {
+        free(s->timer);
+    }
+    close(s->timer_fd);
+    s->timer_fd = -1;
 }
 
 // A guest that ended while its console was slow: give the reader a last chance. Not after a pause:
@@ -586,10 +615,7 @@ static void serial_unrealize(struct device *dev)
         console_drain(s->console, s->out, s->out_len);
     if (s->console)
         console_attach(s->console, NULL, NULL);
-    if (s->timer_fd >= 0) {
-        timer_arm(s, 0); // the loop may outlive us: it must never fire again
-        close(s->timer_fd);
-    }
+    hold_destroy(s);
 }
 
 static int serial_realize(struct device *dev, const void *config, struct error *err)
@@ -603,8 +629,7 @@ static int serial_realize(struct device *dev, const void *config, struct error *
     if (!ret)
         ret = bus_add(&dev->vm->pio, &range, err);
     if (ret) {
-        if (s->timer_fd >= 0)
-            close(s->timer_fd);
+        hold_destroy(s);
         return ret;
     }
     serial_reset(dev);

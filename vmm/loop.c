@@ -42,6 +42,7 @@ static int watch_arm(struct loop_watch *w)
 
 static void watch_finish(struct loop_watch *w)
 {
+    w->loop->closing--;
     w->closing = false;
     w->loop = NULL;
     if (w->closed)
@@ -94,6 +95,7 @@ void loop_unwatch(struct loop_watch *watch, void (*closed)(struct loop_watch *))
     watch->closed = closed;
     watch->fd = -1;
     watch->closing = true;
+    watch->loop->closing++;
     if (!watch->armed) {
         if (!watch->in_fn)
             watch_finish(watch);
@@ -220,6 +222,8 @@ void loop_destroy(struct loop *loop)
 {
     if (!loop)
         return;
+    while (loop->closing && !loop_turn(loop, true, NULL))
+        ; // cancelled polls come home, and their watches are freed
     io_uring_queue_exit(&loop->ring);
     if (loop->wake_fd >= 0)
         close(loop->wake_fd);

@@ -51,10 +51,11 @@ struct loop {
     pthread_mutex_t lock; // guards `calls`
     struct loop_call *calls, **calls_tail;
     atomic_bool stop;
+    unsigned closing; // watches whose end the kernel has not confirmed yet
 };
 
 int loop_create(struct loop **loop, struct error *err);
-void loop_destroy(struct loop *loop);
+void loop_destroy(struct loop *loop); // waits for watches that were closed
 
 // Runs until loop_stop; handles everything in the calling thread. 0 or -errno.
 int loop_run(struct loop *loop, struct error *err);

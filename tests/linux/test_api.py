@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The API from outside: every path with good, missing, mistyped and huge bodies; a VM described piece
+by piece, as clients of Firecracker do it; states; the list of VMs."""
+
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+
+import ferrylab as lab
+
+WRONG = {"string": 7, "integer": "7", "boolean": "true", "object": [], "array": {}}
+
+
+class Api:
+    """Requests to one socket, each on a connection of its own."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def connect(self):
+        connection = http.client.HTTPConnection("localhost", timeout=lab.LIMIT)
+        connection.sock = socket.socket(socket.AF_UNIX)
+        connection.sock.settimeout(lab.LIMIT)
+        connection.sock.connect(self.path)
+        return connection
+
+    def call(self, method, path, body=None):
+        connection = self.connect()
+        try:
+            if body is not None and not isinstance(body, (bytes, str)):
+                body = json.dumps(body)
+            connection.request(method, path, body)
+            answer = connection.getresponse()
+            text = answer.read()
+            kind = answer.headers.get("Content-Type", "")
+            return answer.status, json.loads(text) if text and "json" in kind else text.decode()
+        finally:
+            connection.close()
+
+
+class ApiTest(lab.LabTest):
+    def waiting(self, *args):
+        """A VM that waits for its configuration."""
+        path = self.lab.path(self.lab.new_name() + ".api")
+        vm = self.lab.vm("run", "--api-sock", path, *args)
+        while not os.path.exists(path):
+            self.assertIsNone(vm.child.poll(), vm.errors())
+        api = Api(path)
+        while True:
+            try:
+                self.assertEqual(200, api.call("GET", "/")[0])
+                return vm, api
+            except ConnectionRefusedError:
+                self.assertIsNone(vm.child.poll(), vm.errors())
+
+    def good(self, api, method, path, body=None, status=204):
+        got = api.call(method, path, body)
+        self.assertEqual(status, got[0], (method, path, body, got))
+        return got[1]
+
+    def bad(self, api, method, path, body, says):
+        status, answer = api.call(method, path, body)
+        self.assertEqual(400, status, (method, path, body, answer))
+        self.assertRegex(answer["fault_message"], says, (method, path, body))
+        self.assertLess(answer["code"], 0)
+        return answer
+
+    def describe(self, api, kernel, **machine):
+        self.good(api, "PUT", "/boot-source", {"kernel_image_path": kernel, "boot_args": ""})
+        self.good(api, "PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 32, **machine})
+
+    def start(self, api):
+        self.good(api, "PUT", "/actions", {"action_type": "InstanceStart"})
+
+
+class Description(ApiTest):
+    def test_openapi_is_what_the_program_says(self):
+        script = os.path.join(lab.ROOT, "scripts", "openapi")
+        done = subprocess.run([script, lab.FERRY, "--check"], env=self.lab.env, text=True,
+                              capture_output=True, timeout=lab.LIMIT)
+        self.assertEqual(0, done.returncode, done.stderr)
+
+    def example(self, schema, field=None):
+        """A value that the schema takes. Bodies of paths name things of this host where they must."""
+        kind = schema.get("type")
+        if "enum" in schema:
+            return schema["enum"][0]
+        if kind == "object":
+            return {key: self.example(inner, key)
+                    for key, inner in schema.get("properties", {}).items()}
+        if kind == "string":
+            return {"path_on_host": self.disk, "kernel_image_path": self.kernel,
+                    "initrd_path": self.kernel, "guest_mac": "06:00:00:00:00:01",
+                    "drive_id": "x", "iface_id": "x"}.get(field, "x")
+        if kind == "array":
+            return []
+        return {"integer": schema.get("minimum", 1), "boolean": False, None: 1}[kind]
+
+    def test_every_path(self):
+        self.disk, self.kernel = self.lab.path("disk"), lab.bare_guest("halt.elf")
+        with open(self.disk, "wb") as f:
+            f.truncate(1 << 20)
+        vm, api = self.waiting()
+        paths = self.good(api, "GET", "/openapi", status=200)["paths"]
+        self.assertGreater(len(paths), 25)
+        bodies = 0
+        for path, methods in paths.items():
+            for method, operation in methods.items():
+                method, real = method.upper(), re.sub(r"\{.*\}", "x", path)
+                if real in ("/events", "/stop", "/actions", "/snapshot/load"):
+                    continue  # they follow, or act: below
+                with self.subTest(method=method, path=path):
+                    status, answer = api.call(method, real, None)
+                    self.assertIn(status, (200, 204, 400), answer)
+                    self.bad(api, method, real, "{", "not JSON|takes no body")
+                    self.bad(api, method, real, "[]", "expected an object|takes no body")
+                    self.assertEqual(413, self.huge(api, method, real))
+                    if "requestBody" not in operation:
+                        continue
+                    bodies += 1
+                    schema = operation["requestBody"]["content"]["application/json"]["schema"]
+                    self.body_is_checked(api, method, real, schema, operation["description"])
+        self.assertGreater(bodies, 15)
+        self.good(api, "PUT", "/stop", {})
+        self.assertEqual(0, vm.wait(), vm.errors())
+
+    def huge(self, api, method, path):
+        """A body of 10 MB that is announced; an answer, or closed in the middle of it."""
+        connection = api.connect()
+        connection.putrequest(method, path)
+        connection.putheader("Content-Length", "10000000")
+        connection.endheaders()
+        status = connection.getresponse().status
+        connection.close()
+        return status
+
+    def body_is_checked(self, api, method, path, schema, description):
+        body = self.example(schema)
+        status, answer = api.call(method, path, body)
+        if "created" in description or "any state" in description:
+            self.assertIn(status, (200, 204), (body, answer))
+        else:
+            self.assertEqual(400, status)
+            self.assertIn("not possible while the VM is created", answer["fault_message"])
+        self.bad(api, method, path, {**body, "surplus": 1}, "unknown field 'surplus'")
+        for name in schema.get("required", []):
+            self.bad(api, method, path, {k: v for k, v in body.items() if k != name},
+                     f"'{name}' is missing")
+        for name, inner in schema.get("properties", {}).items():
+            if inner.get("type"):
+                self.bad(api, method, path, {**body, name: WRONG[inner["type"]]}, f"'{name}'")
+            if "maximum" in inner and inner["maximum"] < 2**62:
+                self.bad(api, method, path, {**body, name: inner["maximum"] + 1}, "expected")
+            if "maxLength" in inner:
+                self.bad(api, method, path, {**body, name: "x" * (inner["maxLength"] + 1)}, "bytes")
+
+
+class Life(ApiTest):
+    def test_piece_by_piece(self):
+        disk = self.lab.path("disk")
+        with open(disk, "wb") as f:
+            f.truncate(1 << 20)
+        vm, api = self.waiting()
+        self.assertEqual((vm.name, "Not started"), tuple(
+            self.good(api, "GET", "/", status=200)[key] for key in ("id", "state")))
+        self.bad(api, "PUT", "/actions", {"action_type": "InstanceStart"}, "no kernel")
+        self.describe(api, lab.bare_guest("incr.elf"), smt=False)
+        self.bad(api, "PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 32, "smt": True},
+                 "smt")
+        self.good(api, "PUT", "/boot-source", {"kernel_image_path": lab.bare_guest("incr.elf"),
+                                               "boot_args": "pages=64"})
+        drive = {"drive_id": "d", "path_on_host": disk, "is_root_device": False,
+                 "is_read_only": False,
+                 "rate_limiter": {"ops": {"size": 1000, "refill_time": 100}}}
+        self.good(api, "PUT", "/drives/d", drive)
+        self.bad(api, "PUT", "/drives/e", drive, "'d' in the body, 'e' in the path")
+        self.bad(api, "PUT", "/drives/d", {**drive, "path_on_host": "/nowhere"}, "/nowhere")
+        self.good(api, "PUT", "/drives/r", {**drive, "drive_id": "r", "is_root_device": True,
+                                            "is_read_only": True})
+        self.bad(api, "PUT", "/drives/q", {**drive, "drive_id": "q", "is_root_device": True},
+                 "'r' is the root device")
+        self.good(api, "PUT", "/drives/r", {**drive, "drive_id": "r", "path_on_host": disk + "2"}
+                  if os.path.exists(disk + "2") else {**drive, "drive_id": "r",
+                                                      "path_on_host": self.second(disk)})
+        self.good(api, "PUT", "/vsock", {"guest_cid": 3, "uds_path": self.lab.path("v")})
+        self.good(api, "PUT", "/balloon", {"amount_mib": 0, "deflate_on_oom": True})
+        self.good(api, "PUT", "/entropy", {})
+        self.good(api, "PUT", "/metrics", {"metrics_path": self.lab.path("metrics")})
+        config = self.good(api, "GET", "/vm/config", status=200)
+        self.assertEqual(["d", "r"], [d["drive_id"] for d in config["drives"]])
+        self.bad(api, "PATCH", "/vm", {"state": "Paused"}, "while the VM is created")
+        self.start(api)
+        self.bad(api, "PUT", "/actions", {"action_type": "InstanceStart"}, "running")
+        self.bad(api, "PUT", "/drives/d", drive, "while the VM is running")
+        self.assertEqual("Running", self.good(api, "GET", "/", status=200)["state"])
+        self.good(api, "PATCH", "/drives/d", {"drive_id": "d", "rate_limiter": {
+            "bandwidth": {"size": 1 << 20, "one_time_burst": 4096, "refill_time": 1000}}})
+        self.bad(api, "PATCH", "/drives/d", {"drive_id": "d", "path_on_host": "/other"}, "keeps")
+        with open(disk, "ab") as f:
+            f.truncate(2 << 20)
+        self.good(api, "PATCH", "/drives/d", {"drive_id": "d", "path_on_host": disk})
+        devices = self.good(api, "GET", "/info", status=200)["devices"]
+        self.assertEqual({"disk0", "disk1", "vsock0", "balloon0", "rng0"}, set(devices))
+        self.assertIn(2 << 20, [devices["disk0"]["size"], devices["disk1"]["size"]])
+        self.good(api, "PATCH", "/balloon", {"amount_mib": 4})
+        self.assertEqual(4, self.good(api, "GET", "/balloon/statistics", status=200)["target_mib"])
+        self.good(api, "PUT", "/actions", {"action_type": "FlushMetrics"})
+        with open(self.lab.path("metrics")) as f:
+            self.assertEqual(vm.name, json.loads(f.readline())["name"])
+        text = self.good(api, "GET", "/metrics/prometheus", status=200)
+        self.assertIn(f'ferry_vm_state{{vm="{vm.name}",state="running"}} 1', text)
+        self.assertIn(f'ferry_device_size{{vm="{vm.name}",device="disk0"}}', text)
+        self.good(api, "PUT", "/stop", {})
+        self.assertEnds(vm, lab.STOPPED)
+
+    def second(self, disk):
+        shutil.copy(disk, disk + "2")
+        return disk + "2"
+
+    def test_a_failed_start_can_be_mended(self):
+        vm, api = self.waiting()
+        broken = self.lab.path("kernel")
+        with open(broken, "w") as f:
+            f.write("no kernel")
+        self.describe(api, broken)
+        self.bad(api, "PUT", "/actions", {"action_type": "InstanceStart"}, "kernel")
+        self.assertEqual("created", self.good(api, "GET", "/info", status=200)["state"])
+        self.describe(api, lab.bare_guest("halt.elf"))
+        self.start(api)
+        self.good(api, "PUT", "/stop", {})
+        self.assertEnds(vm, lab.STOPPED)
+
+    def test_snapshot_and_load(self):
+        disk, snap, memory = (self.lab.path(n) for n in ("disk", "snap", "mem"))
+        with open(disk, "wb") as f:
+            f.truncate(1 << 20)
+        vm, api = self.waiting()
+        self.good(api, "PUT", "/boot-source", {"kernel_image_path": lab.bare_guest("incr.elf"),
+                                               "boot_args": "pages=64"})
+        self.good(api, "PUT", "/machine-config", {"vcpu_count": 2, "mem_size_mib": 32})
+        self.good(api, "PUT", "/drives/d", {"drive_id": "d", "path_on_host": disk,
+                                            "is_root_device": False})
+        self.start(api)
+        vm.wait_for(b"sync 1")
+        paths = {"snapshot_path": snap, "mem_file_path": memory}
+        self.bad(api, "PUT", "/snapshot/create", paths, "running")
+        self.good(api, "PATCH", "/vm", {"state": "Paused"})
+        self.good(api, "PATCH", "/vm", {"state": "Paused"})
+        self.good(api, "PUT", "/snapshot/create", {**paths, "snapshot_type": "Full"})
+        self.assertEqual("Paused", self.good(api, "GET", "/", status=200)["state"])
+        self.good(api, "PATCH", "/vm", {"state": "Resumed"})
+        self.bad(api, "PATCH", "/vm", {"state": "Resumed"}, "not paused but running")
+        self.good(api, "PUT", "/stop", {})
+        self.assertEnds(vm, lab.STOPPED)
+
+        second, api = self.waiting()
+        load = {"snapshot_path": snap, "resume_vm": True,
+                "mem_backend": {"backend_type": "File", "backend_path": memory}}
+        self.bad(api, "PUT", "/snapshot/load", {**load, "snapshot_path": "/nowhere"}, "/nowhere")
+        self.assertEqual("Not started", self.good(api, "GET", "/", status=200)["state"])
+        self.good(api, "PUT", "/snapshot/load", load)
+        second.wait_for(b"sync")
+        self.assertEqual("Running", self.good(api, "GET", "/", status=200)["state"])
+        self.assertIn("disk0", self.good(api, "GET", "/info", status=200)["devices"])
+        self.good(api, "PUT", "/stop", {})
+        self.assertEnds(second, lab.STOPPED)
+
+    def test_config_file(self):
+        path = self.lab.path("vm.json")
+        config = {"boot-source": {"kernel_image_path": lab.bare_guest("poweroff.elf"),
+                                  "boot_args": ""},
+                  "machine-config": {"vcpu_count": 1, "mem_size_mib": 32}, "drives": []}
+        with open(path, "w") as f:
+            json.dump(config, f)
+        vm = self.lab.vm("run", "--config-file", path)
+        self.assertEqual(0, vm.wait(), vm.errors())
+        for name, broken, says in (("surplus", {**config, "x": 1}, "unknown field 'x'"),
+                                   ("type", {**config, "drives": {}}, "drives: expected a list"),
+                                   ("none", {}, "boot-source")):
+            with self.subTest(name), open(path, "w") as f:
+                json.dump(broken, f)
+                f.flush()
+                result = self.assertStatus(self.lab.ferry("run", "--config-file", path), lab.USAGE)
+                self.assertIn(says, result.stderr)
+
+    def test_started_as_microvm_tools_do(self):
+        """ferry --api-sock PATH --id NAME, and an end by SIGTERM before anything was started."""
+        path = self.lab.path("a.sock")
+        process = self.lab.start(lab.Process([lab.FERRY, "--api-sock", path, "--id", "tool"],
+                                             env=self.lab.env))
+        while not os.path.exists(path):
+            self.assertIsNone(process.child.poll(), process.errors())
+        os.kill(process.pid, signal.SIGTERM)
+        self.assertEqual(0, process.wait(), process.errors())
+        self.assertFalse(os.path.exists(path))
+
+    def test_events(self):
+        vm = self.lab.vm("run", "-k", lab.bare_guest("incr.elf"), "-m", "32M", "-a", "pages=64")
+        vm.wait_for(b"sync 1")
+        follower = self.lab.start(lab.Process([lab.FERRY, "events", vm.name, "--json"],
+                                              env=self.lab.env))
+        while b"paused" not in follower.stdout.data:  # until it follows
+            self.assertIsNone(follower.child.poll(), follower.errors())
+            vm.ferry("pause")
+            vm.ferry("resume")
+        vm.ferry("snapshot", self.lab.path("snap"))
+        vm.ferry("stop")
+        self.assertEnds(vm, lab.STOPPED)
+        self.assertEqual(0, follower.wait())
+        states = [json.loads(line)["to"] for line in follower.stdout.rest().split(b"\n") if line]
+        self.assertEqual(["snapshotting", "running", "stopped"], states[-3:])
+
+    def test_many_clients(self):
+        """Half of them never finish; the guest goes on, and the others are answered."""
+        vm, api = self.waiting()
+        self.good(api, "PUT", "/boot-source", {"kernel_image_path": lab.bare_guest("incr.elf"),
+                                               "boot_args": "pages=64"})
+        self.start(api)
+        idle = []
+        for i in range(100):
+            s = socket.socket(socket.AF_UNIX)
+            s.connect(api.path)
+            s.sendall(b"PUT /vm HTTP/1.1\r\nContent-Length: 100\r\n\r\n{"[:20 + i % 30])
+            idle.append(s)
+        answers = []
+        threads = [threading.Thread(target=lambda: answers.append(api.call("GET", "/")[0]))
+                   for _ in range(50)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+        self.assertEqual([200] * 50, answers)
+        for s in idle:
+            s.close()
+        self.good(api, "PUT", "/stop", {})
+        self.assertEnds(vm, lab.STOPPED)
+
+
+class Hosts(ApiTest):
+    def names(self, *args):
+        return {e["name"]: e for e in
+                self.assertStatus(self.lab.ferry("ls", "--json", *args), lab.OK).json()}
+
+    def test_ls_rm_kill_prune(self):
+        self.assertEqual({}, self.names())
+        first = self.lab.vm("run", "-k", lab.bare_guest("incr.elf"), "-m", "32M", "-a", "pages=64",
+                            "--vsock", f"cid=3,path={self.lab.path('v')}")
+        second = self.lab.vm("run", "-k", lab.bare_guest("halt.elf"), "-m", "32M")
+        first.wait_for(b"sync 1")
+        while second.ferry("info").status:
+            self.assertIsNone(second.child.poll(), second.errors())
+        listed = self.names()
+        self.assertEqual({first.name, second.name}, set(listed))
+        self.assertEqual(("running", first.pid), (listed[first.name]["state"],
+                                                  listed[first.name]["pid"]))
+        self.assertIn("runs", self.assertStatus(first.ferry("rm"), lab.FAILED).stderr)
+        os.kill(second.pid, signal.SIGSTOP)  # alive, and silent
+        self.assertEqual("silent", self.names()[second.name]["state"])
+        self.assertStatus(second.ferry("kill"), lab.OK)
+        self.assertEqual(-signal.SIGKILL, second.wait())
+        self.assertEqual("dead", self.names()[second.name]["state"])
+        self.assertEqual(["zombie"], [f["kind"] for f in self.names("--sprawl").values()])
+        self.assertIn("dead already", self.assertStatus(second.ferry("kill"), lab.FAILED).stderr)
+        self.assertIn(f"would remove {self.lab.run_dir}/{second.name}.sock",
+                      self.assertStatus(self.lab.ferry("prune", "--dry-run"), lab.OK).stdout)
+        self.assertStatus(second.ferry("rm"), lab.OK)
+        self.assertEqual({first.name}, set(self.names()))
+        first.child.kill()
+        first.wait()
+        self.assertTrue(os.path.exists(self.lab.path("v")))
+        self.assertStatus(self.lab.ferry("prune"), lab.OK)
+        self.assertEqual([], self.lab.sockets())
+        self.assertFalse(os.path.exists(self.lab.path("v")))
+
+    def test_a_record_is_no_leave_to_remove_files(self):
+        precious = self.lab.path("precious")
+        os.mkdir(self.lab.run_dir)
+        with open(precious, "w") as f:
+            f.write("mine")
+        for name, text in (("evil", json.dumps({"pid": 1, "start_ticks": 1, "files": [precious]})),
+                           ("junk", "{"), ("list", "[]"), ("types", '{"pid": "x", "files": 7}')):
+            with open(os.path.join(self.lab.run_dir, name + ".json"), "w") as f:
+                f.write(text)
+        self.assertEqual({"dead"}, {e["state"] for e in self.names().values()})
+        self.assertStatus(self.lab.ferry("prune"), lab.OK)
+        self.assertTrue(os.path.exists(precious))
+        self.assertEqual([], self.lab.sockets())
+
+    def test_top(self):
+        vm = self.lab.vm("run", "-k", lab.bare_guest("incr.elf"), "-m", "32M", "-a", "pages=64")
+        vm.wait_for(b"sync 1")
+        one = self.assertStatus(self.lab.ferry("top", "--json", "--count", "1", "--delay", "0.2"),
+                                lab.OK).json()
+        self.assertEqual("running", one[vm.name]["state"])
+        self.assertEqual(32, one[vm.name]["memory_mib"])
+        self.assertIn(vm.name, self.lab.ferry("top", "--count", "1", "--delay", "0.1").stdout)
+        self.assertStatus(vm.ferry("stop"), lab.OK)
+        self.assertEnds(vm, lab.STOPPED)
