@@ -265,7 +265,8 @@ class Life(ApiTest):
         self.bad(api, "PUT", "/snapshot/load", {**load, "snapshot_path": "/nowhere"}, "/nowhere")
         self.assertEqual("Not started", self.good(api, "GET", "/", status=200)["state"])
         self.good(api, "PUT", "/snapshot/load", load)
-        second.wait_for(b"sync")
+        while not self.good(api, "GET", "/info", status=200)["vcpus"][0]["cpu_ns"]:
+            self.assertIsNone(second.child.poll(), second.errors())  # until it has run
         self.assertEqual("Running", self.good(api, "GET", "/", status=200)["state"])
         self.assertIn("disk0", self.good(api, "GET", "/info", status=200)["devices"])
         self.good(api, "PUT", "/stop", {})

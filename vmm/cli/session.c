@@ -272,6 +272,15 @@ int session_start(struct session *s, struct error *err)
     return life_move(&s->life, LIFE_RUNNING, err);
 }
 
+void session_arrived(struct session *s)
+{
+    struct error err;
+    if (usage_start(&s->usage, s->vm, &err))
+        log_write(&s->vm->log, LOG_WARN, "%s", err.text);
+    life_move(&s->life, LIFE_STARTING, NULL);
+    life_move(&s->life, vm_paused(s->vm) ? LIFE_PAUSED : LIFE_RUNNING, NULL);
+}
+
 int session_load(struct session *s, const char *path, struct snapshot_report *report,
                  struct error *err)
 {
@@ -280,19 +289,13 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
         return ret;
     session_hooks(s, &s->hooks);
     ret = snapshot_load(path, &s->hooks, &s->vm, report, err);
-    if (ret)
+    if (ret) {
         session_vm_drop(s);
-    life_move(&s->life, ret ? LIFE_CREATED : LIFE_PAUSED, NULL);
-    return ret;
-}
-
-void session_arrived(struct session *s)
-{
-    struct error err;
-    if (usage_start(&s->usage, s->vm, &err))
-        log_write(&s->vm->log, LOG_WARN, "%s", err.text);
-    life_move(&s->life, LIFE_STARTING, NULL);
-    life_move(&s->life, vm_paused(s->vm) ? LIFE_PAUSED : LIFE_RUNNING, NULL);
+        life_move(&s->life, LIFE_CREATED, NULL);
+        return ret;
+    }
+    session_arrived(s);
+    return 0;
 }
 
 static void report_stop(const char *name, const struct vm_stop *stop, enum log_level level)
