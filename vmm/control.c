@@ -361,6 +361,11 @@ int control_listen(struct control *c, const char *path, struct error *err)
     return ret;
 }
 
+void control_confine(struct control *c, enum seccomp_mode mode)
+{
+    http_confine(c->server, mode);
+}
+
 int control_start(struct control *c, struct error *err)
 {
     return http_start(c->server, err);

@@ -21,6 +21,7 @@
 #include "vmm/life.h"
 #include "vmm/loop.h"
 #include "vmm/schema.h"
+#include "vmm/seccomp.h"
 
 struct control_request;
 
@@ -59,6 +60,8 @@ int control_add(struct control *control, const struct control_route *routes, uns
 void control_remove(struct control *control, const void *context);
 // A Unix socket for the API; several may be opened. -EADDRINUSE: it is in use.
 int control_listen(struct control *control, const char *path, struct error *err);
+// The filter of the server's thread (off unless set). Before control_start.
+void control_confine(struct control *control, enum seccomp_mode mode);
 int control_start(struct control *control, struct error *err);
 void control_destroy(struct control *control); // also removes the sockets
 

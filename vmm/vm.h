@@ -17,6 +17,7 @@
 #include "vmm/log.h"
 #include "vmm/loop.h"
 #include "vmm/ram.h"
+#include "vmm/seccomp.h"
 #include "vmm/state.h"
 #include "vmm/trace.h"
 
@@ -29,6 +30,7 @@ struct vm_config {
     struct cpu_model cpu; // vmm/cpuid.h
     enum log_level log_level;
     bool trace;
+    enum seccomp_mode seccomp; // of the threads; SECCOMP_OFF unless set
     const char *kvm_path; // NULL = /dev/kvm
 };
 

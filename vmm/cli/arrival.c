@@ -100,13 +100,15 @@ static int announce(struct errand *e)
     // A guest that runs is worth more than its control socket.
     if (session_listen(s, &err))
         log_write(&s->vm->log, LOG_ERROR, "no control socket: %s", err.text);
-    return 0;
+    return session_confine(s, e->err);
 }
 
 static void arrived(void *context, struct vm *vm)
 {
-    struct errand e = {.arrival = context, .fn = announce};
-    errand_wait(&e);
+    struct error err;
+    struct errand e = {.arrival = context, .fn = announce, .err = &err};
+    if (errand_wait(&e))
+        vm_request_stop(vm, VM_STOP_ERROR, 0, "%s", err.text);
 }
 
 // --- the receiving thread
@@ -126,6 +128,7 @@ static void *receive_main(void *arg)
 {
     struct arrival *a = arg;
     struct receive_report report;
+    seccomp_enter_or_abort(SECCOMP_WORKER, a->session->options->vm.seccomp);
     a->ret = receive_run(a->receive, &a->vm, &report, &a->err);
     a->done_call = (struct loop_call) {receive_done, a, NULL};
     loop_call(a->session->loop, &a->done_call);
@@ -243,7 +246,8 @@ static int restore_session(struct session *s, const char *path, struct error *er
         return ret;
     vm_resume(s->vm);
     session_arrived(s);
-    return session_run(s);
+    ret = session_confine(s, err);
+    return ret ? ret : session_run(s);
 }
 
 int cli_restore(int argc, char **argv)

@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { OPTIONS_MAX = 40, CONFIG_FILE_MAX = 1024 * 1024 };
+enum { OPTIONS_MAX = 48, CONFIG_FILE_MAX = 1024 * 1024 };
 
 struct option_row {
     const char *name;
@@ -222,6 +222,11 @@ static int set_trace(struct vm_options *o, const char *value, struct error *err)
     return set_bool(&o->vm.trace, value, err);
 }
 
+static int set_seccomp(struct vm_options *o, const char *value, struct error *err)
+{
+    return seccomp_mode_parse(value, &o->vm.seccomp, err);
+}
+
 static int set_config(struct vm_options *o, const char *value, struct error *err)
 {
     return options_load(o, FOR_RUN, value, err);
@@ -266,6 +271,9 @@ static const struct option_row rows[] = {
     {"id", 0, FOR_RUN, false, "NAME", "the same as --name", set_nothing, TEXT(name)},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},
+    {"seccomp", 0, FOR_ALL, false, "MODE",
+     "filter the system calls of each thread: on (default), off, or log what a filter would stop",
+     set_seccomp, 0},
     {"trace", 't', FOR_ALL, false, NULL, "print each exit, and a table of them at the end",
      set_trace, 0},
     {"log", 0, FOR_ALL, false, "LEVEL", "error, warn, info (default), debug", set_log, 0},
@@ -286,6 +294,7 @@ void options_init(struct vm_options *o)
     o->vm.cpus = 1;
     o->vm.ram.size = 128 * MiB;
     o->vm.log_level = LOG_INFO;
+    o->vm.seccomp = SECCOMP_DEFAULT;
     console_parse("stdio", &o->console, NULL);
 }
 

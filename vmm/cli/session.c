@@ -247,7 +247,15 @@ int session_listen(struct session *s, struct error *err)
         ret = control_listen(s->control, o->api_sock, err);
     if (!ret && o->control)
         ret = registry_write(s, err);
-    return ret ? ret : control_start(s->control, err);
+    if (ret)
+        return ret;
+    control_confine(s->control, o->vm.seccomp);
+    return control_start(s->control, err);
+}
+
+int session_confine(struct session *s, struct error *err)
+{
+    return seccomp_enter(SECCOMP_LOOP, s->options->vm.seccomp, err);
 }
 
 int session_start(struct session *s, struct error *err)
@@ -269,7 +277,8 @@ int session_start(struct session *s, struct error *err)
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
     if (usage_start(&s->usage, s->vm, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
-    return life_move(&s->life, LIFE_RUNNING, err);
+    ret = life_move(&s->life, LIFE_RUNNING, err);
+    return ret ? ret : session_confine(s, err);
 }
 
 void session_arrived(struct session *s)
@@ -295,7 +304,7 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
         return ret;
     }
     session_arrived(s);
-    return 0;
+    return session_confine(s, err);
 }
 
 static void report_stop(const char *name, const struct vm_stop *stop, enum log_level level)

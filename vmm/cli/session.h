@@ -49,6 +49,9 @@ int session_listen(struct session *s, struct error *err);
 int session_start(struct session *s, struct error *err);
 // A VM that has arrived is running or paused now: says so to the life.
 void session_arrived(struct session *s);
+// From here on the loop's thread makes only the calls of vmm/seccomp.c. After every thread that is
+// not a worker's has been created.
+int session_confine(struct session *s, struct error *err);
 // Runs the loop until the VM stops; prints how it ended; the exit status.
 int session_run(struct session *s);
 void session_vm_drop(struct session *s); // the VM alone, before anything works on it
