@@ -272,6 +272,7 @@ static void *server_main(void *arg)
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, NULL);
     pthread_setname_np(pthread_self(), "http");
+    tzset(); // opens files; the first Date header would
     seccomp_enter_or_abort(SECCOMP_HTTP, s->seccomp);
     event_base_loop(s->base, EVLOOP_NO_EXIT_ON_EMPTY);
     return NULL;

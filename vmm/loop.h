@@ -63,7 +63,7 @@ void loop_stop(struct loop *loop); // any thread; ends the running or the next l
 // Handles what is ready and, with `wait`, at least one completion. For tests and clean-up.
 int loop_turn(struct loop *loop, bool wait, struct error *err);
 
-// A free SQE, tied to `op` (user_data set); submitted when control returns to the loop, or by
+// A free SQE for a poll or a cancel (the ring takes nothing else, see vmm/ring.h), tied to `op` (user_data set); submitted when control returns to the loop, or by
 // io_uring_submit. Loop thread only. NULL only when the ring is broken.
 struct io_uring_sqe *loop_sqe(struct loop *loop, struct loop_op *op);
 

@@ -7,6 +7,7 @@
 #include <linux/audit.h>
 #include <linux/futex.h>
 #include <linux/if_tun.h>
+#include <linux/io_uring.h>
 #include <linux/kvm.h>
 #include <linux/seccomp.h>
 #include <linux/sockios.h>
@@ -143,6 +144,7 @@ static const struct rule rules[] = {
     IOCTL(TCSETSW, LW),
     IOCTL(TCSETSF, LW),
     IOCTL(TIOCGPTN, LW),
+    IOCTL(TIOCGPGRP, LW),
     IOCTL(TIOCSPTLCK, LW),
     IOCTL(FIONREAD, LW | H),
     IOCTL(FIONBIO, LW),
@@ -187,6 +189,7 @@ static const struct rule rules[] = {
 
     // The loop and its devices. Which rings there are is settled before; what they may do as well.
     CALL(io_uring_enter, LWV),
+    CALL_IF(io_uring_register, 1, IORING_UNREGISTER_FILES, LW),
     CALL(timerfd_settime, LWV),
     CALL(poll, LWV | H),
     CALL(ppoll, LWV),
@@ -202,7 +205,7 @@ static const struct rule rules[] = {
     CALL(pwrite64, LWV),
     CALL(preadv, LWV),
     CALL(pwritev, LWV),
-    CALL(lseek, LWV),
+    CALL(lseek, ALL),
     CALL(eventfd2, LW),
     CALL(timerfd_create, LW),
     CALL(fcntl, LW | H),
