@@ -21,16 +21,15 @@ int ring_open(struct io_uring *ring, const uint8_t *ops, unsigned nr_ops, bool r
     if (nr_ops > RESTRICTIONS_MAX - 3)
         return error_set(err, -E2BIG, "io_uring: %u operations for one ring", nr_ops);
     for (unsigned i = 0; i < nr_ops; i++)
-        list[nr++] = (struct io_uring_restriction) {.opcode = IORING_RESTRICTION_SQE_OP,
-                                                    .sqe_op = ops[i]};
+        list[nr++] =
+            (struct io_uring_restriction) {.opcode = IORING_RESTRICTION_SQE_OP, .sqe_op = ops[i]};
     list[nr++] = (struct io_uring_restriction) {.opcode = IORING_RESTRICTION_SQE_FLAGS_ALLOWED,
                                                 .sqe_flags = IOSQE_ASYNC | IOSQE_FIXED_FILE};
     list[nr++] = (struct io_uring_restriction) {.opcode = IORING_RESTRICTION_REGISTER_OP,
                                                 .register_op = IORING_UNREGISTER_FILES};
     if (registered_only)
-        list[nr++] =
-            (struct io_uring_restriction) {.opcode = IORING_RESTRICTION_SQE_FLAGS_REQUIRED,
-                                           .sqe_flags = IOSQE_FIXED_FILE};
+        list[nr++] = (struct io_uring_restriction) {.opcode = IORING_RESTRICTION_SQE_FLAGS_REQUIRED,
+                                                    .sqe_flags = IOSQE_FIXED_FILE};
     int ret = io_uring_register_restrictions(ring, list, nr);
     if (!ret)
         ret = io_uring_enable_rings(ring);

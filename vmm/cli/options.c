@@ -227,6 +227,11 @@ static int set_seccomp(struct vm_options *o, const char *value, struct error *er
     return seccomp_mode_parse(value, &o->vm.seccomp, err);
 }
 
+static int set_jail(struct vm_options *o, const char *value, struct error *err)
+{
+    return jail_parse(value, &o->jail, err);
+}
+
 static int set_config(struct vm_options *o, const char *value, struct error *err)
 {
     return options_load(o, FOR_RUN, value, err);
@@ -271,6 +276,8 @@ static const struct option_row rows[] = {
     {"id", 0, FOR_RUN, false, "NAME", "the same as --name", set_nothing, TEXT(name)},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},
+    {"jail", 0, FOR_RUN, false, "DIR[,...]",
+     "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH]", set_jail, 0},
     {"seccomp", 0, FOR_ALL, false, "MODE",
      "filter the system calls of each thread: on (default), off, or log what a filter would stop",
      set_seccomp, 0},

@@ -56,7 +56,7 @@ static void state_changed(enum life_state from, enum life_state to, void *arg)
 
 int session_init(struct session *s, struct vm_options *options, struct error *err)
 {
-    *s = (struct session) {.options = options, .signal_fd = -1};
+    *s = (struct session) {.options = options, .signal_fd = -1, .usage.statm_fd = -1};
     life_init(&s->life);
     s->life.changed = state_changed;
     s->life.arg = s;
@@ -222,12 +222,22 @@ static int migration_add(struct session *s, struct error *err)
     return ret;
 }
 
+// Behind everything that is opened by a name outside, before the first thread.
+static int jail(struct session *s, struct error *err)
+{
+    const struct jail_config *config = &s->options->jail;
+    if (!*config->dir)
+        return 0;
+    int ret = usage_open(&s->usage, err);
+    return ret ? ret : jail_enter(config, err);
+}
+
 int session_listen(struct session *s, struct error *err)
 {
     const struct vm_options *o = s->options;
     char path[108];
     if (!o->control && !o->api_sock)
-        return 0;
+        return jail(s, err);
     int ret = control_create(&s->control, s->loop, &s->life, err);
     if (!ret)
         ret = session_commands_add(s, err);
@@ -247,6 +257,8 @@ int session_listen(struct session *s, struct error *err)
         ret = control_listen(s->control, o->api_sock, err);
     if (!ret && o->control)
         ret = registry_write(s, err);
+    if (!ret)
+        ret = jail(s, err);
     if (ret)
         return ret;
     control_confine(s->control, o->vm.seccomp);
@@ -273,7 +285,8 @@ int session_start(struct session *s, struct error *err)
         return ret;
     }
     vm_resume(s->vm);
-    if (s->control && registry_write(s, err)) // what it became is known now
+    // What it became is known now. (From a jail the record is out of reach.)
+    if (s->control && !*s->options->jail.dir && registry_write(s, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
     if (usage_start(&s->usage, s->vm, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
@@ -361,6 +374,7 @@ void session_destroy(struct session *s)
     loop_destroy(s->loop);
     console_close(s->console); // after the loop, which may still hold its polls
     api_destroy(s->api);
+    usage_close(&s->usage);
     life_destroy(&s->life);
-    *s = (struct session) {.signal_fd = -1};
+    *s = (struct session) {.signal_fd = -1, .usage.statm_fd = -1};
 }
