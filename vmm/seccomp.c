@@ -137,6 +137,7 @@ static const struct rule rules[] = {
     IOCTL(TUNSETVNETHDRSZ, LW),
     IOCTL(TUNSETVNETLE, LW),
     IOCTL(SIOCGIFMTU, LW),
+    IOCTL(SIOCGIFINDEX, LW), // name lookup
     IOCTL(0x80081272, LW), // BLKGETSIZE64; its header clashes with the C library's
     // The terminal: taken, given back. Another's input (TIOCSTI) is not among it.
     IOCTL(TCGETS, LW),
@@ -228,6 +229,7 @@ static const struct rule rules[] = {
     CALL(dup, LW),
     CALL(userfaultfd, LW),
     CALL(uname, LW),
+    CALL_IF(prlimit64, 2, 0, LW), // read, not set
     CALL(sysinfo, LW),
     CALL(sendmmsg, LW), // name lookup
     CALL_IF(socket, 0, AF_UNIX, LW),

@@ -40,6 +40,11 @@ _ferry()
         --console | -o) choices="stdio null pty file: unix: fd:" ;;
         --log) choices="error warn info debug" ;;
         --control | --vmgenid) choices="true false" ;;
+        --seccomp) choices="on off log" ;;
+        --jail)
+            mapfile -t COMPREPLY < <(compgen -d -- "$word")
+            return
+            ;;
         --transport) choices="mmio pci" ;;
         --net) choices="tap= tap-fd= user" ;;
         --mode) choices="precopy postcopy hybrid" ;;
