@@ -16,9 +16,10 @@ from vmms import Failed, Ferry, Qemu, bare_guest, bench_program, linux_guest
 
 IMAGE_MIB = 256
 KIB_SEQUENTIAL = 256
-# name: (depth, KiB of a request, how many in a run of about a second)
-LOADS = {"4 KiB random, QD 1": (1, 4, 10000), "4 KiB random, QD 32": (32, 4, 60000),
-         f"{KIB_SEQUENTIAL} KiB, QD 4": (4, KIB_SEQUENTIAL, 4000)}
+# name: (depth, KiB of a request, how many in a run of about a second, through the page cache)
+LOADS = {"4 KiB random, QD 1": (1, 4, 10000, False), "4 KiB random, QD 32": (32, 4, 60000, False),
+         f"{KIB_SEQUENTIAL} KiB, QD 4": (4, KIB_SEQUENTIAL, 4000, False),
+         "cached, QD 1": (1, 4, 20000, True), "cached, QD 32": (32, 4, 200000, True)}
 MODEL_SECONDS = 1
 
 
@@ -49,11 +50,12 @@ def device_model(what, depth, *options):
 # --- a driver in ring 3
 
 
-def ring3(vmm, depth, kib, count):
+def ring3(vmm, depth, kib, count, cached):
     append = f"acpi=off n={count} depth={depth} kib={kib} tsc_khz={khz()}"
     if vmm.name == "ferry" and vmm.transport == "pci":
         append = append.replace("acpi=off ", "")
-    with vmm.start(bare_guest("disk"), append=append, disks=[image()], stays=True) as machine:
+    with vmm.start(bare_guest("disk"), append=append, disks=[image()], stays=True,
+                   cached=cached) as machine:
         machine.wait_console("sync 1", 60)
         cpu = machine.cpu_ns(vcpus=False)
         exits = vmm.exits(machine) if vmm.name == "ferry" else None
@@ -259,13 +261,13 @@ def register():
                  "io_uring": functools.partial(device_model, "bare", depth, *options)},
                 [Metric("rate", name, "1/s", goal_ratio_least=goal),
                  Metric("cpu", f"{name}, CPU", "us")], runs=7))
-    for load, (depth, kib, count) in LOADS.items():
+    for load, (depth, kib, count, cached) in LOADS.items():
         name = f"ring 3, {load}"
         amount = Metric("mib", name, "MiB/s", goal_ratio_least=("qemu", 1.2))
         if kib == 4:
             amount = Metric("iops", name, "1/s", goal_ratio_least=("qemu", 1.2))
         add(Row("io", name, "reads by a bare-metal driver in ring 3 that polls", each(
-            ring3, depth, kib, count),
+            ring3, depth, kib, count, cached),
             [amount, Metric("cpu", f"{name}, CPU of the VMM", "us"),
              Metric("exits", f"{name}, exits per request", "", goal=1),
              Metric("kicks", f"{name}, doorbells per request", ""),
