@@ -2,6 +2,7 @@
 """scripts/bench io: disk and network, alone, from a bare-metal driver, and from Linux."""
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
@@ -65,7 +66,8 @@ def ring3(vmm, depth, kib, count, cached):
         machine.wait_console("value tsc_khz[0]", 60)
         values = machine.values()
     seconds = values[("tsc_delta", 0)] / khz() / 1e3
-    result = {"iops": count / seconds, "mib": count * kib / 1024 / seconds, "cpu": cpu / 1e3 / count,
+    result = {"iops": count / seconds, "mib": count * kib / 1024 / seconds,
+              "cpu": cpu / 1e3 / count,
               "kick": values[("tsc_delta", 1)] / max(1, values[("count", 1)]) / khz() * 1e3,
               "kicks": values[("count", 1)] / count,
               "idle": values[("tsc_delta", 2)] / values[("count", 2)] / khz() * 1e3}
@@ -86,12 +88,13 @@ def linux_start(vmm, script, **devices):
                      acpi=acpi, **devices)
 
 
-FIO = "fio --readonly --direct=1 --time_based --gtod_reduce=1 --minimal --eta=never --name=x --filename=$D"
+FIO = ("fio --readonly --direct=1 --time_based --gtod_reduce=1 --minimal --eta=never --name=x "
+       "--filename=$D")
 FIO_LOADS = {"iops1": "--ioengine=psync --rw=randread --bs=4k --runtime=5",
              "iops32": "--ioengine=libaio --rw=randread --bs=4k --iodepth=32 --runtime=5",
              "mib": f"--ioengine=libaio --rw=read --bs={KIB_SEQUENTIAL}k --iodepth=4 --runtime=5"}
 FIO_BANDWIDTH, FIO_IOPS = 6, 7  # fields of fio's terse output, version 3
-# What a request costs is counted over so many of dd, less a dd of none: it has no threads, no clock.
+# What a request costs is counted over so many of dd, less a dd of none.
 DD = "dd if=$D of=/dev/null bs=4k iflag=direct"
 DD_RUNS = {"dd0": 0, "dd": 500}
 
@@ -175,12 +178,12 @@ class Network:
 
     @staticmethod
     def _listen(pid):
-        """A listening socket in that process's network namespace: made by a thread that goes there."""
+        """A socket that listens in that process's network namespace; a thread goes there for it."""
         found = []
 
         def make():
             with open(f"/proc/{pid}/ns/net") as ns:
-                ctypes_setns(ns.fileno())
+                network_enter(ns.fileno())
             found.append(socket.create_server((HOST, ECHO_PORT)))
 
         thread = threading.Thread(target=make)
@@ -198,9 +201,7 @@ class Network:
                         peer.sendall(data)
 
 
-def ctypes_setns(fd):
-    import ctypes  # os.setns came with Python 3.12
-
+def network_enter(fd):  # os.setns came with Python 3.12
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(fd, 0x40000000):  # CLONE_NEWNET
         raise Failed(f"setns: {os.strerror(ctypes.get_errno())}")

@@ -265,8 +265,9 @@ class Ferry:
         return f"bench-{os.getpid()}-{Ferry.serial}"
 
     # `acpi`: Ferry always has tables; what counts is whether the guest's command line uses them.
-    # `disks`: read-only images (`cached`: through the page cache); `tap`: name of a tap device; `enter`: command to start it under;
-    # `stays`: when its guest has ended, so that it can still be asked.
+    # `disks`: read-only images (`cached`: through the page cache); `tap`: name of a tap device;
+    # `enter`: command to start it under; `stays`: when its guest has ended, so that it can still be
+    # asked.
     def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False,
               disks=(), tap=None, enter=(), stays=False, cached=False):
         name = self._name()
