@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 
+#include "vmm/util.h"
 #include "vmm/vm.h"
 
 // --- bells
@@ -140,6 +141,41 @@ void virtio_ring(struct virtio *v, unsigned queue)
         return;
 }
 
+// How long the loop stays awake for the next request or answer: about what a disk takes. Waking a
+// thread costs as much again, and a driver that finds the device awake need not ring. After
+// MISSES_MAX times for nothing it sleeps at once for the next REST_TURNS.
+enum { AWAKE_NS = 50000, WOKEN_SOON_NS = 2 * AWAKE_NS, MISSES_MAX = 2, REST_TURNS = 64 };
+
+void virtio_woken(struct virtio *v)
+{
+    v->awake_pays = !v->rest_turns && time_ns() - v->slept_ns < WOKEN_SOON_NS;
+    v->rest_turns -= v->rest_turns > 0;
+}
+
+// With the driver's doorbells off. Ends as soon as anybody else wants something of the loop.
+static void stay_awake(struct virtio *v, unsigned queue)
+{
+    struct virtqueue *vq = &v->queues[queue];
+    uint64_t now = time_ns(), end = now + AWAKE_NS;
+    bool on = v->ops->watch(v, true);
+    for (; on && now < end && !loop_pending(v->dev.vm->loop); now = time_ns()) {
+        bool more = virtqueue_waiting(vq);
+        if (more && !v->ops->run(v, queue))
+            break;
+        if (v->ops->poll(v) || more) {
+            end = now + AWAKE_NS;
+            v->awake_misses = 0;
+            on = v->ops->watch(v, true);
+        }
+        __builtin_ia32_pause();
+    }
+    v->ops->watch(v, false);
+    if (now >= end && ++v->awake_misses >= MISSES_MAX) {
+        v->awake_misses = 0;
+        v->rest_turns = REST_TURNS;
+    }
+}
+
 static void doorbell(struct virtio *v, struct virtio_bell *bell)
 {
     uint64_t count;
@@ -149,8 +185,13 @@ static void doorbell(struct virtio *v, struct virtio_bell *bell)
     if (!v->active || !(v->status & VIRTIO_DRIVER_OK) || !vq->enabled || vq->broken)
         return;
     virtqueue_kicks(vq, false);
+    if (v->ops->watch)
+        virtio_woken(v);
     if (!v->ops->run(v, bell->queue))
         return;
+    if (v->ops->watch && v->awake_pays)
+        stay_awake(v, bell->queue);
+    v->slept_ns = v->ops->watch ? time_ns() : 0;
     // A driver that always adds more must not keep the loop from everybody else: one round, then
     // the others' turn.
     if (virtqueue_kicks(vq, true))

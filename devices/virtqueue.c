@@ -552,6 +552,11 @@ bool virtqueue_kicks(struct virtqueue *vq, bool on)
     return something_available(vq);
 }
 
+bool virtqueue_waiting(struct virtqueue *vq)
+{
+    return vq->enabled && !vq->broken && something_available(vq);
+}
+
 // --- the bytes of a chain
 
 unsigned chain_slice(const struct virtqueue_chain *c, bool in, uint64_t from, uint64_t len,

@@ -33,7 +33,8 @@ struct vm_options {
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
     struct jail_config jail;
-    bool pci; // transport of the virtio devices
+    bool pci;           // transport of the virtio devices
+    bool console_given; // by an option, not by default
     bool dry_run, mark, ucall, debug_exit, control, vmgenid;
 };
 
