@@ -64,7 +64,7 @@ static const struct attempt attempts[] = {
     {"TUNSETPERSIST", SYS_ioctl, {-1, TUNSETPERSIST}, 0},
     {"TIOCSTI", SYS_ioctl, {-1, 0x5412}, 0},
     {"an ioctl nobody knows", SYS_ioctl, {-1, 0x12345678}, 0},
-    {"openat", SYS_openat, {-1, 0, 0}, L | W},
+    {"openat", SYS_openat, {-1, 0, 0}, L | W, V | H, EACCES},
     {"open", SYS_open, {0, 0}, 0},
     {"io_uring_enter", SYS_io_uring_enter, {-1}, L | W | V},
     {"io_uring_setup", SYS_io_uring_setup, {0, 0}, 0},
