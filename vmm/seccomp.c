@@ -138,7 +138,7 @@ static const struct rule rules[] = {
     IOCTL(TUNSETVNETLE, LW),
     IOCTL(SIOCGIFMTU, LW),
     IOCTL(SIOCGIFINDEX, LW), // name lookup
-    IOCTL(0x80081272, LW), // BLKGETSIZE64; its header clashes with the C library's
+    IOCTL(0x80081272, LW),   // BLKGETSIZE64; its header clashes with the C library's
     // The terminal: taken, given back. Another's input (TIOCSTI) is not among it.
     IOCTL(TCGETS, LW),
     IOCTL(TCSETS, LW),
@@ -186,6 +186,7 @@ static const struct rule rules[] = {
     CALL_IF(prctl, 0, PR_SET_NO_NEW_PRIVS, LW),       // a thread that confines
     CALL_IF(seccomp, 0, SECCOMP_SET_MODE_FILTER, LW), // itself further
     CALL_IF(clone, 0, THREAD_FLAGS, LW),
+    REFUSE(clone, EPERM, LW),   // no processes: passt is not started again, its link stays down
     REFUSE(clone3, ENOSYS, LW), // its flags lie in memory: the C library takes clone then
 
     // The loop and its devices. Which rings there are is settled before; what they may do as well.

@@ -74,7 +74,7 @@ static const struct attempt attempts[] = {
     {"socket AF_INET", SYS_socket, {AF_INET, -1}, L | W},
     {"socket AF_PACKET", SYS_socket, {AF_PACKET, -1}, 0},
     {"socket AF_ALG", SYS_socket, {AF_ALG, -1}, 0},
-    {"clone as fork", SYS_clone, {SIGCHLD}, 0},
+    {"clone as fork", SYS_clone, {SIGCHLD}, 0, L | W, EPERM},
     {"clone3", SYS_clone3, {0, 0}, 0, L | W, ENOSYS},
     {"fork", SYS_fork, {0}, 0},
     {"execve", SYS_execve, {0, 0, 0}, 0},
