@@ -219,6 +219,8 @@ static const struct rule rules[] = {
     // The C library asks how many CPUs there are (a heap for each thread), and can do without.
     REFUSE(openat, EACCES, V | H),
     CALL(readlink, LW),
+    CALL(access, LW),
+    CALL(faccessat, LW),
     CALL(getcwd, LW),
     CALL(ftruncate, LW),
     CALL(fchmod, LW), // a socket that is its owner's only

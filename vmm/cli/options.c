@@ -282,7 +282,7 @@ static const struct option_row rows[] = {
     {"jail", 0, FOR_RUN, false, "DIR[,...]",
      "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH]", set_jail, 0},
     {"seccomp", 0, FOR_ALL, false, "MODE",
-     "filter the system calls of each thread: on (default), off, or log what a filter would stop",
+     "filter the system calls of each thread: on, off (default), or log what a filter would stop",
      set_seccomp, 0},
     {"trace", 't', FOR_ALL, false, NULL, "print each exit, and a table of them at the end",
      set_trace, 0},
