@@ -27,7 +27,7 @@ struct server {
     char dir[64], path[100];
     pthread_t workers[16]; // of the route /slow
     _Atomic unsigned nr_workers;
-    struct control_request *kept; // by /keep
+    struct control_request *_Atomic kept; // by /keep
     _Atomic unsigned calls;
 };
 

@@ -54,6 +54,14 @@ static void state_changed(enum life_state from, enum life_state to, void *arg)
                                                 life_name(from), "to", life_name(to)));
 }
 
+// A vCPU that ends the VM tells it from its own thread: life.lock keeps the control alive meanwhile.
+static void control_publish(struct session *s, struct control *control)
+{
+    pthread_mutex_lock(&s->life.lock);
+    s->control = control;
+    pthread_mutex_unlock(&s->life.lock);
+}
+
 int session_init(struct session *s, struct vm_options *options, struct error *err)
 {
     *s = (struct session) {.options = options, .signal_fd = -1};
@@ -228,9 +236,12 @@ int session_listen(struct session *s, struct error *err)
     char path[108];
     if (!o->control && !o->api_sock)
         return 0;
-    int ret = control_create(&s->control, s->loop, &s->life, err);
-    if (!ret)
-        ret = session_commands_add(s, err);
+    struct control *control;
+    int ret = control_create(&control, s->loop, &s->life, err);
+    if (ret)
+        return ret;
+    control_publish(s, control);
+    ret = session_commands_add(s, err);
     if (!ret && !s->api)
         ret = api_create(&s->api, s, err);
     if (!ret)
@@ -264,12 +275,15 @@ int session_start(struct session *s, struct error *err)
         life_move(&s->life, LIFE_CREATED, NULL);
         return ret;
     }
+    ret = life_move(&s->life, LIFE_RUNNING, err); // first: a short guest has ended a moment later
+    if (ret)
+        return ret;
     vm_resume(s->vm);
     if (s->control && registry_write(s, err)) // what it became is known now
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
     if (usage_start(&s->usage, s->vm, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
-    return life_move(&s->life, LIFE_RUNNING, err);
+    return 0;
 }
 
 void session_arrived(struct session *s)
@@ -337,7 +351,7 @@ void session_drop(struct session *s)
     s->migrate = NULL;
     usage_stop(&s->usage);
     struct control *control = s->control;
-    s->control = NULL; // nobody broadcasts into it any more
+    control_publish(s, NULL); // nobody broadcasts into it any more
     if (control && s->options->control)
         registry_remove(s->options->name);
     control_destroy(control);
