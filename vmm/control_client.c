@@ -133,7 +133,8 @@ static int head_read(struct answer *a, struct error *err)
     return error_set(err, -EMSGSIZE, "answer has more than %d headers", HEADERS_MAX);
 }
 
-// One piece of the body; the caller frees it. 0: the body has ended, 1: a piece, < 0: an error.
+// One piece of the body; the caller frees it, also after an error. 0: the body has ended, 1: a
+// piece, < 0: an error.
 static int piece_read(struct answer *a, char **piece, size_t *len, struct error *err)
 {
     char line[LINE_MAX_LEN];
@@ -159,10 +160,8 @@ static int piece_read(struct answer *a, char **piece, size_t *len, struct error 
     errno = 0;
     *len = fread(*piece, 1, (size_t)want, a->in);
     (*piece)[*len] = 0;
-    if (*len < (size_t)want) {
-        free(*piece);
+    if (*len < (size_t)want)
         return ended(err);
-    }
     if (a->chunked)
         line_read(a, line); // the end of the chunk; where none is, the next piece says so
     return 1;

@@ -99,6 +99,8 @@ static void answer(char *text, size_t size, bool events)
     json_decref(result);
 }
 
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     char *text = malloc(size + 1);

@@ -207,7 +207,42 @@ class Control(LabTest):
         self.assertStatus(vm.ferry("stop"), lab.OK)
         self.assertEnds(vm, lab.STOPPED, "stop")
 
+    def listener(self, *args, n=0):
+        """A guest that hears its power button, and ends at the n-th press (0: never)."""
+        vm = self.lab.vm("run", "-k", lab.bare_guest("listen.elf"), "--ucall", "-a", f"n={n}", *args)
+        vm.stderr.wait(b"sync 1")
+        return vm
+
+    def test_a_guest_that_listens_is_asked_to_end(self):
+        vm = self.listener(n=1)
+        os.kill(vm.pid, signal.SIGTERM)
+        self.assertEnds(vm, lab.OK)
+        vm = self.listener(n=1)
+        self.assertStatus(vm.ferry("stop", "--powerbutton"), lab.OK)
+        self.assertEnds(vm, lab.OK)
+
+    def test_who_does_not_end_is_ended(self):
+        vm = self.listener("--stop-timeout", "1")
+        os.kill(vm.pid, signal.SIGTERM)
+        self.assertEnds(vm, lab.STOPPED, "did not end within 1 s")
+        vm = self.listener("--stop-timeout", "3600")
+        os.kill(vm.pid, signal.SIGTERM)
+        vm.stderr.wait(b"has 3600 s to end")
+        self.assertEqual("stopping", self.assertStatus(vm.ferry("info", "--json"),
+                                                       lab.OK).json()["state"])
+        self.assertIn("stopping", self.assertStatus(vm.ferry("pause"), lab.FAILED).stderr)
+        os.kill(vm.pid, signal.SIGTERM)
+        self.assertEnds(vm, lab.STOPPED, signal.strsignal(signal.SIGTERM))
+        vm = self.listener("--stop-timeout", "0")
+        os.kill(vm.pid, signal.SIGTERM)
+        self.assertEnds(vm, lab.STOPPED, signal.strsignal(signal.SIGTERM))
+        vm = self.listener("--stop-timeout", "3600")
+        self.assertStatus(vm.ferry("stop", "--powerbutton"), lab.OK)
+        self.assertStatus(vm.ferry("stop"), lab.OK)
+        self.assertEnds(vm, lab.STOPPED, "ferry stop")
+
     def test_signals(self):
+        """At once, for a guest without a driver for the power button."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             with self.subTest(signal=number):
                 vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall")

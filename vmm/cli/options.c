@@ -115,6 +115,18 @@ static int set_log(struct vm_options *o, const char *value, struct error *err)
     return error_set(err, -EINVAL, "'%s': expected error, warn, info or debug", value);
 }
 
+static int set_stop_timeout(struct vm_options *o, const char *value, struct error *err)
+{
+    char *end;
+    errno = 0;
+    unsigned long n = strtoul(value, &end, 10);
+    if (*value < '0' || *value > '9' || *end || errno || n > STOP_TIMEOUT_MAX_S)
+        return error_set(err, -EINVAL, "'%s': expected seconds, 0 to %d", value,
+                         STOP_TIMEOUT_MAX_S);
+    o->stop_timeout_s = (unsigned)n;
+    return 0;
+}
+
 #define SWITCH(member)                                                                  \
     static int set_##member(struct vm_options *o, const char *value, struct error *err) \
     {                                                                                   \
@@ -266,6 +278,9 @@ static const struct option_row rows[] = {
     {"id", 0, FOR_RUN, false, "NAME", "the same as --name", set_nothing, TEXT(name)},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},
+    {"stop-timeout", 0, FOR_ALL, false, "SECONDS",
+     "SIGTERM presses the power button and leaves the guest so long to end (default 10; 0: none)",
+     set_stop_timeout, 0},
     {"trace", 't', FOR_ALL, false, NULL, "print each exit, and a table of them at the end",
      set_trace, 0},
     {"log", 0, FOR_ALL, false, "LEVEL", "error, warn, info (default), debug", set_log, 0},
@@ -282,7 +297,7 @@ static const struct option_row rows[] = {
 
 void options_init(struct vm_options *o)
 {
-    *o = (struct vm_options) {.control = true, .vmgenid = true};
+    *o = (struct vm_options) {.control = true, .vmgenid = true, .stop_timeout_s = STOP_TIMEOUT_S};
     o->vm.cpus = 1;
     o->vm.ram.size = 128 * MiB;
     o->vm.log_level = LOG_INFO;

@@ -17,11 +17,50 @@
 #include "vmm/cli/cli.h"
 #include "vmm/cli/registry.h"
 
+static void patience_ends(struct loop_timer *timer)
+{
+    struct session *s = container_of(timer, struct session, stop_timer);
+    vm_request_stop(s->vm, VM_STOP_HOST, 0, "the guest did not end within %u s of its power button",
+                    s->stop_s);
+}
+
+int session_ask(struct session *s, unsigned timeout_s, struct error *err)
+{
+    enum life_state state = life_get(&s->life);
+    if (state != LIFE_RUNNING)
+        return error_set(err, -EPERM, "the VM is %s: only a guest that runs hears its power button",
+                         life_name(state));
+    if (!power_listened(s->board.power))
+        return error_set(err, -ENOTCONN, "the guest does not listen for its power button");
+    int ret = s->stop_timer.fn ? 0 : loop_timer_init(s->loop, &s->stop_timer, patience_ends, err);
+    if (!ret)
+        ret = life_move(&s->life, LIFE_STOPPING, err);
+    if (ret)
+        return ret;
+    s->stop_s = timeout_s;
+    loop_timer_set(&s->stop_timer, timeout_s * 1000000000ull, 0);
+    power_button(s->board.power);
+    return 0;
+}
+
+// The first SIGTERM asks a guest that can hear it.
+static bool asked_to_end(struct session *s, int signal_number)
+{
+    struct error err;
+    unsigned timeout_s = s->options->stop_timeout_s;
+    if (signal_number != SIGTERM || !s->vm || !timeout_s || session_ask(s, timeout_s, &err))
+        return false;
+    log_write(&s->vm->log, LOG_INFO, "SIGTERM: the guest has %u s to end", timeout_s);
+    return true;
+}
+
 static void signal_ready(struct loop_watch *watch, uint32_t revents)
 {
     struct session *s = container_of(watch, struct session, signals);
     struct signalfd_siginfo info;
     if (read(s->signal_fd, &info, sizeof(info)) != sizeof(info))
+        return;
+    if (asked_to_end(s, (int)info.ssi_signo))
         return;
     if (s->vm)
         vm_request_stop(s->vm, VM_STOP_HOST, 0, "signal: %s", strsignal((int)info.ssi_signo));
@@ -54,7 +93,8 @@ static void state_changed(enum life_state from, enum life_state to, void *arg)
                                                 life_name(from), "to", life_name(to)));
 }
 
-// A vCPU that ends the VM tells it from its own thread: life.lock keeps the control alive meanwhile.
+// A vCPU that ends the VM tells it from its own thread: life.lock keeps the control alive
+// meanwhile.
 static void control_publish(struct session *s, struct control *control)
 {
     pthread_mutex_lock(&s->life.lock);
@@ -350,6 +390,9 @@ void session_drop(struct session *s)
     migrate_commands_destroy(s->migrate);
     s->migrate = NULL;
     usage_stop(&s->usage);
+    if (s->stop_timer.fn)
+        loop_timer_close(&s->stop_timer);
+    s->stop_timer.fn = NULL;
     struct control *control = s->control;
     control_publish(s, NULL); // nobody broadcasts into it any more
     if (control && s->options->control)

@@ -31,6 +31,8 @@ struct session {
     struct migrate_commands *migrate;
     struct migrate_hooks hooks;
     struct arrival *arrival; // `ferry receive`: the guest that comes in, NULL otherwise
+    struct loop_timer stop_timer; // runs while the guest is asked to end
+    unsigned stop_s;
     struct loop_watch signals;
     int signal_fd;
 };
@@ -49,6 +51,9 @@ int session_listen(struct session *s, struct error *err);
 int session_start(struct session *s, struct error *err);
 // A VM that has arrived is running or paused now: says so to the life.
 void session_arrived(struct session *s);
+// Asks the guest to end, by its power button: LIFE_STOPPING. One that has not after `timeout_s` is
+// ended. -ENOTCONN: it does not listen for the button; -EPERM: it does not run.
+int session_ask(struct session *s, unsigned timeout_s, struct error *err);
 // Runs the loop until the VM stops; prints how it ended; the exit status.
 int session_run(struct session *s);
 void session_vm_drop(struct session *s); // the VM alone, before anything works on it
