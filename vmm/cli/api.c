@@ -151,6 +151,10 @@ static int configure_file(struct api *api, const char *path, struct error *err)
 
 static int start_instance(struct api *api, struct error *err)
 {
+    enum life_state state = life_get(&api->session->life);
+    if (state != LIFE_CREATED) // before anything of the machine is described anew
+        return error_set(err, -EPERM, "InstanceStart: not possible while the VM is %s",
+                         life_name(state));
     if (!json_object_get(api->config, "boot-source"))
         return error_set(err, -EINVAL, "no kernel: PUT /boot-source first");
     int ret = api_machine(api->session, api->config, err);
