@@ -154,7 +154,11 @@ int vm_create(struct vm **out, const struct vm_config *config, struct loop *loop
     vm->kvm_fd = vm->fd = -1;
     vm->ram.memfd = -1;
     vm->loop = loop;
-    vm->log = (struct log) {.name = vm->name, .level = config->log_level, .fd = STDERR_FILENO};
+    vm->log = (struct log) {.name = vm->name,
+                            .level = config->log_level,
+                            .fd = STDERR_FILENO,
+                            .format = config->log_format,
+                            .journal = log_is_journal(STDERR_FILENO)};
     vm->pio.name = "port";
     vm->mmio.name = "mmio";
     pthread_mutex_init(&vm->lock, NULL);

@@ -28,6 +28,7 @@ struct vm_config {
     struct ram_config ram;
     struct cpu_model cpu; // vmm/cpuid.h
     enum log_level log_level;
+    enum log_format log_format;
     bool trace;
     const char *kvm_path; // NULL = /dev/kvm
 };
@@ -68,7 +69,7 @@ struct vm {
     struct bus pio, mmio;
     struct device *devices;
     struct state_registry state;
-    struct trace *trace; // NULL unless asked for
+    struct trace *trace;    // NULL unless asked for
     struct msi_routes *msi; // vmm/msi.h; NULL until a device sends messages
 
     struct vcpu *vcpus; // config.cpus of them

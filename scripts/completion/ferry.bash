@@ -39,6 +39,7 @@ _ferry()
         --backing | -B) choices="anonymous thp memfd hugetlb" ;;
         --console | -o) choices="stdio null pty file: unix: fd:" ;;
         --log) choices="error warn info debug" ;;
+        --log-format) choices="text json" ;;
         --control | --vmgenid) choices="true false" ;;
         --transport) choices="mmio pci" ;;
         --net) choices="tap= tap-fd= user" ;;
@@ -47,7 +48,7 @@ _ferry()
         *)
             case $word:$command in
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
-            *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
+            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
             esac
             ;;
         esac

@@ -3,6 +3,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -206,6 +207,52 @@ class Control(LabTest):
         self.assertIn("not paused", self.assertStatus(vm.ferry("resume"), lab.FAILED).stderr)
         self.assertStatus(vm.ferry("stop"), lab.OK)
         self.assertEnds(vm, lab.STOPPED, "stop")
+
+    def attached(self, console, says):
+        """`ferry console` on a terminal of its own; what is typed comes back from the guest."""
+        vm = self.lab.start(lab.Process([lab.FERRY, "run", "-k", lab.bare_guest("serial.elf"),
+                                         "--name", "attached", "--console", console, "--ucall"],
+                                        env=self.lab.env))
+        vm.stderr.wait(b"sync")
+        ours, theirs = pty.openpty()
+        client = self.lab.start(lab.Process([lab.FERRY, "console", "attached"], env=self.lab.env,
+                                            stdin=theirs, stdout=theirs))
+        os.close(theirs)
+        screen = lab.Stream(ours, "the terminal")
+        for text in says:
+            os.write(ours, text.encode())
+            screen.wait(text.encode())
+        os.write(ours, b"\x1dq")
+        self.assertEqual(lab.OK, client.wait(), client.errors())
+        self.assertIsNone(vm.child.poll(), vm.errors())
+        self.assertStatus(self.lab.ferry("stop", "attached"), lab.OK)
+        self.assertEqual(lab.STOPPED, vm.wait(), vm.errors())
+        screen.thread.join(lab.LIMIT)
+        os.close(ours)
+
+    def test_console_is_attached(self):
+        self.attached("pty", ["hello", "world"])
+        self.attached("unix:" + self.lab.path("console"), ["one", "two"])
+        vm = self.lab.vm("run", "-k", lab.bare_guest("halt.elf"), "--ucall")
+        vm.stderr.wait(b"sync")
+        self.assertIn("--console pty", self.assertStatus(vm.ferry("console"), lab.USAGE).stderr)
+        self.assertStatus(self.lab.ferry("console", "nobody"), lab.FAILED)
+
+    def test_log_formats(self):
+        vm = self.lab.vm("run", "-k", lab.bare_guest("poweroff.elf"), "--ucall", "--log-format",
+                         "json")
+        self.assertEnds(vm, lab.OK)
+        lines = [json.loads(line) for line in vm.errors().splitlines()]
+        self.assertEqual({vm.name}, {line["vm"] for line in lines})
+        self.assertIn(("info", "powered off: the guest powered off"),
+                      [(line["level"], line["text"]) for line in lines])
+        with open(self.lab.path("journal"), "wb") as journal:
+            st = os.fstat(journal.fileno())
+            subprocess.run([lab.FERRY, "run", "-k", lab.bare_guest("poweroff.elf"), "--console",
+                            "null"], stderr=journal, timeout=lab.LIMIT, check=True,
+                           env={**self.lab.env, "JOURNAL_STREAM": f"{st.st_dev}:{st.st_ino}"})
+        with open(self.lab.path("journal")) as journal:
+            self.assertRegex(journal.read(), r"(?m)^<6>ferry: .*powered off")
 
     def listener(self, *args, n=0):
         """A guest that hears its power button, and ends at the n-th press (0: never)."""

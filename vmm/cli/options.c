@@ -127,6 +127,14 @@ static int set_stop_timeout(struct vm_options *o, const char *value, struct erro
     return 0;
 }
 
+static int set_log_format(struct vm_options *o, const char *value, struct error *err)
+{
+    if (strcmp(value, "text") && strcmp(value, "json"))
+        return error_set(err, -EINVAL, "'%s': expected text or json", value);
+    o->vm.log_format = strcmp(value, "json") ? LOG_TEXT : LOG_JSON;
+    return 0;
+}
+
 #define SWITCH(member)                                                                  \
     static int set_##member(struct vm_options *o, const char *value, struct error *err) \
     {                                                                                   \
@@ -284,6 +292,9 @@ static const struct option_row rows[] = {
     {"trace", 't', FOR_ALL, false, NULL, "print each exit, and a table of them at the end",
      set_trace, 0},
     {"log", 0, FOR_ALL, false, "LEVEL", "error, warn, info (default), debug", set_log, 0},
+    {"log-format", 0, FOR_ALL, false, "KIND",
+     "text (default) or json; with priorities where stderr is systemd's journal", set_log_format,
+     0},
     {"ucall", 0, FOR_RUN, true, NULL, "answer the test guests of guest/bare", set_ucall, 0},
     {"debug-exit", 0, FOR_RUN, true, NULL, "let the guest end the VM through port 0xf4",
      set_debug_exit, 0},

@@ -352,13 +352,19 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
     return 0;
 }
 
-static void report_stop(const char *name, const struct vm_stop *stop, enum log_level level)
+// Said at every level, but for the end that everybody hopes for.
+static void report_stop(const struct vm_options *o, const struct vm_stop *stop)
 {
+    const struct log log = {.name = o->name,
+                            .level = LOG_INFO,
+                            .fd = STDERR_FILENO,
+                            .format = o->vm.log_format,
+                            .journal = log_is_journal(STDERR_FILENO)};
     if (stop->kind == VM_STOP_DEBUG_EXIT)
-        fprintf(stderr, "ferry: %s: debug exit %u\n", name, stop->value);
-    else if (stop->kind != VM_STOP_POWEROFF || level >= LOG_INFO)
-        fprintf(stderr, "ferry: %s: %s%s%s\n", name, vm_stop_name(stop->kind),
-                *stop->text ? ": " : "", stop->text);
+        log_write(&log, LOG_INFO, "debug exit %u", stop->value);
+    else if (stop->kind != VM_STOP_POWEROFF || o->vm.log_level >= LOG_INFO)
+        log_write(&log, LOG_INFO, "%s%s%s", vm_stop_name(stop->kind), *stop->text ? ": " : "",
+                  stop->text);
 }
 
 int session_run(struct session *s)
@@ -378,7 +384,7 @@ int session_run(struct session *s)
     session_drop(s);
     console_close(s->console);
     s->console = NULL;
-    report_stop(s->options->name, &stop, s->options->vm.log_level);
+    report_stop(s->options, &stop);
     if (trace)
         trace_table(trace, stderr);
     trace_destroy(trace);
