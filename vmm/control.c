@@ -362,14 +362,19 @@ void control_remove(struct control *c, const void *context)
 int control_listen(struct control *c, const char *path, struct error *err)
 {
     int fd;
-    if (c->nr_paths == LISTENERS_MAX)
-        return error_set(err, -E2BIG, "at most %d API sockets", LISTENERS_MAX);
     int ret = http_listen(path, &fd, err);
-    if (!ret)
-        ret = http_add_listener(c->server, fd, err);
-    if (!ret)
-        strcpy(c->paths[c->nr_paths++], path); // http_listen has seen to its length
-    return ret;
+    return ret ? ret : control_take(c, fd, path, err);
+}
+
+int control_take(struct control *c, int fd, const char *path, struct error *err)
+{
+    if (c->nr_paths == LISTENERS_MAX) {
+        close(fd);
+        unlink(path);
+        return error_set(err, -E2BIG, "at most %d API sockets", LISTENERS_MAX);
+    }
+    strcpy(c->paths[c->nr_paths++], path); // http_listen has seen to its length
+    return http_add_listener(c->server, fd, err);
 }
 
 int control_start(struct control *c, struct error *err)

@@ -60,6 +60,8 @@ int control_add(struct control *control, const struct control_route *routes, uns
 void control_remove(struct control *control, const void *context);
 // A Unix socket for the API; several may be opened. -EADDRINUSE: it is in use.
 int control_listen(struct control *control, const char *path, struct error *err);
+// The same for a socket that was made before (http_listen); takes fd, also on error.
+int control_take(struct control *control, int fd, const char *path, struct error *err);
 int control_start(struct control *control, struct error *err);
 void control_destroy(struct control *control); // also removes the sockets
 

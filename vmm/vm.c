@@ -184,7 +184,7 @@ static void stop_all(struct vm *vm)
         vcpu_kick(&vm->vcpus[i]);
 }
 
-static void threads_join(struct vm *vm)
+void vm_join(struct vm *vm)
 {
     // Once stopped, nobody else kicks: a thread that was joined must not be signalled.
     pthread_mutex_lock(&vm->lock);
@@ -214,7 +214,7 @@ void vm_destroy(struct vm *vm)
 {
     if (!vm)
         return;
-    threads_join(vm);
+    vm_join(vm);
     devices_destroy(vm);
     for (unsigned i = 0; i < vm->nr_vcpus; i++)
         vcpu_destroy(&vm->vcpus[i]);

@@ -98,6 +98,8 @@ struct vm {
 int vm_create(struct vm **vm, const struct vm_config *config, struct loop *loop, struct error *err);
 void vm_destroy(struct vm *vm); // ends the threads; waits for them
 
+void vm_join(struct vm *vm); // the first half of that: no vCPU runs any more
+
 // Puts vCPU 0 at the boot entry (the other vCPUs wait for INIT/SIPI).
 int vm_set_entry(struct vm *vm, const struct boot_entry *entry, struct error *err);
 

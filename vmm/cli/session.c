@@ -16,6 +16,7 @@
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 #include "vmm/cli/registry.h"
+#include "vmm/http.h"
 
 static void patience_ends(struct loop_timer *timer)
 {
@@ -270,13 +271,44 @@ static int migration_add(struct session *s, struct error *err)
     return ret;
 }
 
+static int socket_open(struct session *s, const char *path, struct error *err)
+{
+    struct session_socket *socket = &s->sockets[s->nr_sockets];
+    int ret = http_listen(path, &socket->fd, err);
+    if (ret)
+        return ret;
+    strcpy(socket->path, path); // http_listen has seen to its length
+    s->nr_sockets++;
+    return 0;
+}
+
 int session_listen(struct session *s, struct error *err)
 {
     const struct vm_options *o = s->options;
     char path[108];
-    if (!o->control && !o->api_sock)
-        return 0;
+    int ret = o->control ? control_path(o->name, path, sizeof(path), err) : 0;
+    if (!ret && o->control)
+        ret = socket_open(s, path, err);
+    if (ret == -EADDRINUSE)
+        error_set(err, ret, "a VM named %s is running (choose another --name)", o->name);
+    return ret || !o->api_sock ? ret : socket_open(s, o->api_sock, err);
+}
+
+static int sockets_hand_over(struct session *s, struct error *err)
+{
+    int ret = 0;
+    for (; s->nr_sockets && !ret; s->nr_sockets--) {
+        struct session_socket *socket = &s->sockets[s->nr_sockets - 1];
+        ret = control_take(s->control, socket->fd, socket->path, err);
+    }
+    return ret;
+}
+
+int session_serve(struct session *s, struct error *err)
+{
     struct control *control;
+    if (!s->nr_sockets)
+        return 0;
     int ret = control_create(&control, s->loop, &s->life, err);
     if (ret)
         return ret;
@@ -288,15 +320,9 @@ int session_listen(struct session *s, struct error *err)
         ret = api_routes_add(s->api, s->control, err);
     if (!ret)
         ret = migration_add(s, err);
-    if (!ret && o->control)
-        ret = control_path(o->name, path, sizeof(path), err);
-    if (!ret && o->control)
-        ret = control_listen(s->control, path, err);
-    if (ret == -EADDRINUSE)
-        error_set(err, ret, "a VM named %s is running (choose another --name)", o->name);
-    if (!ret && o->api_sock)
-        ret = control_listen(s->control, o->api_sock, err);
-    if (!ret && o->control)
+    if (!ret)
+        ret = sockets_hand_over(s, err);
+    if (!ret && s->options->control)
         ret = registry_write(s, err);
     return ret ? ret : control_start(s->control, err);
 }
@@ -370,6 +396,7 @@ static void report_stop(const struct vm_options *o, const struct vm_stop *stop)
 int session_run(struct session *s)
 {
     struct error err = {0};
+    thread_prompt();
     int ret = loop_run(s->loop, &err);
     if (ret && s->vm)
         vm_request_stop(s->vm, VM_STOP_ERROR, 0, "%s", err.text);
@@ -377,6 +404,7 @@ int session_run(struct session *s)
         arrival_settle(s->arrival);
     if (!s->vm) // an arrival that failed: its error says why; or ended before anything began
         return s->arrival ? EXIT_FAILED : EXIT_OK;
+    vm_join(s->vm); // what the vCPUs' threads use is taken from here on
     struct vm_stop stop = s->vm->stop;
     // The terminal is as it was before anything more is said.
     struct trace *trace = s->vm->trace;
@@ -393,6 +421,10 @@ int session_run(struct session *s)
 
 void session_drop(struct session *s)
 {
+    for (; s->nr_sockets; s->nr_sockets--) { // never served
+        close(s->sockets[s->nr_sockets - 1].fd);
+        unlink(s->sockets[s->nr_sockets - 1].path);
+    }
     migrate_commands_destroy(s->migrate);
     s->migrate = NULL;
     usage_stop(&s->usage);

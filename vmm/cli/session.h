@@ -31,6 +31,11 @@ struct session {
     struct migrate_commands *migrate;
     struct migrate_hooks hooks;
     struct arrival *arrival; // `ferry receive`: the guest that comes in, NULL otherwise
+    struct session_socket {  // of the API, between session_listen and session_serve
+        int fd;
+        char path[108];
+    } sockets[2];
+    unsigned nr_sockets;
     struct loop_timer stop_timer; // runs while the guest is asked to end
     unsigned stop_s;
     struct loop_watch signals;
@@ -45,8 +50,10 @@ int session_init(struct session *s, struct vm_options *options, struct error *er
 int session_build(struct session *s, struct error *err);
 // How migrate/ describes, builds and drops this session's VM.
 void session_hooks(struct session *s, struct migrate_hooks *hooks);
-// Opens the API's sockets with every route this program has. With or without a VM.
+// Opens the API's sockets: clients can connect, and wait. With or without a VM.
 int session_listen(struct session *s, struct error *err);
+// Answers them, with every route this program has. Apart, since a guest need not wait for it.
+int session_serve(struct session *s, struct error *err);
 // A VM that was built by --kernel or the API's configuration: from created to running.
 int session_start(struct session *s, struct error *err);
 // A VM that has arrived is running or paused now: says so to the life.
