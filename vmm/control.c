@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 
 #include "vmm/http.h"
+#include "vmm/probe.h"
 #include "vmm/util.h"
 
 enum { LISTENERS_MAX = 2, SUBSCRIBERS_MAX = 64 };
@@ -54,6 +55,7 @@ static json_t *text_value(const char *text)
 
 static void request_free(struct control_request *req)
 {
+    FERRY_PROBE3(api_end, req, req->wish.route.method, req->wish.route.path);
     json_decref(req->wish.args);
     free(req);
 }
@@ -287,6 +289,7 @@ static void request_arrived(struct http_exchange *x, void *arg)
     }
     req->control = c;
     req->x = x;
+    FERRY_PROBE3(api_begin, req, http_method(x), http_path(x));
     size_t len;
     const char *body = http_body(x, &len);
     if (control_parse(c, http_method(x), http_path(x), body, len, &req->wish, &err)) {

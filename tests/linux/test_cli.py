@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -237,6 +238,18 @@ class Control(LabTest):
         vm.stderr.wait(b"sync")
         self.assertIn("--console pty", self.assertStatus(vm.ferry("console"), lab.USAGE).stderr)
         self.assertStatus(self.lab.ferry("console", "nobody"), lab.FAILED)
+
+    def test_probes_are_those_of_the_guide(self):
+        if not shutil.which("readelf"):
+            self.skipTest("readelf is missing (package binutils)")
+        notes = subprocess.run(["readelf", "--notes", "--wide", lab.FERRY], capture_output=True,
+                               text=True, check=True).stdout
+        there = set(re.findall(r"Provider: ferry\s+Name: (\w+)", notes))
+        if not there:
+            self.skipTest("built without <sys/sdt.h> (package systemtap-sdt-dev)")
+        with open(os.path.join(lab.ROOT, "docs", "tracing.md")) as f:
+            listed = set(re.findall(r"(?m)^\| `(\w+)` \|", f.read()))
+        self.assertEqual(listed, there)
 
     def test_log_formats(self):
         vm = self.lab.vm("run", "-k", lab.bare_guest("poweroff.elf"), "--ucall", "--log-format",
