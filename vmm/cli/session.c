@@ -247,6 +247,7 @@ int session_listen(struct session *s, struct error *err)
         ret = control_listen(s->control, o->api_sock, err);
     if (!ret && o->control)
         ret = registry_write(s, err);
+    s->registered = !ret && o->control;
     return ret ? ret : control_start(s->control, err);
 }
 
@@ -265,7 +266,7 @@ int session_start(struct session *s, struct error *err)
         return ret;
     }
     vm_resume(s->vm);
-    if (s->control && registry_write(s, err)) // what it became is known now
+    if (s->registered && registry_write(s, err)) // what it became is known now
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
     if (usage_start(&s->usage, s->vm, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
@@ -338,8 +339,9 @@ void session_drop(struct session *s)
     usage_stop(&s->usage);
     struct control *control = s->control;
     s->control = NULL; // nobody broadcasts into it any more
-    if (control && s->options->control)
+    if (s->registered) // else the record of that name is another's
         registry_remove(s->options->name);
+    s->registered = false;
     control_destroy(control);
     session_vm_drop(s);
 }
