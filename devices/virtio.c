@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 
+#include "vmm/util.h"
 #include "vmm/vm.h"
 
 // --- bells
@@ -62,8 +63,15 @@ void virtio_bell_close(struct virtio_bell *bell)
 
 // --- telling the driver
 
+static void acknowledged(struct virtio *v)
+{
+    if (v->transport->acknowledged)
+        v->transport->acknowledged(v);
+}
+
 static void driver_signal(struct virtio *v, int queue)
 {
+    acknowledged(v);
     v->isr |= queue < 0 ? VIRTIO_ISR_CONFIG : VIRTIO_ISR_QUEUE;
     v->transport->signal(v, queue);
 }
@@ -140,6 +148,41 @@ void virtio_ring(struct virtio *v, unsigned queue)
         return;
 }
 
+// How long the loop stays awake for the next request or answer: about what a disk takes. Waking a
+// thread costs as much again, and a driver that finds the device awake need not ring. After
+// MISSES_MAX times for nothing it sleeps at once for the next REST_TURNS.
+enum { AWAKE_NS = 50000, WOKEN_SOON_NS = 2 * AWAKE_NS, MISSES_MAX = 2, REST_TURNS = 64 };
+
+void virtio_woken(struct virtio *v)
+{
+    v->awake_pays = !v->rest_turns && time_ns() - v->slept_ns < WOKEN_SOON_NS;
+    v->rest_turns -= v->rest_turns > 0;
+}
+
+// With the driver's doorbells off. Ends as soon as anybody else wants something of the loop.
+static void stay_awake(struct virtio *v, unsigned queue)
+{
+    struct virtqueue *vq = &v->queues[queue];
+    uint64_t now = time_ns(), end = now + AWAKE_NS;
+    bool on = v->ops->watch(v, true);
+    for (; on && now < end && !loop_pending(v->dev.vm->loop); now = time_ns()) {
+        bool more = virtqueue_waiting(vq);
+        if (more && !v->ops->run(v, queue))
+            break;
+        if (v->ops->poll(v) || more) {
+            end = now + AWAKE_NS;
+            v->awake_misses = 0;
+            on = v->ops->watch(v, true);
+        }
+        __builtin_ia32_pause();
+    }
+    v->ops->watch(v, false);
+    if (now >= end && ++v->awake_misses >= MISSES_MAX) {
+        v->awake_misses = 0;
+        v->rest_turns = REST_TURNS;
+    }
+}
+
 static void doorbell(struct virtio *v, struct virtio_bell *bell)
 {
     uint64_t count;
@@ -149,8 +192,13 @@ static void doorbell(struct virtio *v, struct virtio_bell *bell)
     if (!v->active || !(v->status & VIRTIO_DRIVER_OK) || !vq->enabled || vq->broken)
         return;
     virtqueue_kicks(vq, false);
+    if (v->ops->watch)
+        virtio_woken(v);
     if (!v->ops->run(v, bell->queue))
         return;
+    if (v->ops->watch && v->awake_pays)
+        stay_awake(v, bell->queue);
+    v->slept_ns = v->ops->watch ? time_ns() : 0;
     // A driver that always adds more must not keep the loop from everybody else: one round, then
     // the others' turn.
     if (virtqueue_kicks(vq, true))
@@ -205,6 +253,7 @@ static void reset_end(struct virtio *v)
         v->ops->reset(v);
     for (unsigned i = 0; i < v->nr_queues; i++)
         virtqueue_reset(&v->queues[i]);
+    acknowledged(v);
     v->status = v->isr = 0;
     v->accepted = 0;
     v->offered_sel = v->accepted_sel = v->queue_sel = 0;
@@ -386,6 +435,7 @@ void virtio_resume(struct device *dev)
     v->active = true;
     // An interrupt that was on its way into the saved interrupt controller, or a doorbell that
     // nobody served, may have been lost. One too many does no harm.
+    acknowledged(v);
     if (v->isr & VIRTIO_ISR_CONFIG)
         v->transport->signal(v, -1);
     for (unsigned i = 0; v->isr & VIRTIO_ISR_QUEUE && i < v->nr_queues; i++)
@@ -401,6 +451,7 @@ void virtio_resume(struct device *dev)
 int virtio_save(void *object, struct error *err)
 {
     struct virtio *v = object;
+    acknowledged(v);
     struct stream_mem mem;
     if (v->resetting)
         return error_set(err, -EBUSY, "its driver resets it, and something is still under way");

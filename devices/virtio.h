@@ -67,6 +67,10 @@ struct virtio_ops {
     // Whether nothing is under way outside, without waiting. A reset by the driver ends when this
     // says so, where the transport's driver waits for that; NULL: reset waits in `drain`.
     bool (*idle)(struct virtio *v);
+    // For devices whose answers are worth waiting for awake (virtio_woken): `watch` says whether it
+    // is so now; `poll` takes what is done, and whether something was. Both or none.
+    bool (*watch)(struct virtio *v, bool on);
+    bool (*poll)(struct virtio *v);
     void (*reset)(struct virtio *v); // nothing is under way; may be NULL
     // The driver wrote config[offset .. offset+size), which lies within config space. May be NULL:
     // config space is then read-only.
@@ -81,6 +85,9 @@ struct virtio_transport {
     int (*attach)(struct virtio *v, const void *place, struct error *err);
     void (*detach)(struct virtio *v);            // also after a failed attach
     void (*signal)(struct virtio *v, int queue); // raises an interrupt; queue -1: configuration
+    // Takes in what the driver has acknowledged of v->isr without an exit. Called before isr is
+    // looked at or grows, after what an interrupt is about is in the ring. May be NULL.
+    void (*acknowledged)(struct virtio *v);
     void (*reset)(struct virtio *v); // its own registers, with the device's; may be NULL
     // Its drivers read the status until it is 0 before they take a reset as done.
     bool reset_polled;
@@ -121,8 +128,13 @@ struct virtio {
     unsigned nr_queues;
     struct virtqueue queues[VIRTIO_QUEUES_MAX];
     struct virtio_bell *bells[VIRTIO_QUEUES_MAX];
-    bool active;    // between resume and quiesce
-    bool resetting; // the driver wrote 0, something is still under way; status stays nonzero
+    bool active; // between resume and quiesce
+    // The loop stays awake for a moment after a doorbell (see virtio.c) when the last time it went
+    // to sleep it was woken soon after.
+    bool awake_pays;
+    uint8_t awake_misses, rest_turns;
+    uint64_t slept_ns; // CLOCK_MONOTONIC
+    bool resetting;    // the driver wrote 0, something is still under way; status stays nonzero
 
     uint32_t saved_len;
     uint8_t saved[VIRTIO_SAVED_MAX]; // the queues, while state is saved or loaded
@@ -153,6 +165,8 @@ bool virtio_next(struct virtio *v, unsigned queue, struct virtqueue_chain *chain
 void virtio_push(struct virtio *v, unsigned queue, struct virtqueue_chain *chain, uint32_t written);
 // Raises the queue's interrupt if the driver wants one for what was pushed.
 void virtio_signal(struct virtio *v, unsigned queue);
+// Something came for the device from outside, in the loop's thread: `watch` devices tell.
+void virtio_woken(struct virtio *v);
 // Rings the queue's own doorbell: the loop will call `run`. Any thread.
 void virtio_ring(struct virtio *v, unsigned queue);
 // A request no device can answer (no room for a status ...): the queue is dead until reset.

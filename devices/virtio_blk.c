@@ -105,8 +105,34 @@ void blk_completed(struct virtio *v, struct virtio_bell *bell)
     uint64_t count;
     if (read(bell->fd, &count, sizeof(count)) < 0 && errno != EAGAIN)
         return;
+    virtio_woken(v);
     blk_reap(&b->engine);
     blk_answer(b);
+    v->slept_ns = time_ns();
+}
+
+// A deep queue needs no help: its answers come in batches, which staying awake would only split.
+enum { WATCHED_MAX = 4 };
+
+static bool blk_watch(struct virtio *v, bool on)
+{
+    struct virtio_blk *b = blk_of(v);
+    if (on)
+        io_uring_cq_eventfd_toggle(&b->engine.ring, false);
+    else
+        blk_answer(b); // and the event is on again
+    return !b->waiting && b->engine.in_flight <= WATCHED_MAX;
+}
+
+static bool blk_poll(struct virtio *v)
+{
+    struct virtio_blk *b = blk_of(v);
+    if (!io_uring_cq_ready(&b->engine.ring))
+        return false;
+    blk_reap(&b->engine);
+    io_uring_submit(&b->engine.ring); // the next piece of one
+    signal_touched(b);
+    return true;
 }
 
 static void blk_drain(struct virtio *v)
@@ -334,5 +360,10 @@ static void blk_reset(struct virtio *v)
     blk_waiting_clear(b);
 }
 
-const struct virtio_ops blk_ops = {
-    .id = VIRTIO_ID_BLK, .run = blk_run, .drain = blk_drain, .idle = blk_idle, .reset = blk_reset};
+const struct virtio_ops blk_ops = {.id = VIRTIO_ID_BLK,
+                                   .run = blk_run,
+                                   .drain = blk_drain,
+                                   .watch = blk_watch,
+                                   .poll = blk_poll,
+                                   .idle = blk_idle,
+                                   .reset = blk_reset};

@@ -92,6 +92,7 @@ bool virtqueue_should_signal(struct virtqueue *vq);
 // Asks the driver for doorbells, or to spare them. After turning them on: true when there is
 // something to take that no doorbell may announce.
 bool virtqueue_kicks(struct virtqueue *vq, bool on);
+bool virtqueue_waiting(struct virtqueue *vq); // is there something to take?
 
 // Copies out of the readable, into the writable part; bytes copied, fewer where the part ends.
 size_t chain_read(const struct virtqueue_chain *chain, uint64_t from, void *data, size_t len);

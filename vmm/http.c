@@ -87,6 +87,10 @@ static void exchange_free(struct http_exchange *x)
 static void client_left(struct evhttp_connection *conn, void *arg)
 {
     struct http_exchange *x = arg;
+    // libevent frees a request with its connection, but not one that it has taken off it because the
+    // client left in the middle of an answer: that one is ours.
+    if (!evhttp_request_get_connection(x->req))
+        evhttp_request_free(x->req);
     x->req = NULL;
     atomic_store(&x->gone, true);
 }

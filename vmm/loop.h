@@ -62,6 +62,11 @@ int loop_run(struct loop *loop, struct error *err);
 void loop_stop(struct loop *loop); // any thread; ends the running or the next loop_run
 // Handles what is ready and, with `wait`, at least one completion. For tests and clean-up.
 int loop_turn(struct loop *loop, bool wait, struct error *err);
+// Whether something waits to be handled. Loop thread only.
+static inline bool loop_pending(const struct loop *loop)
+{
+    return io_uring_cq_ready(&loop->ring);
+}
 
 // A free SQE, tied to `op` (user_data set); submitted when control returns to the loop, or by
 // io_uring_submit. Loop thread only. NULL only when the ring is broken.

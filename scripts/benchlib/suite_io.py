@@ -2,6 +2,7 @@
 """scripts/bench io: disk and network, alone, from a bare-metal driver, and from Linux."""
 
 import contextlib
+import ctypes
 import functools
 import os
 import re
@@ -16,9 +17,10 @@ from vmms import Failed, Ferry, Qemu, bare_guest, bench_program, linux_guest
 
 IMAGE_MIB = 256
 KIB_SEQUENTIAL = 256
-# name: (depth, KiB of a request, how many in a run of about a second)
-LOADS = {"4 KiB random, QD 1": (1, 4, 10000), "4 KiB random, QD 32": (32, 4, 60000),
-         f"{KIB_SEQUENTIAL} KiB, QD 4": (4, KIB_SEQUENTIAL, 4000)}
+# name: (depth, KiB of a request, how many in a run of about a second, through the page cache)
+LOADS = {"4 KiB random, QD 1": (1, 4, 10000, False), "4 KiB random, QD 32": (32, 4, 60000, False),
+         f"{KIB_SEQUENTIAL} KiB, QD 4": (4, KIB_SEQUENTIAL, 4000, False),
+         "cached, QD 1": (1, 4, 20000, True), "cached, QD 32": (32, 4, 200000, True)}
 MODEL_SECONDS = 1
 
 
@@ -49,11 +51,12 @@ def device_model(what, depth, *options):
 # --- a driver in ring 3
 
 
-def ring3(vmm, depth, kib, count):
+def ring3(vmm, depth, kib, count, cached):
     append = f"acpi=off n={count} depth={depth} kib={kib} tsc_khz={khz()}"
     if vmm.name == "ferry" and vmm.transport == "pci":
         append = append.replace("acpi=off ", "")
-    with vmm.start(bare_guest("disk"), append=append, disks=[image()], stays=True) as machine:
+    with vmm.start(bare_guest("disk"), append=append, disks=[image()], stays=True,
+                   cached=cached) as machine:
         machine.wait_console("sync 1", 60)
         cpu = machine.cpu_ns(vcpus=False)
         exits = vmm.exits(machine) if vmm.name == "ferry" else None
@@ -63,7 +66,8 @@ def ring3(vmm, depth, kib, count):
         machine.wait_console("value tsc_khz[0]", 60)
         values = machine.values()
     seconds = values[("tsc_delta", 0)] / khz() / 1e3
-    result = {"iops": count / seconds, "mib": count * kib / 1024 / seconds, "cpu": cpu / 1e3 / count,
+    result = {"iops": count / seconds, "mib": count * kib / 1024 / seconds,
+              "cpu": cpu / 1e3 / count,
               "kick": values[("tsc_delta", 1)] / max(1, values[("count", 1)]) / khz() * 1e3,
               "kicks": values[("count", 1)] / count,
               "idle": values[("tsc_delta", 2)] / values[("count", 2)] / khz() * 1e3}
@@ -84,12 +88,13 @@ def linux_start(vmm, script, **devices):
                      acpi=acpi, **devices)
 
 
-FIO = "fio --readonly --direct=1 --time_based --gtod_reduce=1 --minimal --eta=never --name=x --filename=$D"
+FIO = ("fio --readonly --direct=1 --time_based --gtod_reduce=1 --minimal --eta=never --name=x "
+       "--filename=$D")
 FIO_LOADS = {"iops1": "--ioengine=psync --rw=randread --bs=4k --runtime=5",
              "iops32": "--ioengine=libaio --rw=randread --bs=4k --iodepth=32 --runtime=5",
              "mib": f"--ioengine=libaio --rw=read --bs={KIB_SEQUENTIAL}k --iodepth=4 --runtime=5"}
 FIO_BANDWIDTH, FIO_IOPS = 6, 7  # fields of fio's terse output, version 3
-# What a request costs is counted over so many of dd, less a dd of none: it has no threads, no clock.
+# What a request costs is counted over so many of dd, less a dd of none.
 DD = "dd if=$D of=/dev/null bs=4k iflag=direct"
 DD_RUNS = {"dd0": 0, "dd": 500}
 
@@ -173,12 +178,12 @@ class Network:
 
     @staticmethod
     def _listen(pid):
-        """A listening socket in that process's network namespace: made by a thread that goes there."""
+        """A socket that listens in that process's network namespace; a thread goes there for it."""
         found = []
 
         def make():
             with open(f"/proc/{pid}/ns/net") as ns:
-                ctypes_setns(ns.fileno())
+                network_enter(ns.fileno())
             found.append(socket.create_server((HOST, ECHO_PORT)))
 
         thread = threading.Thread(target=make)
@@ -196,9 +201,7 @@ class Network:
                         peer.sendall(data)
 
 
-def ctypes_setns(fd):
-    import ctypes  # os.setns came with Python 3.12
-
+def network_enter(fd):  # os.setns came with Python 3.12
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(fd, 0x40000000):  # CLONE_NEWNET
         raise Failed(f"setns: {os.strerror(ctypes.get_errno())}")
@@ -259,13 +262,13 @@ def register():
                  "io_uring": functools.partial(device_model, "bare", depth, *options)},
                 [Metric("rate", name, "1/s", goal_ratio_least=goal),
                  Metric("cpu", f"{name}, CPU", "us")], runs=7))
-    for load, (depth, kib, count) in LOADS.items():
+    for load, (depth, kib, count, cached) in LOADS.items():
         name = f"ring 3, {load}"
         amount = Metric("mib", name, "MiB/s", goal_ratio_least=("qemu", 1.2))
         if kib == 4:
             amount = Metric("iops", name, "1/s", goal_ratio_least=("qemu", 1.2))
         add(Row("io", name, "reads by a bare-metal driver in ring 3 that polls", each(
-            ring3, depth, kib, count),
+            ring3, depth, kib, count, cached),
             [amount, Metric("cpu", f"{name}, CPU of the VMM", "us"),
              Metric("exits", f"{name}, exits per request", "", goal=1),
              Metric("kicks", f"{name}, doorbells per request", ""),

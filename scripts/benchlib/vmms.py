@@ -265,10 +265,11 @@ class Ferry:
         return f"bench-{os.getpid()}-{Ferry.serial}"
 
     # `acpi`: Ferry always has tables; what counts is whether the guest's command line uses them.
-    # `disks`: read-only images; `tap`: name of a tap device; `enter`: command to start it under;
-    # `more`: further options. `stays`: when its guest has ended, so that it can still be asked.
+    # `disks`: read-only images (`cached`: through the page cache); `tap`: name of a tap device;
+    # `enter`: command to start it under; `stays`: when its guest has ended, so that it can still be
+    # asked. `more`: further options.
     def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False,
-              disks=(), tap=None, enter=(), stays=False, more=()):
+              disks=(), tap=None, enter=(), stays=False, cached=False, more=()):
         name = self._name()
         argv = [program(FERRY, "ninja -C build"), "run", "-n", name, "-k", kernel, "-a", append,
                 "-c", str(cpus), "-m", f"{memory}M", "--console", "stdio"]
@@ -276,7 +277,7 @@ class Ferry:
             argv += ["-i", initrd]
         argv += ["--mark"] if mark else [] if stays else ["--debug-exit"]
         for disk in disks:
-            argv += ["--disk", f"{disk},ro"]
+            argv += ["--disk", f"{disk},ro" + (",cached" if cached else "")]
         if disks or tap:
             argv += ["--backing", "thp"]  # QEMU asks for huge pages, too
         if tap:
@@ -375,12 +376,13 @@ class Qemu:
         return machine
 
     def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False,
-              disks=(), tap=None, enter=(), stays=False):
+              disks=(), tap=None, enter=(), stays=False, cached=False):
         directory = tempfile.mkdtemp(prefix="ferry-bench-")
         argv = self._argv(directory, kernel, initrd, append, memory, cpus, acpi)
         for i, disk in enumerate(disks):
-            argv += ["-drive", f"file={disk},if=none,id=disk{i},format=raw,cache=none,"
-                     "aio=io_uring,readonly=on,file.locking=off", "-device", f"virtio-blk-device,drive=disk{i}"]
+            argv += ["-drive", f"file={disk},if=none,id=disk{i},format=raw,"
+                     f"cache={'writeback' if cached else 'none'},aio=io_uring,readonly=on,"
+                     "file.locking=off", "-device", f"virtio-blk-device,drive=disk{i}"]
         if tap:
             argv += ["-netdev", f"tap,id=net0,ifname={tap},script=no,downscript=no,vhost=off",
                      "-device", "virtio-net-device,netdev=net0"]

@@ -85,6 +85,12 @@ class BadInput(LabTest):
                 path = self.file(name, content)
                 self.refused("-k", path, says=path)
 
+    def test_one_terminal_for_two_consoles(self):
+        self.refused("-k", self.kernel, "--vconsole", "stdio", "--console", "stdio",
+                     says="2 consoles and ports on stdio")
+        self.assertStatus(self.lab.ferry("run", "-k", self.kernel, "--vconsole", "stdio",
+                                         "--dry-run"), lab.OK)
+
     def test_unreadable_kernel(self):
         self.refused("-k", "/proc/self/mem", says="/proc/self/mem", status=None)
 
@@ -236,7 +242,7 @@ class BadInput(LabTest):
         while not self.lab.ferry("info", "dead").status == lab.OK:
             self.assertIsNone(first.child.poll(), first.errors())
         first.end()
-        self.assertEqual(["dead.sock"], self.lab.sockets())
+        self.assertEqual(["dead.json", "dead.sock"], self.lab.sockets())
         second = self.lab.vm("run", "-k", lab.bare_guest("poweroff.elf"), name="dead")
         self.assertEnds(second, lab.OK)
 

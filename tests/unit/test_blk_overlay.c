@@ -286,8 +286,8 @@ START_TEST(one_log_one_image)
 END_TEST
 
 // Requests that share clusters, answered by the storage in any order. Fails without `conflict`
-// (copies overwrite what others wrote), with copies of half a cluster's rest, or when a cluster
-// counts as present before its data is there.
+// (copies overwrite what others wrote), with copies that leave out what is before the write, or
+// when a cluster counts as present before its data is there.
 START_TEST(any_order_of_answers)
 {
     struct fuse_disk *d = fuse_disk_new(0);
@@ -520,7 +520,8 @@ static void header_set(struct files *f, unsigned offset, uint64_t value, unsigne
     close(fd);
 }
 
-// Each row was seen to be accepted (or to crash) with its check taken out of header_check.
+// Each row expects the words of its own check, so one that is missing is noticed; nine of them were
+// taken out to see that.
 START_TEST(hostile_header)
 {
     const struct {

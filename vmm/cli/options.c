@@ -6,6 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "devices/virtio_console.h"
+
 enum { OPTIONS_MAX = 40, CONFIG_FILE_MAX = 1024 * 1024 };
 
 struct option_row {
@@ -101,6 +103,7 @@ static int set_boot(struct vm_options *o, const char *value, struct error *err)
 
 static int set_console(struct vm_options *o, const char *value, struct error *err)
 {
+    o->console_given = true;
     return console_parse(value, &o->console, err);
 }
 
@@ -449,6 +452,31 @@ static const struct option_row *row_of(const struct option_table *t, int c)
     return NULL;
 }
 
+static unsigned terminal_readers(const struct virtio_attach *config)
+{
+    const struct virtio_console_config *c = (const void *)config;
+    unsigned n = 0;
+    for (unsigned i = 0; i < c->nr_ports; i++)
+        n += c->ports[i].present && c->ports[i].where.kind == CONSOLE_STDIO;
+    return n;
+}
+
+// The terminal has one reader. A --vconsole on it takes it from a --console that was not asked for.
+static int options_settle(struct vm_options *o, struct error *err)
+{
+    unsigned readers = 0;
+    for (unsigned i = 0; i < o->nr_devices; i++)
+        if (o->devices[i].kind->class == &virtio_console_class)
+            readers += terminal_readers(o->devices[i].config);
+    if (readers && !o->console_given)
+        console_parse("null", &o->console, NULL);
+    else
+        readers += o->console.kind == CONSOLE_STDIO;
+    return readers <= 1 ? 0
+                        : error_set(err, -EINVAL,
+                                    "%u consoles and ports on stdio: it can serve one", readers);
+}
+
 int options_parse(struct vm_options *o, unsigned command, int argc, char **argv, const char *usage,
                   char **positional, int max, struct error *err)
 {
@@ -484,7 +512,7 @@ int options_parse(struct vm_options *o, unsigned command, int argc, char **argv,
                              argv[optind], argv[0]);
         positional[i] = argv[optind];
     }
-    return 0;
+    return options_settle(o, err);
 }
 
 // --- JSON

@@ -35,6 +35,7 @@ struct vm_options {
     unsigned nr_devices;
     unsigned stop_timeout_s; // for a guest that was asked to end; 0: it is not asked
     bool pci;                // transport of the virtio devices
+    bool console_given;      // by an option, not by default
     bool dry_run, mark, ucall, debug_exit, control, vmgenid;
 };
 

@@ -324,6 +324,7 @@ int session_serve(struct session *s, struct error *err)
         ret = sockets_hand_over(s, err);
     if (!ret && s->options->control)
         ret = registry_write(s, err);
+    s->registered = !ret && s->options->control;
     return ret ? ret : control_start(s->control, err);
 }
 
@@ -345,7 +346,7 @@ int session_start(struct session *s, struct error *err)
     if (ret)
         return ret;
     vm_resume(s->vm);
-    if (s->control && registry_write(s, err)) // what it became is known now
+    if (s->registered && registry_write(s, err)) // what it became is known now
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
     if (usage_start(&s->usage, s->vm, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
@@ -433,8 +434,9 @@ void session_drop(struct session *s)
     s->stop_timer.fn = NULL;
     struct control *control = s->control;
     control_publish(s, NULL); // nobody broadcasts into it any more
-    if (control && s->options->control)
+    if (s->registered)        // else the record of that name is another's
         registry_remove(s->options->name);
+    s->registered = false;
     control_destroy(control);
     session_vm_drop(s);
 }

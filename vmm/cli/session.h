@@ -27,6 +27,7 @@ struct session {
     struct life life;
     struct usage usage;
     struct control *control;
+    bool registered; // vmm/cli/registry.h has a record of this VM
     struct api *api;
     struct migrate_commands *migrate;
     struct migrate_hooks hooks;
