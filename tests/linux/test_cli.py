@@ -15,7 +15,7 @@ import unittest
 import ferrylab as lab
 from ferrylab import LabTest
 
-COMMANDS = ("run", "check", "info", "pause", "resume", "stop", "ls", "ps", "kill", "rm", "prune",
+COMMANDS = ("run", "check", "info", "console", "pause", "resume", "stop", "ls", "ps", "kill", "rm", "prune",
             "top", "events", "set", "snapshot", "restore", "migrate",
             "receive", "version")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")

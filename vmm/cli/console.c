@@ -142,12 +142,10 @@ static int options_take(int argc, char **argv, struct attached *a, struct error 
 {
     static const char usage[] =
         "ferry console NAME [--escape KEY]\n\n"
-        "Attaches this terminal to the console of a VM that was started with --console pty or\n"
-        "--console unix:PATH, until the VM ends or the escape key (Ctrl-] unless KEY says "
-        "another),\n"
-        "then q. Then p presses the power button instead. Input that is no terminal is passed "
-        "on\n"
-        "as it is.\n"
+        "Attaches this terminal to the console of a VM that was started with the console pty or\n"
+        "unix:PATH, until the VM ends or the escape key (Ctrl-] unless KEY says another), then q. "
+        "Then\n"
+        "p presses the power button instead. Input that is no terminal is passed on as it is.\n"
         "example: ferry console web";
     static const struct option longs[] = {
         {"escape", required_argument, NULL, 'e'}, {"help", no_argument, NULL, 'h'}, {0}};

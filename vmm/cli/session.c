@@ -411,7 +411,7 @@ int session_run(struct session *s)
     struct trace *trace = s->vm->trace;
     s->vm->trace = NULL;
     session_drop(s);
-    console_close(s->console);
+    console_release(s->console); // the loop, which may still hold its polls, frees it
     s->console = NULL;
     report_stop(s->options, &stop);
     if (trace)
