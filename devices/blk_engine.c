@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "vmm/probe.h"
 #include "vmm/ring.h"
 #include "vmm/util.h"
 
@@ -29,6 +30,7 @@ static bool request_reads(const struct blk_request *r)
 
 static void request_end(struct blk_engine *e, struct blk_request *r, int error)
 {
+    FERRY_PROBE3(block_end, r, r->op, error);
     e->in_flight--;
     e->done(e, r, error);
 }
@@ -437,6 +439,7 @@ static void flush_begin(struct blk_engine *e, struct blk_request *r)
 
 void blk_start(struct blk_engine *e, struct blk_request *r)
 {
+    FERRY_PROBE4(block_begin, r, r->op, r->ranges[0].offset, r->nr_ranges);
     e->in_flight++;
     r->range = 0;
     r->waiters = NULL;

@@ -24,7 +24,8 @@ struct power_config {
     int (*irq_set)(struct vm *vm, unsigned gsi, unsigned level); // NULL = vm_irq_set; for tests
 };
 extern const struct device_class power_class;
-void power_button(struct device *dev);                // any thread
+void power_button(struct device *dev);   // any thread
+bool power_listened(struct device *dev); // the guest's driver takes its interrupt; any thread
 void power_event(struct device *dev, uint8_t events); // ACPI_EVENT_*; any thread
 
 // vmgenid.c: 128 random bits that differ after each restore of a saved state, so that a guest does

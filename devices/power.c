@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <errno.h>
+#include <sys/ioctl.h>
 
 #include "devices/acpi.h"
 #include "devices/platform.h"
@@ -39,6 +40,14 @@ void power_event(struct device *dev, uint8_t events)
 void power_button(struct device *dev)
 {
     power_event(dev, ACPI_EVENT_POWER_BUTTON);
+}
+
+// A driver unmasks the event's line in the I/O APIC when it begins, and masks it when it ends.
+bool power_listened(struct device *dev)
+{
+    struct kvm_irqchip chip = {.chip_id = KVM_IRQCHIP_IOAPIC};
+    return !ioctl(dev->vm->fd, KVM_GET_IRQCHIP, &chip) &&
+           !chip.chip.ioapic.redirtbl[GSI_EVENT].fields.mask;
 }
 
 static uint64_t sleep_read(void *dev, uint64_t offset, unsigned size)

@@ -63,8 +63,15 @@ void virtio_bell_close(struct virtio_bell *bell)
 
 // --- telling the driver
 
+static void acknowledged(struct virtio *v)
+{
+    if (v->transport->acknowledged)
+        v->transport->acknowledged(v);
+}
+
 static void driver_signal(struct virtio *v, int queue)
 {
+    acknowledged(v);
     v->isr |= queue < 0 ? VIRTIO_ISR_CONFIG : VIRTIO_ISR_QUEUE;
     v->transport->signal(v, queue);
 }
@@ -246,6 +253,7 @@ static void reset_end(struct virtio *v)
         v->ops->reset(v);
     for (unsigned i = 0; i < v->nr_queues; i++)
         virtqueue_reset(&v->queues[i]);
+    acknowledged(v);
     v->status = v->isr = 0;
     v->accepted = 0;
     v->offered_sel = v->accepted_sel = v->queue_sel = 0;
@@ -427,6 +435,7 @@ void virtio_resume(struct device *dev)
     v->active = true;
     // An interrupt that was on its way into the saved interrupt controller, or a doorbell that
     // nobody served, may have been lost. One too many does no harm.
+    acknowledged(v);
     if (v->isr & VIRTIO_ISR_CONFIG)
         v->transport->signal(v, -1);
     for (unsigned i = 0; v->isr & VIRTIO_ISR_QUEUE && i < v->nr_queues; i++)
@@ -442,6 +451,7 @@ void virtio_resume(struct device *dev)
 int virtio_save(void *object, struct error *err)
 {
     struct virtio *v = object;
+    acknowledged(v);
     struct stream_mem mem;
     if (v->resetting)
         return error_set(err, -EBUSY, "its driver resets it, and something is still under way");

@@ -85,6 +85,9 @@ struct virtio_transport {
     int (*attach)(struct virtio *v, const void *place, struct error *err);
     void (*detach)(struct virtio *v);            // also after a failed attach
     void (*signal)(struct virtio *v, int queue); // raises an interrupt; queue -1: configuration
+    // Takes in what the driver has acknowledged of v->isr without an exit. Called before isr is
+    // looked at or grows, after what an interrupt is about is in the ring. May be NULL.
+    void (*acknowledged)(struct virtio *v);
     void (*reset)(struct virtio *v); // its own registers, with the device's; may be NULL
     // Its drivers read the status until it is 0 before they take a reset as done.
     bool reset_polled;

@@ -40,9 +40,12 @@ enum { MAGIC = 0x74726976, VERSION = 2, VENDOR = 0x59525246 }; // "virt", modern
 struct virtio_mmio {
     struct virtio_mmio_place place;
     int irq_fd;
+    int ack_fd; // counts acknowledgements of VIRTIO_ISR_QUEUE; -1: they exit
     bool irq_on;
     unsigned doorbells; // of the first so many queues, KVM has them
 };
+
+static void mmio_acknowledged(struct virtio *v);
 
 static uint32_t register_read(struct virtio *v, uint64_t offset)
 {
@@ -63,6 +66,7 @@ static uint32_t register_read(struct virtio *v, uint64_t offset)
     case REG_QUEUE_READY:
         return vq && vq->enabled;
     case REG_ISR:
+        mmio_acknowledged(v);
         return v->isr;
     case REG_STATUS:
         return virtio_status_read(v);
@@ -172,7 +176,30 @@ static int kvm_doorbell_off(struct vm *vm, uint64_t addr, uint32_t value, int ev
 }
 
 static const struct virtio_mmio_wiring kvm_wiring = {vm_irqfd, kvm_doorbell, vm_irqfd_remove,
-                                                     kvm_doorbell_off};
+                                                     kvm_doorbell_off, kvm_doorbell};
+
+// Without this each interrupt costs two exits: its status is read, then acknowledged (4.2.2). The
+// device sees the second when it next looks. That is early enough: it looks after it has put into
+// the ring what the next interrupt is about, and a driver reads the ring after it acknowledged.
+static void ack_connect(struct virtio *v, struct virtio_mmio *m)
+{
+    if (!m->place.wiring->ack)
+        return;
+    m->ack_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (m->ack_fd >= 0 && m->place.wiring->ack(v->dev.vm, m->place.base + REG_ISR_ACK,
+                                               VIRTIO_ISR_QUEUE, m->ack_fd, NULL)) {
+        close(m->ack_fd);
+        m->ack_fd = -1;
+    }
+}
+
+static void mmio_acknowledged(struct virtio *v)
+{
+    struct virtio_mmio *m = v->transport_data;
+    uint64_t count;
+    if (m && m->ack_fd >= 0 && read(m->ack_fd, &count, sizeof(count)) == sizeof(count))
+        v->isr &= (uint8_t)~VIRTIO_ISR_QUEUE;
+}
 
 static int wires_connect(struct virtio *v, struct virtio_mmio *m, struct error *err)
 {
@@ -197,6 +224,8 @@ static void wires_cut(struct virtio *v, struct virtio_mmio *m)
         wiring->irqfd_off(vm, m->place.gsi, m->irq_fd, NULL);
     for (unsigned i = 0; i < m->doorbells && wiring->doorbell_off; i++)
         wiring->doorbell_off(vm, m->place.base + REG_NOTIFY, i, v->bells[i]->fd, NULL);
+    if (m->ack_fd >= 0 && wiring->doorbell_off)
+        wiring->doorbell_off(vm, m->place.base + REG_ISR_ACK, VIRTIO_ISR_QUEUE, m->ack_fd, NULL);
 }
 
 static int mmio_attach(struct virtio *v, const void *place, struct error *err)
@@ -205,6 +234,7 @@ static int mmio_attach(struct virtio *v, const void *place, struct error *err)
     if (!m)
         return error_set(err, -ENOMEM, "no memory for a virtio-mmio window");
     v->transport_data = m;
+    m->ack_fd = -1;
     m->place = *(const struct virtio_mmio_place *)place;
     if (!m->place.wiring)
         m->place.wiring = &kvm_wiring;
@@ -215,6 +245,8 @@ static int mmio_attach(struct virtio *v, const void *place, struct error *err)
     struct bus_range range = {m->place.base, VIRTIO_MMIO_LEN, v->dev.class->name,
                               &mmio_ops,     &v->dev,         &v->dev.lock};
     int ret = wires_connect(v, m, err);
+    if (!ret)
+        ack_connect(v, m);
     return ret ? ret : bus_add(&v->dev.vm->mmio, &range, err); // last: it cannot be taken back
 }
 
@@ -227,6 +259,8 @@ static void mmio_detach(struct virtio *v)
         wires_cut(v, m);
     if (m->irq_fd >= 0)
         close(m->irq_fd);
+    if (m->ack_fd >= 0)
+        close(m->ack_fd);
     free(m);
     v->transport_data = NULL;
 }
@@ -239,8 +273,11 @@ static void mmio_signal(struct virtio *v, int queue)
         return; // EAGAIN: the line is pulsed already
 }
 
-const struct virtio_transport virtio_mmio_transport = {
-    .name = "virtio-mmio", .attach = mmio_attach, .detach = mmio_detach, .signal = mmio_signal};
+const struct virtio_transport virtio_mmio_transport = {.name = "virtio-mmio",
+                                                       .attach = mmio_attach,
+                                                       .detach = mmio_detach,
+                                                       .signal = mmio_signal,
+                                                       .acknowledged = mmio_acknowledged};
 
 // --- where guests find it
 

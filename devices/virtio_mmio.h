@@ -23,6 +23,8 @@ struct virtio_mmio_wiring { // how doorbells and interrupts reach KVM
     int (*irqfd_off)(struct vm *vm, unsigned gsi, int event_fd, struct error *err);
     int (*doorbell_off)(struct vm *vm, uint64_t addr, uint32_t value, int event_fd,
                         struct error *err);
+    // A write of `value` at `addr` acknowledges an interrupt and need not exit. NULL: it exits.
+    int (*ack)(struct vm *vm, uint64_t addr, uint32_t value, int event_fd, struct error *err);
 };
 
 struct virtio_mmio_place {

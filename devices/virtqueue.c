@@ -719,11 +719,11 @@ static int replay_chain_load(struct virtqueue *vq, struct replay_chain *c, struc
     if (ret)
         return ret;
     uint64_t count = n[2].value + n[3].value;
-    if (!count || count > VQ_SEGMENTS_MAX)
-        return error_set(err, -EBADMSG, "saved chain of %llu buffers, expected 1 to %d",
+    if (count > VQ_SEGMENTS_MAX) // none is fine: a chain of empty buffers has no segments
+        return error_set(err, -EBADMSG, "saved chain of %llu buffers, expected at most %d",
                          (unsigned long long)count, VQ_SEGMENTS_MAX);
     *c = (struct replay_chain) {(uint16_t)n[0].value, (uint16_t)n[1].value, (uint16_t)n[2].value,
-                                (uint16_t)n[3].value, calloc(count, sizeof(*c->segments))};
+                                (uint16_t)n[3].value, calloc(count + 1, sizeof(*c->segments))};
     if (!c->segments)
         return error_set(err, -ENOMEM, "no memory for a saved chain");
     for (uint64_t i = 0; i < count && !ret; i++) {

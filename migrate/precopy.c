@@ -8,6 +8,7 @@
 #include "migrate/bitmap.h"
 #include "migrate/outgoing.h"
 #include "migrate/switchover.h"
+#include "vmm/probe.h"
 
 // Before the first pause nobody knows the size of the state or what saving it takes; these are on
 // the high side of what tests measure (docs/migration.md) and only matter for limits near them.
@@ -179,9 +180,11 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
     precopy_hints_end(out);
     if (ret)
         return ret;
-    bandwidth_update(out, out->main.wire.out - before, time_ns() - start);
+    uint64_t bytes = out->main.wire.out - before, took = time_ns() - start;
+    bandwidth_update(out, bytes, took);
     ret = ram_dirty_sync(&out->vm->ram, out->todo, NULL, err);
     *dirty = bitmap_count(out->todo, out->vm->ram.pages);
+    FERRY_PROBE4(migration_round, out->report->rounds, bytes, took, *dirty);
     return ret;
 }
 

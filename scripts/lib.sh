@@ -26,6 +26,7 @@ build zlib1g-dev          unpacks gzip kernels on the host side
 build liblzma-dev         unpacks xz kernels on the host side
 build liblz4-dev          unpacks lz4 kernels on the host side
 build libzstd-dev         unpacks zstd kernels on the host side
+build systemtap-sdt-dev  probes for perf and bpftrace (headers only)
 build check               the unit tests are part of the build
 build python3             meson, the tests and the benchmarks run on it
 guest linux-source-6.1    source of the small guest kernel

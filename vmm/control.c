@@ -10,9 +10,10 @@
 #include <sys/stat.h>
 
 #include "vmm/http.h"
+#include "vmm/probe.h"
 #include "vmm/util.h"
 
-enum { LISTENERS_MAX = 2, ID_MAX = 64, SUBSCRIBERS_MAX = 64 };
+enum { LISTENERS_MAX = 2, SUBSCRIBERS_MAX = 64 };
 
 struct control {
     struct loop *loop;
@@ -33,9 +34,7 @@ struct control_request {
     struct control *control; // until the route is called
     struct http_exchange *x;
     struct loop_call call;
-    struct control_route route;
-    json_t *args;
-    char id[ID_MAX + 1];
+    struct control_wish wish;
     bool stream, silent;
 };
 
@@ -56,7 +55,8 @@ static json_t *text_value(const char *text)
 
 static void request_free(struct control_request *req)
 {
-    json_decref(req->args);
+    FERRY_PROBE3(api_end, req, req->wish.route.method, req->wish.route.path);
+    json_decref(req->wish.args);
     free(req);
 }
 
@@ -134,7 +134,7 @@ void control_event(struct control_request *req, json_t *event)
 
 const char *control_id(const struct control_request *req)
 {
-    return req->id;
+    return req->wish.id;
 }
 
 // --- subscribers
@@ -184,13 +184,14 @@ void control_broadcast(struct control *c, json_t *event)
 static int state_check(const struct control_request *req, struct error *err)
 {
     struct life *life = req->control->life;
-    if (!req->route.states || !life)
+    const struct control_route *route = &req->wish.route;
+    if (!route->states || !life)
         return 0;
     enum life_state state = life_get(life);
-    if (req->route.states & LIFE_BIT(state))
+    if (route->states & LIFE_BIT(state))
         return 0;
-    return error_set(err, -EPERM, "%s %s: not possible while the VM is %s", req->route.method,
-                     req->route.path, life_name(state));
+    return error_set(err, -EPERM, "%s %s: not possible while the VM is %s", route->method,
+                     route->path, life_name(state));
 }
 
 static void request_run(void *arg)
@@ -202,14 +203,14 @@ static void request_run(void *arg)
     if (ret)
         control_reply_error(req, &err);
     else
-        req->route.fn(req, req->args, req->route.context);
+        req->wish.route.fn(req, req->wish.args, req->wish.route.context);
     atomic_fetch_sub(&c->queued, 1);
 }
 
 // --- the server's thread
 
 // "/drives/{id}" against a path; what stands for {id} goes to `id`.
-static bool path_matches(const char *pattern, const char *path, char id[ID_MAX + 1])
+static bool path_matches(const char *pattern, const char *path, char id[CONTROL_ID_MAX + 1])
 {
     *id = 0;
     for (; *pattern; pattern++) {
@@ -219,7 +220,7 @@ static bool path_matches(const char *pattern, const char *path, char id[ID_MAX +
             continue;
         }
         size_t len = strcspn(path, "/");
-        if (!len || len > ID_MAX)
+        if (!len || len > CONTROL_ID_MAX)
             return false;
         memcpy(id, path, len);
         id[len] = 0;
@@ -229,38 +230,52 @@ static bool path_matches(const char *pattern, const char *path, char id[ID_MAX +
     return !*path;
 }
 
-static bool route_find(struct control *c, struct control_request *req)
+static bool route_find(struct control *c, const char *method, const char *path,
+                       struct control_wish *wish)
 {
     bool found = false;
     pthread_mutex_lock(&c->lock);
     for (unsigned i = 0; i < c->nr_routes && !found; i++) {
-        found = !strcmp(c->routes[i].method, http_method(req->x)) &&
-                path_matches(c->routes[i].path, http_path(req->x), req->id);
+        found =
+            !strcmp(c->routes[i].method, method) && path_matches(c->routes[i].path, path, wish->id);
         if (found)
-            req->route = c->routes[i];
+            wish->route = c->routes[i];
     }
     pthread_mutex_unlock(&c->lock);
     return found;
 }
 
-static int body_take(struct control_request *req, struct error *err)
+static int body_take(struct control_wish *wish, const char *body, size_t len, struct error *err)
 {
-    size_t len;
-    const char *body = http_body(req->x, &len);
+    const struct control_route *route = &wish->route;
     json_error_t jerr;
-    if (!req->route.fields) {
+    if (!route->fields) {
         if (len)
-            return error_set(err, -EINVAL, "%s %s takes no body", req->route.method,
-                             req->route.path);
-        req->args = json_object();
+            return error_set(err, -EINVAL, "%s %s takes no body", route->method, route->path);
+        wish->args = json_object();
         return 0;
     }
-    req->args = json_loadb(len ? body : "{}", len ? len : 2, JSON_REJECT_DUPLICATES, &jerr);
-    if (!req->args)
+    wish->args = json_loadb(len ? body : "{}", len ? len : 2, JSON_REJECT_DUPLICATES, &jerr);
+    if (!wish->args)
         return error_set(err, -EINVAL, "the body is not JSON: line %d, column %d: %s", jerr.line,
                          jerr.column, jerr.text);
-    int ret = schema_check(req->args, req->route.fields, err);
-    return ret ? error_prefix(err, "%s %s", req->route.method, req->route.path) : 0;
+    int ret = schema_check(wish->args, route->fields, err);
+    return ret ? error_prefix(err, "%s %s", route->method, route->path) : 0;
+}
+
+int control_parse(struct control *c, const char *method, const char *path, const char *body,
+                  size_t len, struct control_wish *wish, struct error *err)
+{
+    *wish = (struct control_wish) {0};
+    if (!route_find(c, method, path, wish))
+        return error_set(err, -ENOSYS, "Invalid request method and/or path: %s %.200s.", method,
+                         path);
+    int ret = body_take(wish, body, len, err);
+    if (ret) {
+        json_decref(wish->args);
+        wish->args = NULL;
+    }
+    return ret;
 }
 
 static void request_arrived(struct http_exchange *x, void *arg)
@@ -274,11 +289,10 @@ static void request_arrived(struct http_exchange *x, void *arg)
     }
     req->control = c;
     req->x = x;
-    int ret = route_find(c, req)
-                  ? body_take(req, &err)
-                  : error_set(&err, -ENOSYS, "Invalid request method and/or path: %s %.200s.",
-                              http_method(x), http_path(x));
-    if (ret) {
+    FERRY_PROBE3(api_begin, req, http_method(x), http_path(x));
+    size_t len;
+    const char *body = http_body(x, &len);
+    if (control_parse(c, http_method(x), http_path(x), body, len, &req->wish, &err)) {
         error_send(x, &err);
         request_free(req);
         return;
@@ -351,14 +365,19 @@ void control_remove(struct control *c, const void *context)
 int control_listen(struct control *c, const char *path, struct error *err)
 {
     int fd;
-    if (c->nr_paths == LISTENERS_MAX)
-        return error_set(err, -E2BIG, "at most %d API sockets", LISTENERS_MAX);
     int ret = http_listen(path, &fd, err);
-    if (!ret)
-        ret = http_add_listener(c->server, fd, err);
-    if (!ret)
-        strcpy(c->paths[c->nr_paths++], path); // http_listen has seen to its length
-    return ret;
+    return ret ? ret : control_take(c, fd, path, err);
+}
+
+int control_take(struct control *c, int fd, const char *path, struct error *err)
+{
+    if (c->nr_paths == LISTENERS_MAX) {
+        close(fd);
+        unlink(path);
+        return error_set(err, -E2BIG, "at most %d API sockets", LISTENERS_MAX);
+    }
+    strcpy(c->paths[c->nr_paths++], path); // http_listen has seen to its length
+    return http_add_listener(c->server, fd, err);
 }
 
 void control_confine(struct control *c, enum seccomp_mode mode)

@@ -16,6 +16,7 @@
 
 #include <jansson.h>
 #include <stdbool.h>
+#include <stdio.h>
 
 #include "vmm/error.h"
 #include "vmm/life.h"
@@ -60,10 +61,24 @@ int control_add(struct control *control, const struct control_route *routes, uns
 void control_remove(struct control *control, const void *context);
 // A Unix socket for the API; several may be opened. -EADDRINUSE: it is in use.
 int control_listen(struct control *control, const char *path, struct error *err);
+// The same for a socket that was made before (http_listen); takes fd, also on error.
+int control_take(struct control *control, int fd, const char *path, struct error *err);
 // The filter of the server's thread (off unless set). Before control_start.
 void control_confine(struct control *control, enum seccomp_mode mode);
 int control_start(struct control *control, struct error *err);
 void control_destroy(struct control *control); // also removes the sockets
+
+// What the server's thread makes of a request before it goes to the loop: the route that takes it,
+// what {id} is, and a body that is as the route's schema says. Needs no socket and no loop.
+enum { CONTROL_ID_MAX = 64 }; // bytes
+struct control_wish {
+    struct control_route route;
+    char id[CONTROL_ID_MAX + 1];
+    json_t *args; // the caller's reference; NULL on error
+};
+// -ENOSYS: no such method and path. -EINVAL: the body; the text names the field.
+int control_parse(struct control *control, const char *method, const char *path, const char *body,
+                  size_t len, struct control_wish *wish, struct error *err);
 
 // GET /openapi: the routes as an OpenAPI 3.0 document (vmm/openapi.c). Every control has that
 // route.
@@ -75,6 +90,10 @@ json_t *control_openapi(const struct control_route *routes, unsigned nr);
 int control_call(const char *socket_path, const char *method, const char *path, json_t *body,
                  json_t **result, void (*on_event)(json_t *event, void *arg), void *arg,
                  struct error *err);
+
+// The answer to a request, read from `in`: bytes of a peer that may be hostile.
+int control_answer(FILE *in, json_t **result, void (*on_event)(json_t *event, void *arg), void *arg,
+                   struct error *err);
 
 // GET, for a VM that may not answer: -ETIMEDOUT then.
 int control_ask(const char *socket_path, const char *path, unsigned timeout_ms, json_t **result,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The client's side of the control API: one request on a connection of its own. It reads what our
-// server sends: a status line, headers, and a body with a length, in chunks, or until the end.
+// server sends: a status line, headers, and a body with a length or in chunks.
 #include <ctype.h>
 #include <errno.h>
 #include <stdio.h>
@@ -12,7 +12,11 @@
 #include "vmm/control.h"
 #include "vmm/util.h"
 
-enum { ANSWER_MAX = 64 * 1024 * 1024 }; // bytes of a body or line
+enum {
+    ANSWER_MAX = 64 * 1024 * 1024, // bytes of a body or chunk
+    LINE_MAX_LEN = 8192,           // of a header, or of a chunk's length
+    HEADERS_MAX = 100,
+};
 
 struct answer {
     FILE *in;
@@ -72,78 +76,94 @@ static int ended(struct error *err)
 {
     if (errno == EAGAIN)
         return error_set(err, -ETIMEDOUT, "the VM does not answer");
+    if (errno == EMSGSIZE)
+        return error_set(err, -EMSGSIZE, "answer has a line above %d bytes", LINE_MAX_LEN - 2);
     return error_set(err, -ECONNRESET, "the VM ended before it answered");
 }
 
-// A line without its end. NULL: none came.
-static char *line_read(struct answer *a, char **line, size_t *cap)
+// A line without its end. False: none came; errno is EMSGSIZE when it was too long.
+static bool line_read(struct answer *a, char line[LINE_MAX_LEN])
 {
-    ssize_t n = getline(line, cap, a->in);
-    if (n <= 0)
-        return NULL;
-    while (n && ((*line)[n - 1] == '\n' || (*line)[n - 1] == '\r'))
-        (*line)[--n] = 0;
-    return *line;
+    errno = 0;
+    if (!fgets(line, LINE_MAX_LEN, a->in))
+        return false;
+    size_t n = strlen(line);
+    if (n == LINE_MAX_LEN - 1 && line[n - 1] != '\n') {
+        errno = EMSGSIZE;
+        return false;
+    }
+    while (n && (line[n - 1] == '\n' || line[n - 1] == '\r'))
+        line[--n] = 0;
+    return true;
+}
+
+static int header_take(struct answer *a, char *line, struct error *err)
+{
+    char *value = strchr(line, ':');
+    if (!value)
+        return error_set(err, -EPROTO, "answer has a bad header: %.100s", line);
+    *value++ = 0;
+    while (*value == ' ')
+        value++;
+    if (!strcasecmp(line, "Content-Length"))
+        a->length = strtoll(value, NULL, 10);
+    else if (!strcasecmp(line, "Transfer-Encoding"))
+        a->chunked = !strcasecmp(value, "chunked");
+    else if (!strcasecmp(line, "Content-Type"))
+        a->stream = !strcasecmp(value, "application/x-ndjson");
+    return 0;
 }
 
 static int head_read(struct answer *a, struct error *err)
 {
-    autofree char *line = NULL;
-    size_t cap = 0;
-    if (!line_read(a, &line, &cap))
+    char line[LINE_MAX_LEN];
+    if (!line_read(a, line))
         return ended(err);
-    if (sscanf(line, "HTTP/1.%*d %d", &a->status) != 1)
+    if (sscanf(line, "HTTP/1.%*d %3d", &a->status) != 1)
         return error_set(err, -EPROTO, "answer is not HTTP: %.100s", line);
-    a->length = -1;
-    while (line_read(a, &line, &cap)) {
+    for (unsigned i = 0; i <= HEADERS_MAX; i++) {
+        if (!line_read(a, line))
+            return ended(err);
         if (!*line)
             return 0;
-        char *value = strchr(line, ':');
-        if (!value)
-            return error_set(err, -EPROTO, "answer has a bad header: %.100s", line);
-        *value++ = 0;
-        while (*value == ' ')
-            value++;
-        if (!strcasecmp(line, "Content-Length"))
-            a->length = strtoll(value, NULL, 10);
-        else if (!strcasecmp(line, "Transfer-Encoding"))
-            a->chunked = !strcasecmp(value, "chunked");
-        else if (!strcasecmp(line, "Content-Type"))
-            a->stream = !strcasecmp(value, "application/x-ndjson");
+        int ret = header_take(a, line, err);
+        if (ret)
+            return ret;
     }
-    return ended(err);
+    return error_set(err, -EMSGSIZE, "answer has more than %d headers", HEADERS_MAX);
 }
 
-// One piece of the body; the caller frees it. 0: the body has ended, 1: a piece, < 0: an error.
+// One piece of the body; the caller frees it, also after an error. 0: the body has ended, 1: a
+// piece, < 0: an error.
 static int piece_read(struct answer *a, char **piece, size_t *len, struct error *err)
 {
-    autofree char *line = NULL;
-    size_t cap = 0;
+    char line[LINE_MAX_LEN];
     long long want = a->length;
     if (a->chunked) {
         char *end;
-        if (!line_read(a, &line, &cap))
+        if (!line_read(a, line))
             return ended(err);
         want = strtoll(line, &end, 16);
         if (end == line)
             return error_set(err, -EPROTO, "answer has a bad chunk: %.60s", line);
     }
     a->length = 0;
-    if (want <= 0)
+    if (!want)
         return 0;
+    if (want < 0)
+        return error_set(err, -EPROTO, "answer says nothing of its length");
     if (want > ANSWER_MAX)
         return error_set(err, -EMSGSIZE, "answer of %lld bytes", want);
     *piece = malloc((size_t)want + 1);
     if (!*piece)
         return error_set(err, -ENOMEM, "no memory for the answer");
+    errno = 0;
     *len = fread(*piece, 1, (size_t)want, a->in);
     (*piece)[*len] = 0;
-    if (*len < (size_t)want) {
-        free(*piece);
+    if (*len < (size_t)want)
         return ended(err);
-    }
-    if (a->chunked && !line_read(a, &line, &cap))
-        *line = 0; // the next piece says so
+    if (a->chunked)
+        line_read(a, line); // the end of the chunk; where none is, the next piece says so
     return 1;
 }
 
@@ -221,6 +241,17 @@ static int stream_take(struct answer *a, json_t **result, void (*on_event)(json_
     }
 }
 
+int control_answer(FILE *in, json_t **result, void (*on_event)(json_t *event, void *arg), void *arg,
+                   struct error *err)
+{
+    struct answer a = {.in = in, .length = -1};
+    int ret = head_read(&a, err);
+    if (ret)
+        return ret;
+    return a.stream && on_event ? stream_take(&a, result, on_event, arg, err)
+                                : plain_take(&a, result, err);
+}
+
 static int call(const char *socket_path, unsigned timeout_ms, const char *method, const char *path,
                 json_t *body, json_t **result, void (*on_event)(json_t *event, void *arg),
                 void *arg, struct error *err)
@@ -234,15 +265,12 @@ static int call(const char *socket_path, unsigned timeout_ms, const char *method
     int ret = request_send(fd, method, path, body, on_event, err);
     if (ret)
         return ret;
-    struct answer a = {.in = fdopen(fd, "r")};
-    if (!a.in)
+    FILE *in = fdopen(fd, "r");
+    if (!in)
         return error_errno(err, "control socket %s", socket_path);
-    take_fd(&fd); // a.in closes it
-    ret = head_read(&a, err);
-    if (!ret)
-        ret = a.stream && on_event ? stream_take(&a, result, on_event, arg, err)
-                                   : plain_take(&a, result, err);
-    fclose(a.in);
+    take_fd(&fd); // `in` closes it
+    ret = control_answer(in, result, on_event, arg, err);
+    fclose(in);
     return ret;
 }
 

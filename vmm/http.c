@@ -112,11 +112,22 @@ static void headers_set(struct evhttp_request *req, const char *type)
         evhttp_add_header(headers, "Content-Type", type);
 }
 
+// A connection that neither asks nor is being answered ends after a while; an answer may take any
+// time, and a stream may be silent for as long.
+static void idle_limit(struct evhttp_connection *conn, bool on)
+{
+    const struct timeval idle = {.tv_sec = HTTP_IDLE_S};
+    bufferevent_set_timeouts(evhttp_connection_get_bufferevent(conn), on ? &idle : NULL,
+                             on ? &idle : NULL);
+}
+
 static void exchange_detach(struct http_exchange *x)
 {
     struct evhttp_connection *conn = evhttp_request_get_connection(x->req);
-    if (conn)
-        evhttp_connection_set_closecb(conn, NULL, NULL);
+    if (!conn)
+        return;
+    evhttp_connection_set_closecb(conn, NULL, NULL);
+    idle_limit(conn, true);
 }
 
 static void reply_send(struct http_server *s, struct http_exchange *x, const struct message *m)
@@ -266,6 +277,7 @@ static void request_arrived(struct evhttp_request *req, void *arg)
         return;
     }
     evhttp_connection_set_closecb(evhttp_request_get_connection(req), client_left, x);
+    idle_limit(evhttp_request_get_connection(req), false);
     s->fn(x, s->arg);
 }
 
@@ -276,6 +288,7 @@ static void *server_main(void *arg)
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, NULL);
     pthread_setname_np(pthread_self(), "http");
+    thread_prompt();
     tzset(); // opens files; the first Date header would
     seccomp_enter_or_abort(SECCOMP_HTTP, s->seccomp);
     event_base_loop(s->base, EVLOOP_NO_EXIT_ON_EMPTY);

@@ -174,6 +174,8 @@ static const struct rule rules[] = {
     CALL(gettid, ALL),
     {SYS_tgkill, ALL, OURSELF, 0, 0, 0},
     CALL(sched_yield, ALL),
+    CALL(sched_getattr, ALL),
+    CALL(sched_setattr, ALL), // thread_prompt
     CALL(sched_getaffinity, ALL),
     CALL(clock_gettime, ALL),
     CALL(clock_nanosleep, ALL),

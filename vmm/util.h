@@ -64,6 +64,10 @@ uint64_t time_ns(void);
 // The monotonic time `ms` from now, for condition variables made with CLOCK_MONOTONIC.
 struct timespec time_deadline(unsigned ms);
 
+// The calling thread works in short turns, and somebody waits for each: it gets one soon, even
+// beside vCPUs that never sleep. (Linux 6.12 and later; before, nothing changes.)
+void thread_prompt(void);
+
 // "512M", "1G", "64" (plain numbers count units of `unit` bytes). 0 or -EINVAL/-ERANGE.
 int size_parse(const char *text, uint64_t unit, uint64_t *bytes);
 

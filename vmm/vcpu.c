@@ -15,6 +15,7 @@
 #include <sys/mman.h>
 
 #include "vmm/layout.h"
+#include "vmm/probe.h"
 #include "vmm/vm.h"
 
 #define VCPU_SIGNAL     SIGRTMIN
@@ -228,6 +229,7 @@ static void exit_other(struct vcpu *vcpu)
 static void exit_handle(struct vcpu *vcpu)
 {
     atomic_fetch_add_explicit(&vcpu->exits, 1, memory_order_relaxed);
+    FERRY_PROBE2(exit, vcpu->index, vcpu->run->exit_reason);
     if (vcpu->run->exit_reason == KVM_EXIT_IO)
         exit_io(vcpu);
     else if (vcpu->run->exit_reason == KVM_EXIT_MMIO)

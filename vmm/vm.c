@@ -154,7 +154,11 @@ int vm_create(struct vm **out, const struct vm_config *config, struct loop *loop
     vm->kvm_fd = vm->fd = -1;
     vm->ram.memfd = -1;
     vm->loop = loop;
-    vm->log = (struct log) {.name = vm->name, .level = config->log_level, .fd = STDERR_FILENO};
+    vm->log = (struct log) {.name = vm->name,
+                            .level = config->log_level,
+                            .fd = STDERR_FILENO,
+                            .format = config->log_format,
+                            .journal = log_is_journal(STDERR_FILENO)};
     vm->pio.name = "port";
     vm->mmio.name = "mmio";
     pthread_mutex_init(&vm->lock, NULL);
@@ -180,7 +184,7 @@ static void stop_all(struct vm *vm)
         vcpu_kick(&vm->vcpus[i]);
 }
 
-static void threads_join(struct vm *vm)
+void vm_join(struct vm *vm)
 {
     // Once stopped, nobody else kicks: a thread that was joined must not be signalled.
     pthread_mutex_lock(&vm->lock);
@@ -210,7 +214,7 @@ void vm_destroy(struct vm *vm)
 {
     if (!vm)
         return;
-    threads_join(vm);
+    vm_join(vm);
     devices_destroy(vm);
     for (unsigned i = 0; i < vm->nr_vcpus; i++)
         vcpu_destroy(&vm->vcpus[i]);

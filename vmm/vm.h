@@ -29,6 +29,7 @@ struct vm_config {
     struct ram_config ram;
     struct cpu_model cpu; // vmm/cpuid.h
     enum log_level log_level;
+    enum log_format log_format;
     bool trace;
     enum seccomp_mode seccomp; // of the threads; SECCOMP_OFF unless set
     const char *kvm_path; // NULL = /dev/kvm
@@ -70,7 +71,7 @@ struct vm {
     struct bus pio, mmio;
     struct device *devices;
     struct state_registry state;
-    struct trace *trace; // NULL unless asked for
+    struct trace *trace;    // NULL unless asked for
     struct msi_routes *msi; // vmm/msi.h; NULL until a device sends messages
 
     struct vcpu *vcpus; // config.cpus of them
@@ -98,6 +99,8 @@ struct vm {
 // Opens KVM, creates the VM with irqchip, PIT, RAM and vCPUs (no threads yet).
 int vm_create(struct vm **vm, const struct vm_config *config, struct loop *loop, struct error *err);
 void vm_destroy(struct vm *vm); // ends the threads; waits for them
+
+void vm_join(struct vm *vm); // the first half of that: no vCPU runs any more
 
 // Puts vCPU 0 at the boot entry (the other vCPUs wait for INIT/SIPI).
 int vm_set_entry(struct vm *vm, const struct boot_entry *entry, struct error *err);

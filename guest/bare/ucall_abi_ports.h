@@ -16,3 +16,7 @@
 // ACPI hardware-reduced sleep control register, 1 byte: SLP_EN (bit 5) | SLP_TYP 5 (bits 2..4).
 #define UCALL_SLEEP_PORT 0x604
 #define UCALL_SLEEP_S5   0x34
+
+// ACPI events (the power button): pending bits, read clears; the line of the I/O APIC that rings.
+#define UCALL_EVENT_PORT 0x608
+#define UCALL_EVENT_GSI  9

@@ -7,12 +7,13 @@ import sys
 
 import report
 import rows
+import suite_api
 import suite_boot
 import suite_io
 import suite_migrate
 from vmms import Ferry, Qemu
 
-SUITES = {"boot": suite_boot, "io": suite_io, "migrate": suite_migrate}
+SUITES = {"boot": suite_boot, "api": suite_api, "io": suite_io, "migrate": suite_migrate}
 
 
 def versions():

@@ -267,9 +267,9 @@ class Ferry:
     # `acpi`: Ferry always has tables; what counts is whether the guest's command line uses them.
     # `disks`: read-only images (`cached`: through the page cache); `tap`: name of a tap device;
     # `enter`: command to start it under; `stays`: when its guest has ended, so that it can still be
-    # asked.
+    # asked. `more`: further options.
     def start(self, kernel, initrd=None, append="", memory=128, cpus=1, mark=False, acpi=False,
-              disks=(), tap=None, enter=(), stays=False, cached=False):
+              disks=(), tap=None, enter=(), stays=False, cached=False, more=()):
         name = self._name()
         argv = [program(FERRY, "ninja -C build"), "run", "-n", name, "-k", kernel, "-a", append,
                 "-c", str(cpus), "-m", f"{memory}M", "--console", "stdio"]
@@ -284,6 +284,7 @@ class Ferry:
             argv += ["--net", f"tap={tap}"]
         if self.transport:
             argv += ["--transport", self.transport]
+        argv += more
         machine = Machine([*enter, *argv], memory, b"first guest instruction" if mark else None)
         machine.name = name
         return machine

@@ -39,6 +39,7 @@ _ferry()
         --backing | -B) choices="anonymous thp memfd hugetlb" ;;
         --console | -o) choices="stdio null pty file: unix: fd:" ;;
         --log) choices="error warn info debug" ;;
+        --log-format) choices="text json" ;;
         --control | --vmgenid) choices="true false" ;;
         --seccomp) choices="on off log" ;;
         --jail)
@@ -52,7 +53,7 @@ _ferry()
         *)
             case $word:$command in
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
-            *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
+            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
             esac
             ;;
         esac

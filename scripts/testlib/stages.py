@@ -275,8 +275,10 @@ class Stages:
             for path in files:
                 self.tally.add_skipped(os.path.basename(path), "ferry did not build")
             return
-        for path in files:
-            self.linux_file(path)
+        # As many at a time as there are CPUs; the longest files first, so that none is left alone.
+        files = sorted(files, key=os.path.getsize, reverse=True)
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+            list(pool.map(self.linux_file, files))
 
     def linux_file(self, path):
         name = os.path.basename(path)

@@ -78,7 +78,8 @@ struct fuzz_machine {
     uint8_t mode;
     uint16_t next[VIRTIO_QUEUES_MAX]; // split: available index; packed: position
     bool wrap[VIRTIO_QUEUES_MAX];
-    uint32_t buffer; // next free byte
+    uint32_t buffer;         // next free byte
+    struct stream_mem fresh; // state of the machine as it was made
 };
 
 static inline uint32_t fuzz_ring(unsigned queue)
@@ -213,6 +214,9 @@ static inline struct fuzz_machine *fuzz_machine_new(const struct fuzz_target *t,
     if (ram_create(&m->vm.ram, &ram, NULL) || loop_create(&m->vm.loop, NULL))
         abort();
     fuzz_device_add(m, t);
+    stream_mem_writer(&m->fresh, "fresh", STATE_BLOB_MAX);
+    if (state_save(&m->vm.state, &m->fresh.stream, NULL))
+        abort();
     t->class->resume(m->dev);
     return m;
 }
@@ -367,6 +371,19 @@ static inline void fuzz_chain(struct fuzz_machine *m, struct fuzz_input *in)
         fuzz_kick(m, q);
 }
 
+// A machine that refused a state must not go on: parts of it may be there. This one begins anew.
+static inline void fuzz_refresh(struct fuzz_machine *m, const struct fuzz_target *t)
+{
+    struct stream_mem in;
+    struct error err;
+    t->class->reset(m->dev);
+    stream_mem_reader(&in, "fresh", m->fresh.data, m->fresh.len);
+    if (!state_load(&m->vm.state, &in.stream, &err))
+        return;
+    log_write(&m->vm.log, LOG_ERROR, "first state refused: %s", err.text);
+    abort();
+}
+
 // The machine's saved state, with bits flipped, is loaded or refused; unchanged it always loads.
 static inline void fuzz_save(struct fuzz_machine *m, const struct fuzz_target *t,
                              struct fuzz_input *in)
@@ -387,10 +404,13 @@ static inline void fuzz_save(struct fuzz_machine *m, const struct fuzz_target *t
     uint32_t crc = (uint32_t)crc32(0, out.data + 4, (unsigned)out.len - 8);
     memcpy(out.data + out.len - 4, &crc, 4);
     stream_mem_reader(&back, "state", out.data, out.len);
-    if (state_load(&m->vm.state, &back.stream, &err) && !flips) {
+    bool refused = state_load(&m->vm.state, &back.stream, &err);
+    if (refused && !flips) {
         log_write(&m->vm.log, LOG_ERROR, "own state refused: %s", err.text);
         abort();
     }
+    if (refused)
+        fuzz_refresh(m, t);
     stream_mem_free(&out);
     t->class->resume(m->dev);
     fuzz_turn(m);

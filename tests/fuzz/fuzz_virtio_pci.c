@@ -41,6 +41,7 @@ struct machine { // one for the fuzzer's process
     struct vm vm;
     struct device *host, *devices[SLOTS];
     uint64_t doorbells[DOORBELLS];
+    struct stream_mem fresh; // state of the machine as it was made
 };
 
 // What KVM would be asked for must be good whatever the guest does.
@@ -116,6 +117,9 @@ static struct machine *machine(void)
     add(m, 1, &virtio_rng_class, &rng);
     add(m, 2, &virtio_blk_class, &blk);
     add(m, 3, &virtio_rng_class, &rng);
+    stream_mem_writer(&m->fresh, "fresh", 16 * MiB);
+    if (state_save(&m->vm.state, &m->fresh.stream, NULL))
+        abort();
     return m;
 }
 
@@ -182,8 +186,19 @@ static void quiet(struct machine *m)
             abort();
 }
 
-// State goes out and comes back with some bits flipped. False: it was refused, so the machine must
-// not go on.
+// A machine that refused a state must not go on: parts of it may be there. This one begins anew.
+static void refresh(struct machine *m)
+{
+    struct stream_mem in;
+    m->host->class->reset(m->host);
+    for (unsigned slot = 1; slot < SLOTS; slot++)
+        virtio_device_reset(m->devices[slot]);
+    stream_mem_reader(&in, "fresh", m->fresh.data, m->fresh.len);
+    if (state_load(&m->vm.state, &in.stream, NULL))
+        abort();
+}
+
+// State goes out and comes back with some bits flipped. False: it was refused.
 static bool save_and_load(struct machine *m, uint16_t at, uint32_t bits)
 {
     struct stream_mem out, in;
@@ -203,6 +218,8 @@ static bool save_and_load(struct machine *m, uint16_t at, uint32_t bits)
     int ret = state_load(&m->vm.state, &in.stream, &err);
     if (ret && !bits)
         abort(); // what was saved can be loaded
+    if (ret)
+        refresh(m);
     stream_mem_free(&out);
     for (unsigned slot = 1; slot < SLOTS; slot++)
         m->devices[slot]->class->resume(m->devices[slot]);

@@ -2,6 +2,7 @@
 """The API from outside: every path with good, missing, mistyped and huge bodies; a VM described piece
 by piece, as clients of Firecracker do it; states; the list of VMs."""
 
+import errno
 import http.client
 import json
 import os
@@ -79,13 +80,7 @@ class ApiTest(lab.LabTest):
         self.good(api, "PUT", "/actions", {"action_type": "InstanceStart"})
 
 
-class Description(ApiTest):
-    def test_openapi_is_what_the_program_says(self):
-        script = os.path.join(lab.ROOT, "scripts", "openapi")
-        done = subprocess.run([script, lab.FERRY, "--check"], env=self.lab.env, text=True,
-                              capture_output=True, timeout=lab.LIMIT)
-        self.assertEqual(0, done.returncode, done.stderr)
-
+class Examples(ApiTest):
     def example(self, schema, field=None):
         """A value that the schema takes. Bodies of paths name things of this host where they must."""
         kind = schema.get("type")
@@ -101,6 +96,14 @@ class Description(ApiTest):
         if kind == "array":
             return []
         return {"integer": schema.get("minimum", 1), "boolean": False, None: 1}[kind]
+
+
+class Description(Examples):
+    def test_openapi_is_what_the_program_says(self):
+        script = os.path.join(lab.ROOT, "scripts", "openapi")
+        done = subprocess.run([script, lab.FERRY, "--check"], env=self.lab.env, text=True,
+                              capture_output=True, timeout=lab.LIMIT)
+        self.assertEqual(0, done.returncode, done.stderr)
 
     def test_every_path(self):
         self.disk, self.kernel = self.lab.path("disk"), lab.bare_guest("halt.elf")
@@ -159,6 +162,84 @@ class Description(ApiTest):
                 self.bad(api, method, path, {**body, name: inner["maximum"] + 1}, "expected")
             if "maxLength" in inner:
                 self.bad(api, method, path, {**body, name: "x" * (inner["maxLength"] + 1)}, "bytes")
+
+
+class States(Examples):
+    """What a state does not allow is answered with its name, and changes nothing."""
+
+    def picture(self, api):
+        info = self.good(api, "GET", "/info", status=200)
+        figures = [{k: v for k, v in info.get("devices", {}).get(name, {}).items()
+                    if k in ("size", "path", "target_bytes")} for name in ("disk0", "balloon0")]
+        return (info["state"], info.get("memory_bytes"), figures,
+                self.good(api, "GET", "/vm/config", status=200))
+
+    def refused(self, api, state):
+        """Every route that is not for `state`; their number."""
+        before, refused = self.picture(api), 0
+        self.assertEqual(state, before[0])
+        for path, methods in self.paths.items():
+            for method, operation in methods.items():
+                real = re.sub(r"\{.*\}", "x", path)
+                if operation["description"] == "In any state." or \
+                        re.search(rf"\b{state}\b", operation["description"]):
+                    continue
+                body = None
+                if "requestBody" in operation:
+                    body = self.example(
+                        operation["requestBody"]["content"]["application/json"]["schema"])
+                answer = self.bad(api, method.upper(), real, body, f"while the VM is {state}")
+                self.assertEqual(-errno.EPERM, answer["code"])
+                refused += 1
+        actions = ["SendCtrlAltDel"] if state != "running" else []
+        actions += ["InstanceStart"] if state != "created" else []
+        for action in actions:
+            self.bad(api, "PUT", "/actions", {"action_type": action}, f"the VM is {state}")
+        self.assertEqual(before, self.picture(api))
+        return refused
+
+    def test_every_route_in_every_state(self):
+        self.disk, self.kernel = self.lab.path("disk"), lab.bare_guest("listen.elf")
+        with open(self.disk, "wb") as f:
+            f.truncate(1 << 20)
+        vm, api = self.waiting()
+        self.paths = self.good(api, "GET", "/openapi", status=200)["paths"]
+        self.good(api, "PUT", "/boot-source", {"kernel_image_path": self.kernel, "boot_args": "n=0"})
+        self.good(api, "PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 32})
+        self.good(api, "PUT", "/drives/x", {"drive_id": "x", "path_on_host": self.disk,
+                                            "is_root_device": False})
+        self.good(api, "PUT", "/balloon", {"amount_mib": 0, "deflate_on_oom": True})
+        self.assertGreater(self.refused(api, "created"), 8)
+        self.start(api)
+        self.assertGreater(self.refused(api, "running"), 12)
+        self.good(api, "PATCH", "/vm", {"state": "Paused"})
+        self.assertGreater(self.refused(api, "paused"), 10)
+        self.bad(api, "PUT", "/stop", {"powerbutton": True}, "the VM is paused")
+        self.good(api, "PATCH", "/vm", {"state": "Resumed"})
+        self.migrating(api)
+        while True:  # until the guest listens
+            status, answer = api.call("PUT", "/stop", {"powerbutton": True, "timeout_s": 3600})
+            if status == 204:
+                break
+            self.assertIn("does not listen", answer["fault_message"])
+        self.assertGreater(self.refused(api, "stopping"), 15)
+        self.good(api, "PUT", "/stop", {})
+        self.assertEnds(vm, lab.STOPPED)
+
+    def migrating(self, api):
+        """To somebody who accepts, and says nothing."""
+        with socket.create_server(("127.0.0.1", 0)) as silent:
+            to = "tcp:127.0.0.1:%d" % silent.getsockname()[1]
+            answers = []
+            thread = threading.Thread(target=lambda: answers.append(
+                api.call("PUT", "/migration", {"to": to})))
+            thread.start()
+            held, _ = silent.accept()
+            self.assertGreater(self.refused(api, "migrating"), 15)
+            held.close()
+        thread.join()
+        self.assertEqual(400, answers[0][0])
+        self.assertEqual("running", self.picture(api)[0])
 
 
 class Life(ApiTest):

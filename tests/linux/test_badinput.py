@@ -242,7 +242,7 @@ class BadInput(LabTest):
         while not self.lab.ferry("info", "dead").status == lab.OK:
             self.assertIsNone(first.child.poll(), first.errors())
         first.end()
-        self.assertEqual(["dead.sock"], self.lab.sockets())
+        self.assertEqual(["dead.json", "dead.sock"], self.lab.sockets())
         second = self.lab.vm("run", "-k", lab.bare_guest("poweroff.elf"), name="dead")
         self.assertEnds(second, lab.OK)
 

@@ -3,7 +3,9 @@
 
 import json
 import os
+import pty
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +15,7 @@ import unittest
 import ferrylab as lab
 from ferrylab import LabTest
 
-COMMANDS = ("run", "check", "info", "pause", "resume", "stop", "ls", "ps", "kill", "rm", "prune",
+COMMANDS = ("run", "check", "info", "console", "pause", "resume", "stop", "ls", "ps", "kill", "rm", "prune",
             "top", "events", "set", "snapshot", "restore", "migrate",
             "receive", "version")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
@@ -207,7 +209,100 @@ class Control(LabTest):
         self.assertStatus(vm.ferry("stop"), lab.OK)
         self.assertEnds(vm, lab.STOPPED, "stop")
 
+    def attached(self, console, says):
+        """`ferry console` on a terminal of its own; what is typed comes back from the guest."""
+        vm = self.lab.start(lab.Process([lab.FERRY, "run", "-k", lab.bare_guest("serial.elf"),
+                                         "--name", "attached", "--console", console, "--ucall"],
+                                        env=self.lab.env))
+        vm.stderr.wait(b"sync")
+        ours, theirs = pty.openpty()
+        client = self.lab.start(lab.Process([lab.FERRY, "console", "attached"], env=self.lab.env,
+                                            stdin=theirs, stdout=theirs))
+        os.close(theirs)
+        screen = lab.Stream(ours, "the terminal")
+        for text in says:
+            os.write(ours, text.encode())
+            screen.wait(text.encode())
+        os.write(ours, b"\x1dq")
+        self.assertEqual(lab.OK, client.wait(), client.errors())
+        self.assertIsNone(vm.child.poll(), vm.errors())
+        self.assertStatus(self.lab.ferry("stop", "attached"), lab.OK)
+        self.assertEqual(lab.STOPPED, vm.wait(), vm.errors())
+        screen.thread.join(lab.LIMIT)
+        os.close(ours)
+
+    def test_console_is_attached(self):
+        self.attached("pty", ["hello", "world"])
+        self.attached("unix:" + self.lab.path("console"), ["one", "two"])
+        vm = self.lab.vm("run", "-k", lab.bare_guest("halt.elf"), "--ucall")
+        vm.stderr.wait(b"sync")
+        self.assertIn("--console pty", self.assertStatus(vm.ferry("console"), lab.USAGE).stderr)
+        self.assertStatus(self.lab.ferry("console", "nobody"), lab.FAILED)
+
+    def test_probes_are_those_of_the_guide(self):
+        if not shutil.which("readelf"):
+            self.skipTest("readelf is missing (package binutils)")
+        notes = subprocess.run(["readelf", "--notes", "--wide", lab.FERRY], capture_output=True,
+                               text=True, check=True).stdout
+        there = set(re.findall(r"Provider: ferry\s+Name: (\w+)", notes))
+        if not there:
+            self.skipTest("built without <sys/sdt.h> (package systemtap-sdt-dev)")
+        with open(os.path.join(lab.ROOT, "docs", "tracing.md")) as f:
+            listed = set(re.findall(r"(?m)^\| `(\w+)` \|", f.read()))
+        self.assertEqual(listed, there)
+
+    def test_log_formats(self):
+        vm = self.lab.vm("run", "-k", lab.bare_guest("poweroff.elf"), "--ucall", "--log-format",
+                         "json")
+        self.assertEnds(vm, lab.OK)
+        lines = [json.loads(line) for line in vm.errors().splitlines()]
+        self.assertEqual({vm.name}, {line["vm"] for line in lines})
+        self.assertIn(("info", "powered off: the guest powered off"),
+                      [(line["level"], line["text"]) for line in lines])
+        with open(self.lab.path("journal"), "wb") as journal:
+            st = os.fstat(journal.fileno())
+            subprocess.run([lab.FERRY, "run", "-k", lab.bare_guest("poweroff.elf"), "--console",
+                            "null"], stderr=journal, timeout=lab.LIMIT, check=True,
+                           env={**self.lab.env, "JOURNAL_STREAM": f"{st.st_dev}:{st.st_ino}"})
+        with open(self.lab.path("journal")) as journal:
+            self.assertRegex(journal.read(), r"(?m)^<6>ferry: .*powered off")
+
+    def listener(self, *args, n=0):
+        """A guest that hears its power button, and ends at the n-th press (0: never)."""
+        vm = self.lab.vm("run", "-k", lab.bare_guest("listen.elf"), "--ucall", "-a", f"n={n}", *args)
+        vm.stderr.wait(b"sync 1")
+        return vm
+
+    def test_a_guest_that_listens_is_asked_to_end(self):
+        vm = self.listener(n=1)
+        os.kill(vm.pid, signal.SIGTERM)
+        self.assertEnds(vm, lab.OK)
+        vm = self.listener(n=1)
+        self.assertStatus(vm.ferry("stop", "--powerbutton"), lab.OK)
+        self.assertEnds(vm, lab.OK)
+
+    def test_who_does_not_end_is_ended(self):
+        vm = self.listener("--stop-timeout", "1")
+        os.kill(vm.pid, signal.SIGTERM)
+        self.assertEnds(vm, lab.STOPPED, "did not end within 1 s")
+        vm = self.listener("--stop-timeout", "3600")
+        os.kill(vm.pid, signal.SIGTERM)
+        vm.stderr.wait(b"has 3600 s to end")
+        self.assertEqual("stopping", self.assertStatus(vm.ferry("info", "--json"),
+                                                       lab.OK).json()["state"])
+        self.assertIn("stopping", self.assertStatus(vm.ferry("pause"), lab.FAILED).stderr)
+        os.kill(vm.pid, signal.SIGTERM)
+        self.assertEnds(vm, lab.STOPPED, signal.strsignal(signal.SIGTERM))
+        vm = self.listener("--stop-timeout", "0")
+        os.kill(vm.pid, signal.SIGTERM)
+        self.assertEnds(vm, lab.STOPPED, signal.strsignal(signal.SIGTERM))
+        vm = self.listener("--stop-timeout", "3600")
+        self.assertStatus(vm.ferry("stop", "--powerbutton"), lab.OK)
+        self.assertStatus(vm.ferry("stop"), lab.OK)
+        self.assertEnds(vm, lab.STOPPED, "ferry stop")
+
     def test_signals(self):
+        """At once, for a guest without a driver for the power button."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             with self.subTest(signal=number):
                 vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall")

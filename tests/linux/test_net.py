@@ -174,7 +174,8 @@ class Net(lab.LabTest):
         self.assertRegex(out, r"[\d.]+ MBytes .*receiver")
         sent = self.info(client, "net0")["sent"]
         received = self.info(server, "net0")["received"]
-        self.assertGreater(received["bytes"], 3 << 20)
+        # The client ends when it has handed out 3 MiB; the last of them may still be on their way.
+        self.assertGreater(received["bytes"], 2 << 20)
         self.assertEqual(0, sent["dropped"] + received["dropped"])
         average = sent["bytes"] / sent["packets"]
         if offload == "on":

@@ -27,6 +27,7 @@ struct rig {
     struct device *dev;
     struct driver d;
     int irq; // our copy of the device's interrupt
+    int ack; // and of what counts acknowledgements
     char path[64];
 };
 
@@ -42,7 +43,16 @@ static inline int rig_doorbell(struct vm *vm, uint64_t addr, uint32_t value, int
     return 0; // kicks come through the register
 }
 
-static const struct virtio_mmio_wiring wiring = {rig_irqfd, rig_doorbell};
+static inline int rig_ack(struct vm *vm, uint64_t addr, uint32_t value, int fd, struct error *err)
+{
+    ck_assert_uint_eq(addr, BASE + 0x64);
+    ck_assert_uint_eq(value, 1);
+    container_of(vm, struct rig, vm)->ack = dup(fd);
+    return 0;
+}
+
+static const struct virtio_mmio_wiring wiring = {
+    .irqfd = rig_irqfd, .doorbell = rig_doorbell, .ack = rig_ack};
 
 static inline struct rig *rig_new(void)
 {
@@ -53,7 +63,7 @@ static inline struct rig *rig_new(void)
     ck_assert_msg(!loop_create(&r->vm.loop, &err), "%s", err.text);
     r->vm.mmio.name = "mmio";
     r->vm.log = (struct log) {.level = LOG_ERROR, .fd = STDERR_FILENO};
-    r->irq = -1;
+    r->irq = r->ack = -1;
     return r;
 }
 
@@ -128,6 +138,8 @@ static inline void rig_free(struct rig *r)
     ram_destroy(&r->vm.ram);
     if (r->irq >= 0)
         close(r->irq);
+    if (r->ack >= 0)
+        close(r->ack);
     if (*r->path)
         unlink(r->path);
     free(r);

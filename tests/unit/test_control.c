@@ -27,7 +27,7 @@ struct server {
     char dir[64], path[100];
     pthread_t workers[16]; // of the route /slow
     _Atomic unsigned nr_workers;
-    struct control_request *kept; // by /keep
+    struct control_request *_Atomic kept; // by /keep
     _Atomic unsigned calls;
 };
 
@@ -353,6 +353,49 @@ START_TEST(events_come_before_the_answer)
 }
 END_TEST
 
+static int answer(const char *text, struct error *err)
+{
+    json_t *result = NULL;
+    unsigned events = 0;
+    FILE *in = fmemopen((void *)text, strlen(text), "r");
+    ck_assert_ptr_nonnull(in);
+    int ret = control_answer(in, &result, count_event, &events, err);
+    fclose(in);
+    json_decref(result);
+    return ret;
+}
+
+START_TEST(an_answer_may_be_anything)
+{
+    struct error err;
+    static const char head[] = "HTTP/1.1 200 OK\r\n";
+    static const char stream[] = "HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
+                                 "Transfer-Encoding: chunked\r\n\r\n";
+    char text[20000];
+    ck_assert_int_eq(answer("HTTP/1.1 204 x\r\n\r\n", &err), 0);
+    ck_assert_int_eq(answer("SSH-2.0\r\n\r\n", &err), -EPROTO);
+    ck_assert_int_eq(answer(head, &err), -ECONNRESET);
+    snprintf(text, sizeof(text), "%s\r\n{}", head); // no length
+    ck_assert_int_eq(answer(text, &err), -EPROTO);
+    snprintf(text, sizeof(text), "%sContent-Length: 9999999999\r\n\r\n{}", head);
+    ck_assert_int_eq(answer(text, &err), -EMSGSIZE);
+    snprintf(text, sizeof(text), "%sX: %0*d\r\n\r\n", head, 9000, 0); // one long line
+    ck_assert_int_eq(answer(text, &err), -EMSGSIZE);
+    size_t at = (size_t)snprintf(text, sizeof(text), "%s", head);
+    for (unsigned i = 0; i < 1000; i++)
+        at += (size_t)snprintf(text + at, sizeof(text) - at, "a: b\r\n");
+    ck_assert_int_eq(answer(text, &err), -EMSGSIZE);
+    snprintf(text, sizeof(text), "%s-1\r\n", stream);
+    ck_assert_int_eq(answer(text, &err), -EPROTO);
+    snprintf(text, sizeof(text), "%s40\r\n{\"event\": 1", stream); // ends in a chunk
+    ck_assert_int_eq(answer(text, &err), -ECONNRESET);
+    snprintf(text, sizeof(text), "%s2\r\n{}\r\n", stream);
+    ck_assert_int_eq(answer(text, &err), -EPROTO);
+    snprintf(text, sizeof(text), "%sb\r\n{\"ok\": {}}\n\r\n", stream);
+    ck_assert_int_eq(answer(text, &err), 0);
+}
+END_TEST
+
 START_TEST(subscribers_hear_what_is_told)
 {
     struct server s;
@@ -596,6 +639,7 @@ int main(void)
     tcase_add_test(tc, a_body_is_as_its_schema_says);
     tcase_add_test(tc, a_route_may_need_a_state);
     tcase_add_test(tc, events_come_before_the_answer);
+    tcase_add_test(tc, an_answer_may_be_anything);
     tcase_add_test(tc, subscribers_hear_what_is_told);
     tcase_add_test(tc, any_error_text_is_answered);
     tcase_add_test(tc, requests_may_come_in_pieces_and_heaps);

@@ -32,6 +32,30 @@ START_TEST(read_and_write)
 }
 END_TEST
 
+// The driver acknowledges by an event, which the device sees when it next looks: what is
+// acknowledged is gone, and what came after stays. Fails when the device does not look before a new
+// interrupt (the second request's is lost), or when the status is read.
+START_TEST(acknowledged_without_exit)
+{
+    const uint64_t one = 1;
+    struct rig *r = rig_blk("");
+    start(r, false);
+    ck_assert_int_ge(r->ack, 0);
+    ck_assert_uint_eq(request(r, T_IN, 0, DATA, 512), S_OK);
+    ck_assert_uint_eq(get(r, 0x60), 1);
+    ck_assert_uint_eq(get(r, 0x60), 1); // it stays until it is acknowledged
+    ck_assert_int_eq(write(r->ack, &one, sizeof(one)), sizeof(one));
+    ck_assert_uint_eq(get(r, 0x60), 0);
+    ck_assert_uint_eq(request(r, T_IN, 0, DATA, 512), S_OK);
+    ck_assert_int_eq(write(r->ack, &one, sizeof(one)), sizeof(one)); // nobody looks at it ...
+    ck_assert_uint_eq(request(r, T_IN, 1, DATA, 512), S_OK);         // ... but for this one
+    ck_assert_uint_eq(get(r, 0x60), 1);
+    set(r, 0x64, 1); // an exit does as well
+    ck_assert_uint_eq(get(r, 0x60), 0);
+    rig_free(r);
+}
+END_TEST
+
 START_TEST(discard_and_zeroes)
 {
     struct rig *r = rig_blk("");
@@ -539,6 +563,7 @@ int main(void)
     TCase *tc = tcase_create("virtio_blk");
     tcase_set_timeout(tc, 60);
     tcase_add_loop_test(tc, read_and_write, 0, 4);
+    tcase_add_test(tc, acknowledged_without_exit);
     tcase_add_test(tc, discard_and_zeroes);
     tcase_add_test(tc, segments);
     tcase_add_test(tc, bad_requests_get_errors);

@@ -151,6 +151,10 @@ static int configure_file(struct api *api, const char *path, struct error *err)
 
 static int start_instance(struct api *api, struct error *err)
 {
+    enum life_state state = life_get(&api->session->life);
+    if (state != LIFE_CREATED) // before anything of the machine is described anew
+        return error_set(err, -EPERM, "InstanceStart: not possible while the VM is %s",
+                         life_name(state));
     if (!json_object_get(api->config, "boot-source"))
         return error_set(err, -EINVAL, "no kernel: PUT /boot-source first");
     int ret = api_machine(api->session, api->config, err);
@@ -238,11 +242,12 @@ static json_t *machine_now(const struct api *api)
 {
     json_t *machine = json_object_get(api->config, "machine-config");
     const struct vm_options *o = api->session->options;
+    json_t *now = json_pack("{s:i, s:I, s:b, s:b, s:s}", "vcpu_count", (int)o->vm.cpus,
+                            "mem_size_mib", (json_int_t)(o->vm.ram.size / MiB), "smt", 0,
+                            "track_dirty_pages", 0, "huge_pages", "None");
     if (machine)
-        return json_copy(machine);
-    return json_pack("{s:i, s:I, s:b, s:b, s:s}", "vcpu_count", (int)o->vm.cpus, "mem_size_mib",
-                     (json_int_t)(o->vm.ram.size / MiB), "smt", 0, "track_dirty_pages", 0,
-                     "huge_pages", "None");
+        json_object_update(now, machine);
+    return now;
 }
 
 static void get_machine(struct control_request *req, json_t *args, void *context)

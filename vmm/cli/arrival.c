@@ -98,9 +98,9 @@ static int announce(struct errand *e)
     log_write(&s->vm->log, LOG_INFO, "arrived, runs here");
     session_arrived(s);
     // A guest that runs is worth more than its control socket.
-    if (session_listen(s, &err))
+    if (session_listen(s, &err) || session_serve(s, &err))
         log_write(&s->vm->log, LOG_ERROR, "no control socket: %s", err.text);
-    return session_confine(s, e->err);
+    return 0;
 }
 
 static void arrived(void *context, struct vm *vm)
@@ -246,7 +246,7 @@ static int restore_session(struct session *s, const char *path, struct error *er
         return ret;
     vm_resume(s->vm);
     session_arrived(s);
-    ret = session_confine(s, err);
+    ret = session_serve(s, err);
     return ret ? ret : session_run(s);
 }
 

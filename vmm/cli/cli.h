@@ -25,6 +25,7 @@ int cli_prune(int argc, char **argv);
 int cli_kill(int argc, char **argv);
 int cli_top(int argc, char **argv);
 int cli_events(int argc, char **argv);
+int cli_console(int argc, char **argv);
 int cli_set(int argc, char **argv);
 int cli_snapshot(int argc, char **argv);
 int cli_restore(int argc, char **argv);

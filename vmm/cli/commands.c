@@ -145,12 +145,18 @@ static void patch_vm(struct control_request *req, json_t *args, void *context)
 static void put_stop(struct control_request *req, json_t *args, void *context)
 {
     struct session *s = context;
-    if (json_is_true(json_object_get(args, "powerbutton"))) {
-        power_button(s->board.power);
-        control_reply_ok(req, NULL);
+    struct error err;
+    json_t *timeout = json_object_get(args, "timeout_s");
+    unsigned timeout_s = json_is_integer(timeout) ? (unsigned)json_integer_value(timeout)
+                                                  : s->options->stop_timeout_s;
+    bool ask = json_is_true(json_object_get(args, "powerbutton"));
+    if (ask && session_ask(s, timeout_s ? timeout_s : STOP_TIMEOUT_S, &err)) {
+        control_reply_error(req, &err);
         return;
     }
     control_reply_ok(req, NULL);
+    if (ask)
+        return;
     if (s->vm)
         vm_request_stop(s->vm, VM_STOP_HOST, 0, "`ferry stop`");
     else
@@ -166,7 +172,11 @@ static void get_events(struct control_request *req, json_t *args, void *context)
 static const char *const vm_states[] = {"Paused", "Resumed", NULL};
 static const struct schema_field vm_fields[] = {
     {"state", SCHEMA_STRING, .required = true, .choices = vm_states}, {NULL}};
-static const struct schema_field stop_fields[] = {{"powerbutton", SCHEMA_BOOL}, {NULL}};
+static const struct schema_field stop_fields[] = {
+    {"powerbutton", SCHEMA_BOOL},
+    {"timeout_s", SCHEMA_INTEGER, .min = 1, .max = STOP_TIMEOUT_MAX_S},
+    {NULL},
+};
 static const struct schema_field devices_fields[] = {{"settings", SCHEMA_OBJECT, .required = true},
                                                      {NULL}};
 
@@ -181,8 +191,8 @@ static const struct control_route routes[] = {
     {"PATCH", "/devices", "change devices: {\"settings\": {\"disk0.size\": \"2G\", ...}}", BUILT,
      devices_fields, patch_devices},
     {"PATCH", "/vm", "pause or resume", LIVE, vm_fields, patch_vm},
-    {"PUT", "/stop", "end the VM; {\"powerbutton\": true} asks the guest",
-     BUILT | LIFE_BIT(LIFE_CREATED), stop_fields, put_stop},
+    {"PUT", "/stop", "end the VM; {\"powerbutton\": true} asks the guest first",
+     BUILT | LIFE_BIT(LIFE_CREATED) | LIFE_BIT(LIFE_STOPPING), stop_fields, put_stop},
     {"GET", "/events", "changes of state, a line each, until the VM ends", 0, NULL, get_events},
 };
 

@@ -11,6 +11,7 @@ static const struct cli_command commands[] = {
     {"ls", cli_ls, "the VMs of this host, and what is idle, oversized or left behind"},
     {"ps", cli_ls, "the same"},
     {"info", cli_info, "describe a running VM"},
+    {"console", cli_console, "attach this terminal to a VM's console"},
     {"pause", cli_pause, "stop a VM's vCPUs"},
     {"resume", cli_resume, "let a paused VM go on"},
     {"stop", cli_stop, "end a VM (--powerbutton asks the guest)"},

@@ -118,6 +118,26 @@ static int set_log(struct vm_options *o, const char *value, struct error *err)
     return error_set(err, -EINVAL, "'%s': expected error, warn, info or debug", value);
 }
 
+static int set_stop_timeout(struct vm_options *o, const char *value, struct error *err)
+{
+    char *end;
+    errno = 0;
+    unsigned long n = strtoul(value, &end, 10);
+    if (*value < '0' || *value > '9' || *end || errno || n > STOP_TIMEOUT_MAX_S)
+        return error_set(err, -EINVAL, "'%s': expected seconds, 0 to %d", value,
+                         STOP_TIMEOUT_MAX_S);
+    o->stop_timeout_s = (unsigned)n;
+    return 0;
+}
+
+static int set_log_format(struct vm_options *o, const char *value, struct error *err)
+{
+    if (strcmp(value, "text") && strcmp(value, "json"))
+        return error_set(err, -EINVAL, "'%s': expected text or json", value);
+    o->vm.log_format = strcmp(value, "json") ? LOG_TEXT : LOG_JSON;
+    return 0;
+}
+
 #define SWITCH(member)                                                                  \
     static int set_##member(struct vm_options *o, const char *value, struct error *err) \
     {                                                                                   \
@@ -279,6 +299,9 @@ static const struct option_row rows[] = {
     {"id", 0, FOR_RUN, false, "NAME", "the same as --name", set_nothing, TEXT(name)},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},
+    {"stop-timeout", 0, FOR_ALL, false, "SECONDS",
+     "SIGTERM presses the power button and leaves the guest so long to end (default 10; 0: none)",
+     set_stop_timeout, 0},
     {"jail", 0, FOR_RUN, false, "DIR[,...]",
      "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH]", set_jail, 0},
     {"seccomp", 0, FOR_ALL, false, "MODE",
@@ -287,6 +310,9 @@ static const struct option_row rows[] = {
     {"trace", 't', FOR_ALL, false, NULL, "print each exit, and a table of them at the end",
      set_trace, 0},
     {"log", 0, FOR_ALL, false, "LEVEL", "error, warn, info (default), debug", set_log, 0},
+    {"log-format", 0, FOR_ALL, false, "KIND",
+     "text (default) or json; with priorities where stderr is systemd's journal", set_log_format,
+     0},
     {"ucall", 0, FOR_RUN, true, NULL, "answer the test guests of guest/bare", set_ucall, 0},
     {"debug-exit", 0, FOR_RUN, true, NULL, "let the guest end the VM through port 0xf4",
      set_debug_exit, 0},
@@ -300,7 +326,7 @@ static const struct option_row rows[] = {
 
 void options_init(struct vm_options *o)
 {
-    *o = (struct vm_options) {.control = true, .vmgenid = true};
+    *o = (struct vm_options) {.control = true, .vmgenid = true, .stop_timeout_s = STOP_TIMEOUT_S};
     o->vm.cpus = 1;
     o->vm.ram.size = 128 * MiB;
     o->vm.log_level = LOG_INFO;

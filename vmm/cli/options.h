@@ -17,6 +17,8 @@
 // Which command offers an option.
 enum { FOR_RUN = 1, FOR_RECEIVE = 2, FOR_RESTORE = 4, FOR_ALL = 7 };
 
+enum { STOP_TIMEOUT_S = 10, STOP_TIMEOUT_MAX_S = 24 * 3600 };
+
 struct device_option {
     const struct virtio_kind *kind;
     char *text;                   // as given; empty for a switch, or for one that the API made
@@ -33,8 +35,9 @@ struct vm_options {
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
     struct jail_config jail;
-    bool pci;           // transport of the virtio devices
-    bool console_given; // by an option, not by default
+    unsigned stop_timeout_s; // for a guest that was asked to end; 0: it is not asked
+    bool pci;                // transport of the virtio devices
+    bool console_given;      // by an option, not by default
     bool dry_run, mark, ucall, debug_exit, control, vmgenid;
 };
 

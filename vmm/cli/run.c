@@ -60,6 +60,8 @@ int cli_run(int argc, char **argv)
         if (!ret && options.kernel)
             ret = session_start(&session, &err);
         if (!ret)
+            ret = session_serve(&session, &err);
+        if (!ret)
             status = session_run(&session);
     }
     session_destroy(&session);

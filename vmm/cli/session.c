@@ -17,12 +17,52 @@
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 #include "vmm/cli/registry.h"
+#include "vmm/http.h"
+
+static void patience_ends(struct loop_timer *timer)
+{
+    struct session *s = container_of(timer, struct session, stop_timer);
+    vm_request_stop(s->vm, VM_STOP_HOST, 0, "the guest did not end within %u s of its power button",
+                    s->stop_s);
+}
+
+int session_ask(struct session *s, unsigned timeout_s, struct error *err)
+{
+    enum life_state state = life_get(&s->life);
+    if (state != LIFE_RUNNING)
+        return error_set(err, -EPERM, "the VM is %s: only a guest that runs hears its power button",
+                         life_name(state));
+    if (!power_listened(s->board.power))
+        return error_set(err, -ENOTCONN, "the guest does not listen for its power button");
+    int ret = s->stop_timer.fn ? 0 : loop_timer_init(s->loop, &s->stop_timer, patience_ends, err);
+    if (!ret)
+        ret = life_move(&s->life, LIFE_STOPPING, err);
+    if (ret)
+        return ret;
+    s->stop_s = timeout_s;
+    loop_timer_set(&s->stop_timer, timeout_s * 1000000000ull, 0);
+    power_button(s->board.power);
+    return 0;
+}
+
+// The first SIGTERM asks a guest that can hear it.
+static bool asked_to_end(struct session *s, int signal_number)
+{
+    struct error err;
+    unsigned timeout_s = s->options->stop_timeout_s;
+    if (signal_number != SIGTERM || !s->vm || !timeout_s || session_ask(s, timeout_s, &err))
+        return false;
+    log_write(&s->vm->log, LOG_INFO, "SIGTERM: the guest has %u s to end", timeout_s);
+    return true;
+}
 
 static void signal_ready(struct loop_watch *watch, uint32_t revents)
 {
     struct session *s = container_of(watch, struct session, signals);
     struct signalfd_siginfo info;
     if (read(s->signal_fd, &info, sizeof(info)) != sizeof(info))
+        return;
+    if (asked_to_end(s, (int)info.ssi_signo))
         return;
     if (s->vm)
         vm_request_stop(s->vm, VM_STOP_HOST, 0, "signal: %s", strsignal((int)info.ssi_signo));
@@ -53,6 +93,15 @@ static void state_changed(enum life_state from, enum life_state to, void *arg)
     if (s->control)
         control_broadcast(s->control, json_pack("{s:s, s:s, s:s}", "type", "state", "from",
                                                 life_name(from), "to", life_name(to)));
+}
+
+// A vCPU that ends the VM tells it from its own thread: life.lock keeps the control alive
+// meanwhile.
+static void control_publish(struct session *s, struct control *control)
+{
+    pthread_mutex_lock(&s->life.lock);
+    s->control = control;
+    pthread_mutex_unlock(&s->life.lock);
 }
 
 int session_init(struct session *s, struct vm_options *options, struct error *err)
@@ -233,37 +282,67 @@ static int jail(struct session *s, struct error *err)
     return ret ? ret : jail_enter(config, err);
 }
 
+static int socket_open(struct session *s, const char *path, struct error *err)
+{
+    struct session_socket *socket = &s->sockets[s->nr_sockets];
+    int ret = http_listen(path, &socket->fd, err);
+    if (ret)
+        return ret;
+    strcpy(socket->path, path); // http_listen has seen to its length
+    s->nr_sockets++;
+    return 0;
+}
+
 int session_listen(struct session *s, struct error *err)
 {
     const struct vm_options *o = s->options;
     char path[108];
-    if (!o->control && !o->api_sock)
-        return jail(s, err);
-    int ret = control_create(&s->control, s->loop, &s->life, err);
-    if (!ret)
-        ret = session_commands_add(s, err);
+    int ret = o->control ? control_path(o->name, path, sizeof(path), err) : 0;
+    if (!ret && o->control)
+        ret = socket_open(s, path, err);
+    if (ret == -EADDRINUSE)
+        error_set(err, ret, "a VM named %s is running (choose another --name)", o->name);
+    if (!ret && o->api_sock)
+        ret = socket_open(s, o->api_sock, err);
+    if (!ret && o->control)
+        ret = registry_write(s, err);
+    s->registered = !ret && o->control;
+    return ret ? ret : jail(s, err);
+}
+
+static int sockets_hand_over(struct session *s, struct error *err)
+{
+    int ret = 0;
+    for (; s->nr_sockets && !ret; s->nr_sockets--) {
+        struct session_socket *socket = &s->sockets[s->nr_sockets - 1];
+        ret = control_take(s->control, socket->fd, socket->path, err);
+    }
+    return ret;
+}
+
+int session_serve(struct session *s, struct error *err)
+{
+    struct control *control;
+    if (!s->nr_sockets)
+        return s->vm ? session_confine(s, err) : 0;
+    int ret = control_create(&control, s->loop, &s->life, err);
+    if (ret)
+        return ret;
+    control_publish(s, control);
+    ret = session_commands_add(s, err);
     if (!ret && !s->api)
         ret = api_create(&s->api, s, err);
     if (!ret)
         ret = api_routes_add(s->api, s->control, err);
     if (!ret)
         ret = migration_add(s, err);
-    if (!ret && o->control)
-        ret = control_path(o->name, path, sizeof(path), err);
-    if (!ret && o->control)
-        ret = control_listen(s->control, path, err);
-    if (ret == -EADDRINUSE)
-        error_set(err, ret, "a VM named %s is running (choose another --name)", o->name);
-    if (!ret && o->api_sock)
-        ret = control_listen(s->control, o->api_sock, err);
-    if (!ret && o->control)
-        ret = registry_write(s, err);
     if (!ret)
-        ret = jail(s, err);
+        ret = sockets_hand_over(s, err);
     if (ret)
         return ret;
-    control_confine(s->control, o->vm.seccomp);
-    return control_start(s->control, err);
+    control_confine(s->control, s->options->vm.seccomp);
+    ret = control_start(s->control, err);
+    return ret || !s->vm ? ret : session_confine(s, err);
 }
 
 // User networking is a program, started anew when its link is set up again; a filter would hold for
@@ -299,14 +378,16 @@ int session_start(struct session *s, struct error *err)
         life_move(&s->life, LIFE_CREATED, NULL);
         return ret;
     }
+    ret = life_move(&s->life, LIFE_RUNNING, err); // first: a short guest has ended a moment later
+    if (ret)
+        return ret;
     vm_resume(s->vm);
     // What it became is known now. (From a jail the record is out of reach.)
-    if (s->control && !*s->options->jail.dir && registry_write(s, err))
+    if (s->registered && !*s->options->jail.dir && registry_write(s, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
     if (usage_start(&s->usage, s->vm, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
-    ret = life_move(&s->life, LIFE_RUNNING, err);
-    return ret ? ret : session_confine(s, err);
+    return s->control ? session_confine(s, err) : 0; // else session_serve does
 }
 
 void session_arrived(struct session *s)
@@ -335,18 +416,25 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
     return session_confine(s, err);
 }
 
-static void report_stop(const char *name, const struct vm_stop *stop, enum log_level level)
+// Said at every level, but for the end that everybody hopes for.
+static void report_stop(const struct vm_options *o, const struct vm_stop *stop)
 {
+    const struct log log = {.name = o->name,
+                            .level = LOG_INFO,
+                            .fd = STDERR_FILENO,
+                            .format = o->vm.log_format,
+                            .journal = log_is_journal(STDERR_FILENO)};
     if (stop->kind == VM_STOP_DEBUG_EXIT)
-        fprintf(stderr, "ferry: %s: debug exit %u\n", name, stop->value);
-    else if (stop->kind != VM_STOP_POWEROFF || level >= LOG_INFO)
-        fprintf(stderr, "ferry: %s: %s%s%s\n", name, vm_stop_name(stop->kind),
-                *stop->text ? ": " : "", stop->text);
+        log_write(&log, LOG_INFO, "debug exit %u", stop->value);
+    else if (stop->kind != VM_STOP_POWEROFF || o->vm.log_level >= LOG_INFO)
+        log_write(&log, LOG_INFO, "%s%s%s", vm_stop_name(stop->kind), *stop->text ? ": " : "",
+                  stop->text);
 }
 
 int session_run(struct session *s)
 {
     struct error err = {0};
+    thread_prompt();
     int ret = loop_run(s->loop, &err);
     if (ret && s->vm)
         vm_request_stop(s->vm, VM_STOP_ERROR, 0, "%s", err.text);
@@ -354,14 +442,15 @@ int session_run(struct session *s)
         arrival_settle(s->arrival);
     if (!s->vm) // an arrival that failed: its error says why; or ended before anything began
         return s->arrival ? EXIT_FAILED : EXIT_OK;
+    vm_join(s->vm); // what the vCPUs' threads use is taken from here on
     struct vm_stop stop = s->vm->stop;
     // The terminal is as it was before anything more is said.
     struct trace *trace = s->vm->trace;
     s->vm->trace = NULL;
     session_drop(s);
-    console_close(s->console);
+    console_release(s->console); // the loop, which may still hold its polls, frees it
     s->console = NULL;
-    report_stop(s->options->name, &stop, s->options->vm.log_level);
+    report_stop(s->options, &stop);
     if (trace)
         trace_table(trace, stderr);
     trace_destroy(trace);
@@ -370,13 +459,21 @@ int session_run(struct session *s)
 
 void session_drop(struct session *s)
 {
+    for (; s->nr_sockets; s->nr_sockets--) { // never served
+        close(s->sockets[s->nr_sockets - 1].fd);
+        unlink(s->sockets[s->nr_sockets - 1].path);
+    }
     migrate_commands_destroy(s->migrate);
     s->migrate = NULL;
     usage_stop(&s->usage);
+    if (s->stop_timer.fn)
+        loop_timer_close(&s->stop_timer);
+    s->stop_timer.fn = NULL;
     struct control *control = s->control;
-    s->control = NULL; // nobody broadcasts into it any more
-    if (control && s->options->control)
+    control_publish(s, NULL); // nobody broadcasts into it any more
+    if (s->registered)        // else the record of that name is another's
         registry_remove(s->options->name);
+    s->registered = false;
     control_destroy(control);
     session_vm_drop(s);
 }

@@ -27,10 +27,18 @@ struct session {
     struct life life;
     struct usage usage;
     struct control *control;
+    bool registered; // vmm/cli/registry.h has a record of this VM
     struct api *api;
     struct migrate_commands *migrate;
     struct migrate_hooks hooks;
     struct arrival *arrival; // `ferry receive`: the guest that comes in, NULL otherwise
+    struct session_socket {  // of the API, between session_listen and session_serve
+        int fd;
+        char path[108];
+    } sockets[2];
+    unsigned nr_sockets;
+    struct loop_timer stop_timer; // runs while the guest is asked to end
+    unsigned stop_s;
     struct loop_watch signals;
     int signal_fd;
 };
@@ -43,8 +51,10 @@ int session_init(struct session *s, struct vm_options *options, struct error *er
 int session_build(struct session *s, struct error *err);
 // How migrate/ describes, builds and drops this session's VM.
 void session_hooks(struct session *s, struct migrate_hooks *hooks);
-// Opens the API's sockets with every route this program has. With or without a VM.
+// Opens the API's sockets: clients can connect, and wait. With or without a VM.
 int session_listen(struct session *s, struct error *err);
+// Answers them, with every route this program has. Apart, since a guest need not wait for it.
+int session_serve(struct session *s, struct error *err);
 // A VM that was built by --kernel or the API's configuration: from created to running.
 int session_start(struct session *s, struct error *err);
 // A VM that has arrived is running or paused now: says so to the life.
@@ -52,6 +62,9 @@ void session_arrived(struct session *s);
 // From here on the loop's thread makes only the calls of vmm/seccomp.c. After every thread that is
 // not a worker's has been created.
 int session_confine(struct session *s, struct error *err);
+// Asks the guest to end, by its power button: LIFE_STOPPING. One that has not after `timeout_s` is
+// ended. -ENOTCONN: it does not listen for the button; -EPERM: it does not run.
+int session_ask(struct session *s, unsigned timeout_s, struct error *err);
 // Runs the loop until the VM stops; prints how it ended; the exit status.
 int session_run(struct session *s);
 void session_vm_drop(struct session *s); // the VM alone, before anything works on it
