@@ -196,7 +196,7 @@ class Stages:
             log = os.path.join(self.logs, f"{os.path.basename(path)}.log")
             open(log, "wb").close()
             os.makedirs(directory, exist_ok=True)
-            if proc.logged("make seeds", [path, directory], log):
+            if proc.logged("make seeds", [path, directory], log, env=self.environment()):
                 self.tally.add_failed(os.path.basename(path), f"failed, see {log}", proc.tail(log))
 
     def fuzz_one(self, target):
