@@ -10,7 +10,7 @@ import unittest
 
 import ferrylab as lab
 
-UID, GID = 4321, 4322  # nobody's, on any host: the kernel does not ask for a name
+UID, GID = lab.JAIL_UID, lab.JAIL_GID
 
 
 def status_of(pid):
