@@ -157,7 +157,7 @@ class Vm(Process):
         self.name = name or lab.new_name()
         ours, theirs = socket.socketpair()
         self.socket = ours
-        argv = [ferry, command, *args, *lab.walls(command, *args), "--name", self.name,
+        argv = [ferry, command, *lab.walls(command, *args), *args, "--name", self.name,
                 "--console", f"fd:{theirs.fileno()}"]
         if namespace:  # a Namespaces.Side
             argv = namespace.enter + argv
@@ -311,7 +311,7 @@ class Lab:
                        "--append", guest_cmdline() if append is None else append, *args, **options)
 
     def ferry(self, *args, limit=LIMIT, env=None, enter=(), cwd=None):
-        args = (*args, *self.walls(*args))
+        args = (*args[:1], *self.walls(*args), *args[1:])
         done = subprocess.run([*enter, FERRY, *args], env=env or self.env, cwd=cwd, timeout=limit,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True,
                               errors="replace")
