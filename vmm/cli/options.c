@@ -8,7 +8,7 @@
 
 #include "devices/virtio_console.h"
 
-enum { OPTIONS_MAX = 48, CONFIG_FILE_MAX = 1024 * 1024 };
+enum { OPTIONS_MAX = 64, CONFIG_FILE_MAX = 1024 * 1024 };
 
 struct option_row {
     const char *name;
