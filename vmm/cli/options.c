@@ -311,7 +311,7 @@ static const struct option_row rows[] = {
     {"jail", 0, FOR_RUN, false, "DIR[,...]",
      "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH]", set_jail, 0},
     {"seccomp", 0, FOR_ALL, false, "MODE",
-     "filter the system calls of each thread: on, off (default), or log what a filter would stop",
+     "filter the system calls of each thread: on (default), off, or log what a filter would stop",
      set_seccomp, 0},
     {"ucall", 0, FOR_RUN, true, NULL, "answer the test guests of guest/bare", set_ucall, 0},
     {"debug-exit", 0, FOR_RUN, true, NULL, "let the guest end the VM through port 0xf4",
