@@ -144,6 +144,19 @@ static void leftovers_remove(const struct vm_options *o)
         unlink(o->api_sock);
 }
 
+// Whoever started us sees the end of the VM's process, as without a jail.
+static void end_alike(int number)
+{
+    const struct rlimit none = {0, 0};
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, number);
+    setrlimit(RLIMIT_CORE, &none); // a core of ours would tell nothing
+    signal(number, SIG_DFL);
+    sigprocmask(SIG_UNBLOCK, &set, NULL);
+    raise(number);
+}
+
 static int keep(const struct vm_options *o, pid_t vm, const sigset_t *set)
 {
     int status, signal;
@@ -158,6 +171,7 @@ static int keep(const struct vm_options *o, pid_t vm, const sigset_t *set)
         return WEXITSTATUS(status);
     fprintf(stderr, "ferry: %s: ended by a signal: %s%s\n", o->name, strsignal(WTERMSIG(status)),
             WTERMSIG(status) == SIGSYS ? " (a system call that its filter does not allow)" : "");
+    end_alike(WTERMSIG(status));
     return EXIT_FAILED;
 }
 
