@@ -181,14 +181,53 @@ class AsRoot(JailTest):
 
     def test_bad_words(self):
         for text in ("relative", ",uid=1", f"{self.dir},uid=x", f"{self.dir},uid=-1",
-                     f"{self.dir},net=other", f"{self.dir},cgroup=relative", f"{self.dir},what=1"):
+                     f"{self.dir},net=other", f"{self.dir},cgroup=relative", f"{self.dir},what=1",
+                     f"{self.dir},memory.max=1M", f"{self.dir},cgroup=/x,../memory.max=1"):
             self.refused("--jail", text, status=lab.USAGE)
 
     def test_missing_folder(self):
         self.refused("No such file", f"{self.dir}/none,uid={UID},gid={GID}")
 
+    def hierarchies(self):
+        """Control group file systems, and a limit of each that this test may set."""
+        limits = {"cgroup2": ("cgroup.max.descendants", "7"), "pids": ("pids.max", "77"),
+                  "memory": ("memory.limit_in_bytes", str(1 << 30))}
+        with open("/proc/self/mounts") as f:
+            mounts = [line.split() for line in f]
+        for _, where, kind, options, *_ in mounts:
+            if kind.startswith("cgroup") and os.access(where, os.W_OK):
+                for key in {kind, *options.split(",")} & limits.keys():
+                    yield where, *limits[key]
+
+    def test_cgroups(self):
+        found = list(self.hierarchies())
+        if not found:
+            self.skipTest("no control groups to make one in")
+        name = f"ferry-test-{os.getpid()}"
+        groups = [os.path.join(where, name) for where, _, _ in found]
+        more = "".join(f",cgroup={group},{file}={value}"
+                       for group, (_, file, value) in zip(groups, found))
+        vm, pid = self.start(more=more)
+        for group, (_, file, value) in zip(groups, found):
+            with open(os.path.join(group, file)) as f:
+                self.assertEqual(f.read().strip(), value)
+            with open(os.path.join(group, "cgroup.procs")) as f:
+                self.assertEqual(f.read().split(), [str(pid)])
+        self.assertEqual(vm.ferry("stop").status, 0)
+        self.assertEqual(vm.wait(), lab.STOPPED)
+        self.assertEqual([group for group in groups if os.path.exists(group)], [])
+        # One that was there stays; what cannot be set is named, and nothing is left.
+        os.mkdir(groups[0])
+        self.addCleanup(os.rmdir, groups[0])
+        self.refused("such.file", self.jail(f",cgroup={groups[0]},such.file=1"))
+        self.assertTrue(os.path.exists(groups[0]))
+        inner = os.path.join(groups[0], "inner")
+        self.refused("such.file", self.jail(f",cgroup={inner},such.file=1"))
+        self.assertFalse(os.path.exists(inner))
+
     def test_missing_cgroup(self):
-        self.refused("No such file", self.jail(",cgroup=/sys/fs/cgroup/ferry-test-none"))
+        self.refused("No such file", self.jail(",cgroup=/sys/fs/cgroup/ferry-test-none/inner"))
+        self.refused("not a folder of control groups", self.jail(f",cgroup={self.dir}/group"))
 
 
 @unittest.skipIf(os.geteuid(), "becomes an ordinary user, which needs root")

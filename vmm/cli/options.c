@@ -309,7 +309,7 @@ static const struct option_row rows[] = {
      "text (default) or json; with priorities where stderr is systemd's journal", set_log_format,
      0},
     {"jail", 0, FOR_RUN, false, "DIR[,...]",
-     "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH]", set_jail, 0},
+     "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH[,FILE=VALUE]...]", set_jail, 0},
     {"seccomp", 0, FOR_ALL, false, "MODE",
      "filter the system calls of each thread: on (default), off, or log what a filter would stop",
      set_seccomp, 0},
