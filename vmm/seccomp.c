@@ -231,9 +231,11 @@ static const struct rule rules[] = {
     CALL(getdents64, LW),
     CALL(flock, LW),
     CALL(unlink, LW),
+    CALL(unlinkat, LW),
     CALL(mkdir, LW), // where the control sockets are
     CALL(geteuid, LW),
     CALL(rename, LW),
+    CALL(renameat, LW),
     CALL(mincore, LW),
     CALL(msync, LW),
     CALL(pipe2, LW),

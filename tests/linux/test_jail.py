@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ferry run --jail: what a VM's process can still see and do, and what it refuses."""
+"""Filters: each thread of a VM has one. ferry run --jail: what a VM's process can still see and do,
+and what it refuses."""
 
 import json
 import os
+import re
 import select
 import socket
 import time
@@ -16,6 +18,61 @@ UID, GID = lab.JAIL_UID, lab.JAIL_GID
 def status_of(pid):
     with open(f"/proc/{pid}/status") as f:
         return dict(line.rstrip("\n").split(":\t", 1) for line in f if ":\t" in line)
+
+
+class Filters(lab.LabTest):
+    def filtered(self, vm, *names):
+        """The VM has these threads, and each has a filter (mode 2 of seccomp(2))."""
+        threads = [status_of(f"{vm.pid}/task/{task}") for task in os.listdir(f"/proc/{vm.pid}/task")]
+        modes = {status["Name"]: (int(status["Seccomp"]), int(status["NoNewPrivs"]))
+                 for status in threads if not status["Name"].startswith(("iou-", "kvm-"))}  # the kernel's
+        self.assertEqual(dict.fromkeys(names, (2, 1)), modes)
+
+    def wait_running(self, vm):
+        vm.stderr.wait(b"sync")
+        self.assertStatus(vm.ferry("info"), lab.OK)  # answered by a loop that is confined
+
+    def wait_arrived(self, vm):
+        end = time.monotonic() + lab.LIMIT
+        while vm.ferry("info").status != lab.OK:
+            self.assertLess(time.monotonic(), end)
+            self.assertIsNone(vm.child.poll(), vm.errors())
+            time.sleep(0.05)
+
+    def test_run(self):
+        disk = self.lab.path("disk")
+        with open(disk, "wb") as f:
+            f.truncate(1 << 20)
+        vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall", "--cpus", "2",
+                         "--disk", disk, "--rng", "--balloon", "target=0", "--vsock",
+                         f"cid=5,path={self.lab.path('vsock')}", "--seccomp", "on")
+        self.wait_running(vm)
+        self.filtered(vm, "ferry", "http", "vcpu0", "vcpu1")
+        vm.end()
+        vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall", "--control", "false",
+                         "--seccomp", "on")
+        vm.stderr.wait(b"sync")
+        vm.type("\x04")
+        self.assertEqual(vm.wait(), lab.OK)  # without a server, too
+
+    def test_arrivals(self):
+        vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall")
+        self.wait_running(vm)
+        saved = self.lab.path("saved")
+        self.assertStatus(vm.ferry("snapshot", saved), lab.OK)
+        restored = self.lab.vm("restore", saved, "--seccomp", "on")
+        self.wait_arrived(restored)
+        self.filtered(restored, "ferry", "http", "vcpu0")
+        target = self.lab.vm("receive", "--listen", "tcp:127.0.0.1:0", "--seccomp", "on")
+        address = target.stderr.wait(re.compile(rb"waiting for a guest on (tcp:\S+)\n")).group(1)
+        self.assertStatus(vm.ferry("migrate", address.decode()), lab.OK)
+        self.wait_arrived(target)
+        self.filtered(target, "ferry", "http", "vcpu0")
+
+    def test_off(self):
+        vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall", "--seccomp", "off")
+        self.wait_running(vm)
+        self.assertEqual("0", status_of(vm.pid)["Seccomp"].strip())
 
 
 class JailTest(lab.LabTest):
@@ -81,6 +138,7 @@ class AsRoot(JailTest):
             for which in ("CapEff", "CapPrm", "CapInh", "CapAmb"):
                 self.assertEqual(int(status[which], 16), 0, which)
             self.assertEqual(status["NoNewPrivs"].strip(), "1")
+            self.assertEqual(status["Seccomp"].strip(), "2")
         self.assertEqual(sorted(os.listdir(f"/proc/{pid}/root")), ["dev"])
         self.assertEqual(os.stat(f"/proc/{pid}/root").st_ino, os.stat(self.dir).st_ino)
         with open(f"/proc/{pid}/mounts") as f:
@@ -235,33 +293,56 @@ class AsOrdinaryUser(JailTest):
     """/dev/kvm is made accessible to a group by a node of the test's own, seen by these processes
     only."""
 
-    def test_landlock(self):
+    def setUp(self):
+        super().setUp()
         os.chown(self.dir, UID, GID)
-        run = os.path.join(self.lab.dir, "user-run")
-        os.mkdir(run)
-        os.chown(run, UID, GID)
+        self.run_dir = os.path.join(self.lab.dir, "user-run")
+        os.mkdir(self.run_dir)
+        os.chown(self.run_dir, UID, GID)
         os.chmod(self.lab.dir, 0o755)
-        secret = os.path.join(self.lab.dir, "secret")
-        with open(secret, "w") as f:
-            f.write("x")
-        os.chmod(secret, 0o644)
-        api = os.path.join(run, "api")
+
+    def start(self, *args):
         device = os.stat("/dev/kvm").st_rdev
         inside = (f"mount -t tmpfs none /dev/net; mknod -m 660 /dev/net/kvm c {os.major(device)} "
                   f"{os.minor(device)}; chgrp {GID} /dev/net/kvm; "
                   "mount --bind /dev/net/kvm /dev/kvm; exec \"$@\"")
-        env = dict(self.lab.env, FERRY_RUN_DIR=run)
         vm = lab.Process(["unshare", "--mount", "sh", "-ec", inside, "sh", "setpriv",
                           f"--reuid={UID}", f"--regid={GID}", "--clear-groups", lab.FERRY, "run",
-                          "--api-sock", api, "-o", "null", "--name", "ordinary", "--jail", self.dir],
-                         env=env)
+                          "--name", "ordinary", *args],
+                         env=dict(self.lab.env, FERRY_RUN_DIR=self.run_dir))
         self.addCleanup(vm.end)
+        return vm
+
+    def copy(self, name, path):
+        with open(lab.bare_guest(name), "rb") as f, open(path, "wb") as copy:
+            copy.write(f.read())
+        os.chmod(path, 0o644)
+
+    def test_filters(self):
+        kernel = os.path.join(self.dir, "kernel")
+        self.copy("serial.elf", kernel)
+        vm = self.start("-k", kernel, "--ucall", "-o", "null", "--seccomp", "on")
+        vm.stderr.wait(b"sync")
+        info = self.lab.ferry("info", "ordinary", "--json",
+                              env=dict(self.lab.env, FERRY_RUN_DIR=self.run_dir)).json()
+        status = status_of(info["pid"])
+        self.assertEqual((status["Uid"].split(), status["Groups"].strip(), status["CapEff"].strip("0\t"),
+                          status["Seccomp"].strip()), ([str(UID)] * 4, "", "", "2"))
+        vm.child.terminate()
+        self.assertEqual(vm.wait(), lab.STOPPED)
+        self.assertEqual(os.listdir(self.run_dir), [])
+
+    def test_landlock(self):
+        secret = os.path.join(self.lab.dir, "secret")
+        with open(secret, "w") as f:
+            f.write("x")
+        os.chmod(secret, 0o644)
+        api = os.path.join(self.run_dir, "api")
+        vm = self.start("--api-sock", api, "-o", "null", "--jail", self.dir)
         self.wait_path(api)
         for path, wanted in ((secret, "Permission denied"), (f"{self.dir}/kernel", None)):
             if not wanted:
-                with open(lab.bare_guest("serial.elf"), "rb") as f, open(path, "wb") as copy:
-                    copy.write(f.read())
-                os.chmod(path, 0o644)
+                self.copy("serial.elf", path)
             answer = self.call(api, "PUT", "/boot-source", {"kernel_image_path": path})
             if answer[0] == 204:
                 answer = self.call(api, "PUT", "/actions", {"action_type": "InstanceStart"})
@@ -269,7 +350,7 @@ class AsOrdinaryUser(JailTest):
             self.assertIn(wanted or "", answer[1])
         vm.child.terminate()
         self.assertEqual(vm.wait(), lab.STOPPED)
-        self.assertEqual(os.listdir(run), [])
+        self.assertEqual(os.listdir(self.run_dir), [])
 
 
 if __name__ == "__main__":
