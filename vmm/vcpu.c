@@ -247,7 +247,7 @@ static void set_immediate_exit(struct vcpu *vcpu, uint8_t value)
 
 static bool should_leave(const struct vm *vm)
 {
-    return atomic_load(&vm->pause) || atomic_load(&vm->quit);
+    return atomic_load(&vm->pause) || atomic_load(&vm->quit) || atomic_load(&vm->resetting);
 }
 
 // KVM finishes the access of the last exit (the value read, the next piece of a string or split
@@ -269,7 +269,7 @@ static void park(struct vcpu *vcpu)
     pthread_mutex_lock(&vm->lock);
     vm->parked++;
     pthread_cond_broadcast(&vm->changed);
-    while (atomic_load(&vm->pause) && !atomic_load(&vm->quit))
+    while ((atomic_load(&vm->pause) || atomic_load(&vm->resetting)) && !atomic_load(&vm->quit))
         pthread_cond_wait(&vm->changed, &vm->lock);
     vm->parked--;
     pthread_mutex_unlock(&vm->lock);

@@ -48,12 +48,13 @@ _ferry()
             ;;
         --transport) choices="mmio pci" ;;
         --net) choices="tap= tap-fd= user" ;;
+        --on-reboot) choices="stop reset" ;;
         --mode) choices="precopy postcopy hybrid" ;;
         --on-stall) choices="continue cancel switch postcopy" ;;
         *)
             case $word:$command in
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
-            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
+            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:reset | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
             esac
             ;;
         esac

@@ -600,8 +600,11 @@ START_TEST(life_follows_its_table)
     ck_assert_ptr_nonnull(strstr(err.text, "running"));
     ck_assert_int_eq(life_move(&life, LIFE_STARTING, &err), 0);
     ck_assert_int_eq(life_move(&life, LIFE_RUNNING, &err), 0);
+    ck_assert_int_eq(life_move(&life, LIFE_STARTING, &err), 0); // a reset
+    ck_assert_int_eq(life_move(&life, LIFE_RUNNING, &err), 0);
     ck_assert_int_eq(life_move(&life, LIFE_PAUSED, &err), 0);
     ck_assert_int_eq(life_move(&life, LIFE_MIGRATING, &err), 0);
+    ck_assert_int_eq(life_move(&life, LIFE_STARTING, &err), -EPERM);
     ck_assert_int_eq(life_move(&life, LIFE_SNAPSHOTTING, &err), -EPERM);
     life_return(&life);
     ck_assert_int_eq(life_get(&life), LIFE_PAUSED);

@@ -163,6 +163,15 @@ static void put_stop(struct control_request *req, json_t *args, void *context)
         loop_stop(s->loop);
 }
 
+static void put_reset(struct control_request *req, json_t *args, void *context)
+{
+    struct error err;
+    if (session_reset(context, "`ferry reset`", &err))
+        control_reply_error(req, &err);
+    else
+        control_reply_ok(req, NULL);
+}
+
 static void get_events(struct control_request *req, json_t *args, void *context)
 {
     struct session *s = context;
@@ -193,6 +202,7 @@ static const struct control_route routes[] = {
     {"PATCH", "/vm", "pause or resume", LIVE, vm_fields, patch_vm},
     {"PUT", "/stop", "end the VM; {\"powerbutton\": true} asks the guest first",
      BUILT | LIFE_BIT(LIFE_CREATED) | LIFE_BIT(LIFE_STOPPING), stop_fields, put_stop},
+    {"PUT", "/reset", "start the guest again from its kernel, at once", LIVE, NULL, put_reset},
     {"GET", "/events", "changes of state, a line each, until the VM ends", 0, NULL, get_events},
 };
 

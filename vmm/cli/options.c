@@ -130,6 +130,14 @@ static int set_stop_timeout(struct vm_options *o, const char *value, struct erro
     return 0;
 }
 
+static int set_on_reboot(struct vm_options *o, const char *value, struct error *err)
+{
+    if (strcmp(value, "stop") && strcmp(value, "reset"))
+        return error_set(err, -EINVAL, "'%s': expected stop or reset", value);
+    o->reboots = !strcmp(value, "reset");
+    return 0;
+}
+
 static int set_log_format(struct vm_options *o, const char *value, struct error *err)
 {
     if (strcmp(value, "text") && strcmp(value, "json"))
@@ -302,6 +310,9 @@ static const struct option_row rows[] = {
     {"stop-timeout", 0, FOR_ALL, false, "SECONDS",
      "SIGTERM presses the power button and leaves the guest so long to end (default 10; 0: none)",
      set_stop_timeout, 0},
+    {"on-reboot", 0, FOR_RUN, false, "WHAT",
+     "a guest that reboots, or whose processor faults three times over: stop (default) or reset",
+     set_on_reboot, 0},
     {"trace", 't', FOR_ALL, false, NULL, "print each exit, and a table of them at the end",
      set_trace, 0},
     {"log", 0, FOR_ALL, false, "LEVEL", "error, warn, info (default), debug", set_log, 0},
@@ -670,5 +681,6 @@ json_t *options_json(const struct vm_options *o)
     }
     devices_describe(o, false, json);
     json_object_set_new(json, "boot", json_string(boot_protocol_name(o->boot.protocol)));
+    json_object_set_new(json, "on-reboot", json_string(o->reboots ? "reset" : "stop"));
     return json;
 }

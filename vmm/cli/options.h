@@ -38,7 +38,7 @@ struct vm_options {
     unsigned stop_timeout_s; // for a guest that was asked to end; 0: it is not asked
     bool pci;                // transport of the virtio devices
     bool console_given;      // by an option, not by default
-    bool dry_run, mark, ucall, debug_exit, control, vmgenid;
+    bool dry_run, mark, ucall, debug_exit, control, vmgenid, reboots;
 };
 
 void options_init(struct vm_options *o);

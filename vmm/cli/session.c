@@ -86,9 +86,13 @@ static int signals_watch(struct session *s, struct error *err)
     return loop_watch(s->loop, &s->signals, s->signal_fd, POLLIN, signal_ready, err);
 }
 
+static void reboot_call(struct session *s);
+
 static void state_changed(enum life_state from, enum life_state to, void *arg)
 {
     struct session *s = arg;
+    if (s->vm && atomic_load(&s->vm->resetting)) // a reboot that had to wait may go on
+        reboot_call(s);
     if (s->control)
         control_broadcast(s->control, json_pack("{s:s, s:s, s:s}", "type", "state", "from",
                                                 life_name(from), "to", life_name(to)));
@@ -157,7 +161,10 @@ static int kernel_load(struct session *s, struct error *err)
     o->boot.initrd = o->initrd;
     o->boot.cmdline = cmdline;
     o->boot.rsdp = s->board.rsdp;
-    ret = boot_load(&s->vm->ram, &o->boot, &entry, err);
+    if (!s->boot_files)
+        ret = boot_open(&s->boot_files, &o->boot, err);
+    if (!ret)
+        ret = boot_load_files(&s->vm->ram, &o->boot, s->boot_files, &entry, err);
     o->boot.cmdline = NULL;
     return ret ? ret : vm_set_entry(s->vm, &entry, err);
 }
@@ -182,6 +189,19 @@ void session_device_name(const struct session *s, unsigned i, char name[DEVICE_N
     snprintf(name, DEVICE_NAME_MAX, "%s%u", devices[i].kind->name, number);
 }
 
+static void guest_reboots(struct vm *vm, void *arg);
+
+static struct board_config board_of(const struct session *s)
+{
+    const struct vm_options *o = s->options;
+    return (struct board_config) {.console = s->console,
+                                  .debug_exit = o->debug_exit,
+                                  .virtio = s->windows,
+                                  .nr_virtio = o->pci ? 0 : o->nr_devices,
+                                  .pci = o->pci,
+                                  .vmgenid = o->vmgenid};
+}
+
 int session_build(struct session *s, struct error *err)
 {
     struct vm_options *o = s->options;
@@ -202,20 +222,19 @@ int session_build(struct session *s, struct error *err)
         s->windows[i] = virtio_mmio_window(i);
     static const struct ucall_config ucall = {0}; // defaults only
     const struct mark_config mark = {.start_ns = cli_start_ns, .fd = STDERR_FILENO};
-    const struct board_config board = {.console = s->console,
-                                       .ucall = o->ucall ? &ucall : NULL,
-                                       .debug_exit = o->debug_exit,
-                                       .mark = o->mark ? &mark : NULL,
-                                       .virtio = s->windows,
-                                       .nr_virtio = o->pci ? 0 : o->nr_devices,
-                                       .pci = o->pci,
-                                       .vmgenid = o->vmgenid};
+    struct board_config board = board_of(s);
+    board.ucall = o->ucall ? &ucall : NULL;
+    board.mark = o->mark ? &mark : NULL;
     ret = board_create(s->vm, &board, &s->board, err);
     for (unsigned i = 0; i < o->nr_devices && !ret; i++)
         ret = virtio_add(s, i, err);
+    if (ret || !o->kernel)
+        return ret;
+    ret = kernel_load(s, err);
     if (ret)
         return ret;
-    return o->kernel ? kernel_load(s, err) : 0;
+    s->vm->on_reset = o->reboots ? guest_reboots : NULL;
+    return vm_power_on_keep(s->vm, err);
 }
 
 void session_vm_drop(struct session *s)
@@ -225,6 +244,73 @@ void session_vm_drop(struct session *s)
     vm_destroy(s->vm);
     s->vm = NULL;
     s->board = (struct board) {0};
+    boot_close(s->boot_files);
+    s->boot_files = NULL;
+}
+
+// --- reset
+
+static int start_again(struct session *s, struct error *err)
+{
+    const struct board_config board = board_of(s);
+    int ret = vm_pause(s->vm, err);
+    if (!ret)
+        ret = board_reset(s->vm, &board, &s->board, err);
+    return ret ? ret : kernel_load(s, err);
+}
+
+int session_reset(struct session *s, const char *why, struct error *err)
+{
+    enum life_state before = life_get(&s->life);
+    if (s->vm && !vm_power_on_kept(s->vm))
+        return error_set(err, -ENOTSUP,
+                         "VM %s came without its kernel, by migration or from a snapshot: there is "
+                         "nothing to start it from",
+                         s->options->name);
+    int ret = life_move(&s->life, LIFE_STARTING, err);
+    if (ret)
+        return ret;
+    ret = start_again(s, err);
+    if (ret) {
+        vm_request_stop(s->vm, VM_STOP_ERROR, 0, "it cannot start again: %s", err->text);
+        return ret;
+    }
+    log_limited(&s->vm->log, &s->reset_limit, LOG_INFO, "starts again: %s", why);
+    life_move(&s->life, before, NULL);
+    if (before == LIFE_RUNNING)
+        vm_resume(s->vm);
+    return 0;
+}
+
+// In the loop's thread. A guest that is on its way to another host or into a file waits until that
+// has ended (vm_save refuses it); state_changed calls again then.
+static void reboot_now(void *arg)
+{
+    struct session *s = arg;
+    struct error err;
+    atomic_store(&s->reset_called, false);
+    if (!s->vm || !atomic_load(&s->vm->resetting))
+        return;
+    enum life_state state = life_get(&s->life);
+    if (state == LIFE_RUNNING || state == LIFE_PAUSED) {
+        session_reset(s, "its guest rebooted", &err);
+    } else if (state == LIFE_STOPPING) { // it was asked to end, and that is one way
+        s->vm->on_reset = NULL;
+        vm_request_stop(s->vm, VM_STOP_RESET, 0, "the guest reset the machine");
+    }
+}
+
+static void reboot_call(struct session *s)
+{
+    if (atomic_exchange(&s->reset_called, true))
+        return;
+    s->reset_call = (struct loop_call) {reboot_now, s, NULL};
+    loop_call(s->loop, &s->reset_call);
+}
+
+static void guest_reboots(struct vm *vm, void *arg)
+{
+    reboot_call(arg);
 }
 
 static int describe(void *context, struct vm *vm, char **json, struct error *err)

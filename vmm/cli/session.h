@@ -39,6 +39,10 @@ struct session {
     unsigned nr_sockets;
     struct loop_timer stop_timer; // runs while the guest is asked to end
     unsigned stop_s;
+    struct boot_files *boot_files; // what the guest starts from, NULL if it came otherwise
+    struct loop_call reset_call;
+    struct log_limit reset_limit;
+    atomic_bool reset_called; // it is on its way to the loop
     struct loop_watch signals;
     int signal_fd;
 };
@@ -65,6 +69,9 @@ int session_confine(struct session *s, struct error *err);
 // Asks the guest to end, by its power button: LIFE_STOPPING. One that has not after `timeout_s` is
 // ended. -ENOTCONN: it does not listen for the button; -EPERM: it does not run.
 int session_ask(struct session *s, unsigned timeout_s, struct error *err);
+// The guest starts again from its kernel, at once: devices reset, memory empty. A paused VM stays
+// paused. -ENOTSUP: it came from a snapshot or another host, without its kernel.
+int session_reset(struct session *s, const char *why, struct error *err);
 // Runs the loop until the VM stops; prints how it ended; the exit status.
 int session_run(struct session *s);
 void session_vm_drop(struct session *s); // the VM alone, before anything works on it
