@@ -205,7 +205,7 @@ static const struct rule rules[] = {
     CALL(fallocate, LWV),
     CALL(fdatasync, LWV),
     CALL(fsync, LWV),
-    CALL(pread64, LWV),
+    CALL(pread64, ALL),
     CALL(pwrite64, LWV),
     CALL(preadv, LWV),
     CALL(pwritev, LWV),

@@ -44,7 +44,7 @@ def busy_guest():
     vmm = Ferry()
     with vmm.start(bare_guest("spin"), stays=True) as machine:
         machine.wait_console("sync 1", 60)
-        yield os.path.join(os.environ.get("FERRY_RUN_DIR", "/run/ferry"), machine.name + ".sock")
+        yield os.path.join(os.environ["FERRY_RUN_DIR"], machine.name + ".sock")
 
 
 def call_ferry(path):

@@ -195,8 +195,9 @@ enum {
 };
 
 static const struct control_route routes[] = {
-    {"GET", "/info", "name, state, memory, vCPUs, devices", 0, NULL, get_info},
-    {"GET", "/metrics/prometheus", "the same figures as text for Prometheus", 0, NULL, get_metrics},
+    {"GET", "/info", "name, state, memory, vCPUs, devices", 0, NULL, get_info, .at_once = true},
+    {"GET", "/metrics/prometheus", "the same figures as text for Prometheus", 0, NULL, get_metrics,
+     .at_once = true},
     {"PATCH", "/devices", "change devices: {\"settings\": {\"disk0.size\": \"2G\", ...}}", BUILT,
      devices_fields, patch_devices},
     {"PATCH", "/vm", "pause or resume", LIVE, vm_fields, patch_vm},

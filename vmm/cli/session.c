@@ -363,8 +363,7 @@ static int jail(struct session *s, struct error *err)
     const struct jail_config *config = &s->options->jail;
     if (!*config->dir)
         return 0;
-    int ret = usage_open(&s->usage, err);
-    return ret ? ret : jail_enter(config, err);
+    return jail_enter(config, err);
 }
 
 static int socket_open(struct session *s, const char *path, struct error *err)
@@ -392,6 +391,8 @@ int session_listen(struct session *s, struct error *err)
     if (!ret && o->control)
         ret = registry_write(s, err);
     s->registered = !ret && o->control;
+    if (!ret)
+        ret = usage_open(&s->usage, err);
     return ret ? ret : jail(s, err);
 }
 
@@ -513,6 +514,8 @@ int session_run(struct session *s)
         arrival_settle(s->arrival);
     if (!s->vm) // an arrival that failed: its error says why; or ended before anything began
         return s->arrival ? EXIT_FAILED : EXIT_OK;
+    if (s->control)
+        control_loop_only(s->control);
     vm_join(s->vm); // what the vCPUs' threads use is taken from here on
     struct vm_stop stop = s->vm->stop;
     // The terminal is as it was before anything more is said.

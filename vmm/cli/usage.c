@@ -65,6 +65,8 @@ void usage_stop(struct usage *u)
 
 int usage_open(struct usage *u, struct error *err)
 {
+    if (u->statm_fd >= 0)
+        return 0;
     u->statm_fd = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
     return u->statm_fd < 0 ? error_errno(err, "/proc/self/statm") : 0;
 }
@@ -80,8 +82,7 @@ static uint64_t resident_bytes(int statm_fd)
 {
     char text[128];
     unsigned long long size, resident;
-    autoclose int opened = statm_fd < 0 ? open("/proc/self/statm", O_RDONLY | O_CLOEXEC) : -1;
-    ssize_t n = pread(statm_fd < 0 ? opened : statm_fd, text, sizeof(text) - 1, 0);
+    ssize_t n = pread(statm_fd, text, sizeof(text) - 1, 0);
     if (n <= 0)
         return 0;
     text[n] = 0;
