@@ -188,7 +188,7 @@ static const struct rule rules[] = {
     CALL_IF(prctl, 0, PR_SET_NO_NEW_PRIVS, LW),       // a thread that confines
     CALL_IF(seccomp, 0, SECCOMP_SET_MODE_FILTER, LW), // itself further
     CALL_IF(clone, 0, THREAD_FLAGS, LW),
-    REFUSE(clone, EPERM, LW),   // no processes: passt is not started again, its link stays down
+    REFUSE(clone, EPERM, LW),   // no processes: vmm/starter.h starts programs
     REFUSE(clone3, ENOSYS, LW), // its flags lie in memory: the C library takes clone then
 
     // The loop and its devices. Which rings there are is settled before; what they may do as well.
@@ -231,9 +231,11 @@ static const struct rule rules[] = {
     CALL(getdents64, LW),
     CALL(flock, LW),
     CALL(unlink, LW),
+    CALL(unlinkat, LW),
     CALL(mkdir, LW), // where the control sockets are
     CALL(geteuid, LW),
     CALL(rename, LW),
+    CALL(renameat, LW),
     CALL(mincore, LW),
     CALL(msync, LW),
     CALL(pipe2, LW),
@@ -257,8 +259,7 @@ static const struct rule rules[] = {
     CALL(getpeername, LW | H),
     CALL(getsockopt, LW | H),
     CALL(setsockopt, LW | H),
-    CALL_IF(kill, 1, SIGKILL, LW), // the user network's process, at the end
-    CALL(wait4, LW),
+    CALL(wait4, LW), // for the starter, at the end
     CALL(rt_sigaction, LW),
     CALL(epoll_wait, H),
     CALL(epoll_pwait, H),

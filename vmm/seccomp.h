@@ -26,9 +26,6 @@ enum seccomp_thread {
     SECCOMP_THREADS,
 };
 
-// Without --seccomp. Off until every test of the suite has passed with filters on.
-#define SECCOMP_DEFAULT SECCOMP_OFF
-
 // Sanitizers make calls of their own: filters and they do not go together.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 #define SECCOMP_USABLE 0
@@ -40,6 +37,8 @@ enum seccomp_thread {
 #ifndef SECCOMP_USABLE
 #define SECCOMP_USABLE 1
 #endif
+
+#define SECCOMP_DEFAULT (SECCOMP_USABLE ? SECCOMP_ON : SECCOMP_OFF) // without --seccomp
 
 // "on", "off", "log".
 int seccomp_mode_parse(const char *text, enum seccomp_mode *mode, struct error *err);

@@ -9,6 +9,7 @@ hangs.
 """
 
 import atexit
+import glob
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 import unittest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -29,6 +31,8 @@ LONG = bool(os.environ.get("FERRY_LONG"))
 SECCOMP = os.environ.get("FERRY_TEST_SECCOMP")
 JAIL = os.environ.get("FERRY_TEST_JAIL") == "1" and not os.geteuid()
 JAIL_UID, JAIL_GID = 4321, 4322  # nobody's, on any host: the kernel does not ask for a name
+if JAIL:
+    os.umask(0)  # disks that tests make are the VM's to write to
 
 LIMIT = 300  # seconds; hosts that emulate the guest's ring 0 boot Linux in 10 to 25 s
 
@@ -127,9 +131,12 @@ class Process:
         self.argv = argv
         self.child = subprocess.Popen(argv, env=env, pass_fds=pass_fds, stdin=stdin, stdout=stdout,
                                       stderr=subprocess.PIPE, **options)
-        self.pid = self.child.pid
         self.stderr = Stream(self.child.stderr.fileno(), "stderr")
         self.stdout = Stream(self.child.stdout.fileno(), "stdout") if self.child.stdout else None
+
+    @property
+    def pid(self):
+        return self.child.pid
 
     def wait(self, limit=LIMIT):
         """Exit status; everything it said has then been collected."""
@@ -164,8 +171,21 @@ class Vm(Process):
         super().__init__(argv, env=lab.env, pass_fds=(theirs.fileno(), *fds),
                          stdout=subprocess.DEVNULL)
         theirs.close()
+        self.jailed = "--jail" in argv
         self.lab = lab
         self.console = Stream(ours.fileno(), f"console of {self.name}")
+
+    @property
+    def pid(self):
+        """The VM's; the process that was started stays outside its jail."""
+        children = f"/proc/{self.child.pid}/task/{self.child.pid}/children"
+        while self.jailed and self.child.poll() is None:
+            with open(children) as f:
+                vm = f.read().split()
+            if vm:
+                return int(vm[0])
+            time.sleep(0.01)
+        return self.child.pid
 
     def type(self, text):
         self.socket.sendall(text.encode())
@@ -270,6 +290,8 @@ class Lab:
         self.started = []
         self.names = 0
         atexit.register(self.close)
+        if JAIL:
+            self.jail()
 
     def new_name(self):
         self.names += 1
@@ -278,7 +300,7 @@ class Lab:
     def path(self, name):
         return os.path.join(self.dir, name)
 
-    def walls(self, command, *args):
+    def walls(self, command=None, *args):
         """Options that confine a VM, when the whole run is to be confined."""
         if command not in ("run", "receive", "restore") or "--help" in args:
             return []
@@ -296,7 +318,19 @@ class Lab:
             os.symlink("/", link)
             os.chown(root, JAIL_UID, JAIL_GID)
             os.chmod(root, 0o755)
+            for path in (*glob.glob(os.path.join(BUILD, "guest", "bare", "*.elf")),
+                         *glob.glob(os.path.join(GUEST, "*.*")), os.path.join(GUEST, "vmlinux")):
+                self.bring(os.path.abspath(path), root + os.path.abspath(path))
         return f"{root},uid={JAIL_UID},gid={JAIL_GID}"
+
+    def bring(self, path, to):
+        if not os.path.isfile(path):
+            return
+        os.makedirs(os.path.dirname(to), exist_ok=True)
+        try:
+            os.link(os.path.realpath(path), to)
+        except OSError:  # another file system
+            shutil.copyfile(path, to)
 
     def start(self, process):
         self.started.append(process)
@@ -311,7 +345,8 @@ class Lab:
                        "--append", guest_cmdline() if append is None else append, *args, **options)
 
     def ferry(self, *args, limit=LIMIT, env=None, enter=(), cwd=None):
-        args = (*args[:1], *self.walls(*args), *args[1:])
+        walls = self.walls(*args) if not enter else []  # another user cannot have that jail
+        args = (*args[:1], *walls, *args[1:])
         done = subprocess.run([*enter, FERRY, *args], env=env or self.env, cwd=cwd, timeout=limit,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True,
                               errors="replace")

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ferry run --jail: what a VM's process can still see and do, and what it refuses."""
+"""Filters: each thread of a VM has one. ferry run --jail: what a VM's process can still see and do,
+and what it refuses."""
 
 import json
 import os
+import re
 import select
 import socket
 import time
@@ -18,9 +20,59 @@ def status_of(pid):
         return dict(line.rstrip("\n").split(":\t", 1) for line in f if ":\t" in line)
 
 
-def child_of(pid):
-    with open(f"/proc/{pid}/task/{pid}/children") as f:
-        return int(f.read().split()[0])
+class Filters(lab.LabTest):
+    def filtered(self, vm, *names):
+        """The VM has these threads, and each has a filter (mode 2 of seccomp(2))."""
+        threads = [status_of(f"{vm.pid}/task/{task}") for task in os.listdir(f"/proc/{vm.pid}/task")]
+        modes = {status["Name"]: (int(status["Seccomp"]), int(status["NoNewPrivs"]))
+                 for status in threads if not status["Name"].startswith(("iou-", "kvm-"))}  # the kernel's
+        self.assertEqual(dict.fromkeys(names, (2, 1)), modes)
+
+    def wait_running(self, vm):
+        vm.stderr.wait(b"sync")
+        self.assertStatus(vm.ferry("info"), lab.OK)  # answered by a loop that is confined
+
+    def wait_arrived(self, vm):
+        end = time.monotonic() + lab.LIMIT
+        while vm.ferry("info").status != lab.OK:
+            self.assertLess(time.monotonic(), end)
+            self.assertIsNone(vm.child.poll(), vm.errors())
+            time.sleep(0.05)
+
+    def test_run(self):
+        disk = self.lab.path("disk")
+        with open(disk, "wb") as f:
+            f.truncate(1 << 20)
+        vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall", "--cpus", "2",
+                         "--disk", disk, "--rng", "--balloon", "target=0", "--vsock",
+                         f"cid=5,path={self.lab.path('vsock')}", "--seccomp", "on")
+        self.wait_running(vm)
+        self.filtered(vm, "ferry", "http", "vcpu0", "vcpu1")
+        vm.end()
+        vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall", "--control", "false",
+                         "--seccomp", "on")
+        vm.stderr.wait(b"sync")
+        vm.type("\x04")
+        self.assertEqual(vm.wait(), lab.OK)  # without a server, too
+
+    def test_arrivals(self):
+        vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall")
+        self.wait_running(vm)
+        saved = self.lab.path("saved")
+        self.assertStatus(vm.ferry("snapshot", saved), lab.OK)
+        restored = self.lab.vm("restore", saved, "--seccomp", "on")
+        self.wait_arrived(restored)
+        self.filtered(restored, "ferry", "http", "vcpu0")
+        target = self.lab.vm("receive", "--listen", "tcp:127.0.0.1:0", "--seccomp", "on")
+        address = target.stderr.wait(re.compile(rb"waiting for a guest on (tcp:\S+)\n")).group(1)
+        self.assertStatus(vm.ferry("migrate", address.decode()), lab.OK)
+        self.wait_arrived(target)
+        self.filtered(target, "ferry", "http", "vcpu0")
+
+    def test_off(self):
+        vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall", "--seccomp", "off")
+        self.wait_running(vm)
+        self.assertEqual("0", status_of(vm.pid)["Seccomp"].strip())
 
 
 class JailTest(lab.LabTest):
@@ -66,7 +118,7 @@ class AsRoot(JailTest):
         vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall", "--jail",
                          self.jail(more), *args)
         vm.stderr.wait(b"sync")
-        return vm, child_of(vm.pid)
+        return vm, vm.pid
 
     def test_what_is_left(self):
         before, after = socket.socketpair()  # not given to the VM, but open when it starts
@@ -74,7 +126,7 @@ class AsRoot(JailTest):
         vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall", "--jail", self.jail(),
                          fds=(after.fileno(),))
         vm.stderr.wait(b"sync")
-        pid = child_of(vm.pid)
+        pid = vm.pid
         after.close()
         self.assertEqual(before.recv(1), b"")  # nobody holds its other end
         before.close()
@@ -86,6 +138,7 @@ class AsRoot(JailTest):
             for which in ("CapEff", "CapPrm", "CapInh", "CapAmb"):
                 self.assertEqual(int(status[which], 16), 0, which)
             self.assertEqual(status["NoNewPrivs"].strip(), "1")
+            self.assertEqual(status["Seccomp"].strip(), "2")
         self.assertEqual(sorted(os.listdir(f"/proc/{pid}/root")), ["dev"])
         self.assertEqual(os.stat(f"/proc/{pid}/root").st_ino, os.stat(self.dir).st_ino)
         with open(f"/proc/{pid}/mounts") as f:
@@ -116,7 +169,7 @@ class AsRoot(JailTest):
     def test_a_killed_vm_leaves_nothing(self):
         vm, pid = self.start()
         os.kill(pid, 9)
-        self.assertEqual(vm.wait(), lab.FAILED)
+        self.assertEqual(vm.wait(), -9)
         self.assertIn("ended by a signal", vm.errors())
         self.assertEqual([n for n in os.listdir(self.lab.run_dir) if n.startswith(vm.name)], [])
 
@@ -186,14 +239,53 @@ class AsRoot(JailTest):
 
     def test_bad_words(self):
         for text in ("relative", ",uid=1", f"{self.dir},uid=x", f"{self.dir},uid=-1",
-                     f"{self.dir},net=other", f"{self.dir},cgroup=relative", f"{self.dir},what=1"):
+                     f"{self.dir},net=other", f"{self.dir},cgroup=relative", f"{self.dir},what=1",
+                     f"{self.dir},memory.max=1M", f"{self.dir},cgroup=/x,../memory.max=1"):
             self.refused("--jail", text, status=lab.USAGE)
 
     def test_missing_folder(self):
         self.refused("No such file", f"{self.dir}/none,uid={UID},gid={GID}")
 
+    def hierarchies(self):
+        """Control group file systems, and a limit of each that this test may set."""
+        limits = {"cgroup2": ("cgroup.max.descendants", "7"), "pids": ("pids.max", "77"),
+                  "memory": ("memory.limit_in_bytes", str(1 << 30))}
+        with open("/proc/self/mounts") as f:
+            mounts = [line.split() for line in f]
+        for _, where, kind, options, *_ in mounts:
+            if kind.startswith("cgroup") and os.access(where, os.W_OK):
+                for key in {kind, *options.split(",")} & limits.keys():
+                    yield where, *limits[key]
+
+    def test_cgroups(self):
+        found = list(self.hierarchies())
+        if not found:
+            self.skipTest("no control groups to make one in")
+        name = f"ferry-test-{os.getpid()}"
+        groups = [os.path.join(where, name) for where, _, _ in found]
+        more = "".join(f",cgroup={group},{file}={value}"
+                       for group, (_, file, value) in zip(groups, found))
+        vm, pid = self.start(more=more)
+        for group, (_, file, value) in zip(groups, found):
+            with open(os.path.join(group, file)) as f:
+                self.assertEqual(f.read().strip(), value)
+            with open(os.path.join(group, "cgroup.procs")) as f:
+                self.assertEqual(f.read().split(), [str(pid)])
+        self.assertEqual(vm.ferry("stop").status, 0)
+        self.assertEqual(vm.wait(), lab.STOPPED)
+        self.assertEqual([group for group in groups if os.path.exists(group)], [])
+        # One that was there stays; what cannot be set is named, and nothing is left.
+        os.mkdir(groups[0])
+        self.addCleanup(os.rmdir, groups[0])
+        self.refused("such.file", self.jail(f",cgroup={groups[0]},such.file=1"))
+        self.assertTrue(os.path.exists(groups[0]))
+        inner = os.path.join(groups[0], "inner")
+        self.refused("such.file", self.jail(f",cgroup={inner},such.file=1"))
+        self.assertFalse(os.path.exists(inner))
+
     def test_missing_cgroup(self):
-        self.refused("No such file", self.jail(",cgroup=/sys/fs/cgroup/ferry-test-none"))
+        self.refused("No such file", self.jail(",cgroup=/sys/fs/cgroup/ferry-test-none/inner"))
+        self.refused("not a folder of control groups", self.jail(f",cgroup={self.dir}/group"))
 
 
 @unittest.skipIf(os.geteuid(), "becomes an ordinary user, which needs root")
@@ -201,33 +293,56 @@ class AsOrdinaryUser(JailTest):
     """/dev/kvm is made accessible to a group by a node of the test's own, seen by these processes
     only."""
 
-    def test_landlock(self):
+    def setUp(self):
+        super().setUp()
         os.chown(self.dir, UID, GID)
-        run = os.path.join(self.lab.dir, "user-run")
-        os.mkdir(run)
-        os.chown(run, UID, GID)
+        self.run_dir = os.path.join(self.lab.dir, "user-run")
+        os.mkdir(self.run_dir)
+        os.chown(self.run_dir, UID, GID)
         os.chmod(self.lab.dir, 0o755)
-        secret = os.path.join(self.lab.dir, "secret")
-        with open(secret, "w") as f:
-            f.write("x")
-        os.chmod(secret, 0o644)
-        api = os.path.join(run, "api")
+
+    def start(self, *args):
         device = os.stat("/dev/kvm").st_rdev
         inside = (f"mount -t tmpfs none /dev/net; mknod -m 660 /dev/net/kvm c {os.major(device)} "
                   f"{os.minor(device)}; chgrp {GID} /dev/net/kvm; "
                   "mount --bind /dev/net/kvm /dev/kvm; exec \"$@\"")
-        env = dict(self.lab.env, FERRY_RUN_DIR=run)
         vm = lab.Process(["unshare", "--mount", "sh", "-ec", inside, "sh", "setpriv",
                           f"--reuid={UID}", f"--regid={GID}", "--clear-groups", lab.FERRY, "run",
-                          "--api-sock", api, "-o", "null", "--name", "ordinary", "--jail", self.dir],
-                         env=env)
+                          "--name", "ordinary", *args],
+                         env=dict(self.lab.env, FERRY_RUN_DIR=self.run_dir))
         self.addCleanup(vm.end)
+        return vm
+
+    def copy(self, name, path):
+        with open(lab.bare_guest(name), "rb") as f, open(path, "wb") as copy:
+            copy.write(f.read())
+        os.chmod(path, 0o644)
+
+    def test_filters(self):
+        kernel = os.path.join(self.dir, "kernel")
+        self.copy("serial.elf", kernel)
+        vm = self.start("-k", kernel, "--ucall", "-o", "null", "--seccomp", "on")
+        vm.stderr.wait(b"sync")
+        info = self.lab.ferry("info", "ordinary", "--json",
+                              env=dict(self.lab.env, FERRY_RUN_DIR=self.run_dir)).json()
+        status = status_of(info["pid"])
+        self.assertEqual((status["Uid"].split(), status["Groups"].strip(), status["CapEff"].strip("0\t"),
+                          status["Seccomp"].strip()), ([str(UID)] * 4, "", "", "2"))
+        vm.child.terminate()
+        self.assertEqual(vm.wait(), lab.STOPPED)
+        self.assertEqual(os.listdir(self.run_dir), [])
+
+    def test_landlock(self):
+        secret = os.path.join(self.lab.dir, "secret")
+        with open(secret, "w") as f:
+            f.write("x")
+        os.chmod(secret, 0o644)
+        api = os.path.join(self.run_dir, "api")
+        vm = self.start("--api-sock", api, "-o", "null", "--jail", self.dir)
         self.wait_path(api)
         for path, wanted in ((secret, "Permission denied"), (f"{self.dir}/kernel", None)):
             if not wanted:
-                with open(lab.bare_guest("serial.elf"), "rb") as f, open(path, "wb") as copy:
-                    copy.write(f.read())
-                os.chmod(path, 0o644)
+                self.copy("serial.elf", path)
             answer = self.call(api, "PUT", "/boot-source", {"kernel_image_path": path})
             if answer[0] == 204:
                 answer = self.call(api, "PUT", "/actions", {"action_type": "InstanceStart"})
@@ -235,7 +350,7 @@ class AsOrdinaryUser(JailTest):
             self.assertIn(wanted or "", answer[1])
         vm.child.terminate()
         self.assertEqual(vm.wait(), lab.STOPPED)
-        self.assertEqual(os.listdir(run), [])
+        self.assertEqual(os.listdir(self.run_dir), [])
 
 
 if __name__ == "__main__":

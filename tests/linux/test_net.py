@@ -62,14 +62,17 @@ class Net(lab.LabTest):
         vm.type("exit 0\n")
         self.assertEqual(lab.OK, vm.wait(), vm.errors())
 
-    def passt_of(self, vm):
-        """Pids of the VM's children."""
-        path = f"/proc/{vm.pid}/task"
+    def children_of(self, pid):
+        path = f"/proc/{pid}/task"
         pids = []
         for task in os.listdir(path):
             with open(f"{path}/{task}/children") as f:
-                pids += [int(pid) for pid in f.read().split()]
+                pids += [int(child) for child in f.read().split()]
         return pids
+
+    def passt_of(self, vm):
+        """Pids of what the VM's starters started."""
+        return [pid for starter in self.children_of(vm.pid) for pid in self.children_of(starter)]
 
     # --- one guest, both ways out
 

@@ -6,6 +6,7 @@
 #include <grp.h>
 #include <limits.h>
 #include <linux/landlock.h>
+#include <linux/magic.h>
 #include <linux/mount.h>
 #include <linux/openat2.h>
 #include <sched.h>
@@ -20,6 +21,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/sysmacros.h>
+#include <sys/vfs.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -45,6 +47,21 @@ static int number_parse(const char *text, uint32_t *value, bool *have, const cha
     return 0;
 }
 
+// "memory.max=512M": a name, no path.
+static bool group_file(const char *part)
+{
+    size_t len = strspn(part, "abcdefghijklmnopqrstuvwxyz0123456789_.");
+    return *part != '.' && memchr(part, '.', len) && part[len] == '=';
+}
+
+static void word_add(struct jail_config *c, const char *word)
+{
+    char *end = c->groups;
+    while (*end)
+        end += strlen(end) + 1;
+    strcpy(end, word); // all of them are shorter than the whole, which fits
+}
+
 static int part_parse(const char *part, struct jail_config *c, struct error *err)
 {
     if (!strncmp(part, "uid=", 4))
@@ -55,12 +72,19 @@ static int part_parse(const char *part, struct jail_config *c, struct error *err
         c->own_net = !strcmp(part, "net=own");
         return 0;
     }
-    if (!strncmp(part, "cgroup=", 7) && part[7] == '/') {
-        strcpy(c->cgroup, part + 7); // shorter than the whole, which fits
+    if (!strncmp(part, "cgroup=/", 8)) {
+        word_add(c, part + 7);
         return 0;
     }
-    return error_set(err, -EINVAL,
-                     "'%.80s': expected uid=N, gid=N, net=keep, net=own or cgroup=/PATH", part);
+    if (*c->groups && group_file(part)) {
+        word_add(c, part);
+        return 0;
+    }
+    return error_set(
+        err, -EINVAL,
+        "'%.80s': expected uid=N, gid=N, net=keep, net=own, cgroup=/PATH or, after it, "
+        "a file of that group (memory.max=512M)",
+        part);
 }
 
 int jail_parse(const char *text, struct jail_config *config, struct error *err)
@@ -81,6 +105,124 @@ int jail_parse(const char *text, struct jail_config *config, struct error *err)
     }
     *config = c;
     return 0;
+}
+
+// --- names
+
+// No name on the way may be a symbolic link: whoever can place one chooses where we end
+// (Firecracker, CVE-2026-1386).
+static int open_straight(int at, const char *path, uint64_t flags, int *fd, struct error *err)
+{
+    struct open_how how = {.flags = flags | O_CLOEXEC,
+                           .resolve = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS};
+    *fd = (int)syscall(SYS_openat2, at, path, &how, sizeof(how));
+    if (*fd < 0 && errno == ELOOP)
+        return error_set(err, -ELOOP, "jail: %s: a symbolic link is on the way", path);
+    return *fd < 0 ? error_errno(err, "jail: %s", path) : 0;
+}
+
+// --- control groups
+
+// The folder that holds `path`, and what it is called there.
+static int group_parent(const char *path, int *parent, const char **leaf, struct error *err)
+{
+    autofree char *dir = strdup(path);
+    struct statfs fs;
+    if (!dir)
+        return error_set(err, -ENOMEM, "no memory for a path");
+    *leaf = strrchr(path, '/') + 1;
+    dir[*leaf - path] = 0;
+    int ret = open_straight(AT_FDCWD, dir, O_PATH | O_DIRECTORY, parent, err);
+    if (ret)
+        return ret;
+    if (fstatfs(*parent, &fs))
+        return error_errno(err, "jail: %s", dir);
+    if (fs.f_type != CGROUP_SUPER_MAGIC && fs.f_type != CGROUP2_SUPER_MAGIC)
+        return error_set(err, -EINVAL, "jail: %s: not a folder of control groups", path);
+    return 0;
+}
+
+static int group_make(const char *path, int *group, bool *made, struct error *err)
+{
+    const char *leaf = NULL;
+    autoclose int parent = -1;
+    int ret = group_parent(path, &parent, &leaf, err);
+    if (ret)
+        return ret;
+    *made = !mkdirat(parent, leaf, 0755);
+    if (!*made && errno != EEXIST)
+        return error_errno(err, "jail: %s", path);
+    return open_straight(parent, leaf, O_PATH | O_DIRECTORY, group, err);
+}
+
+static int limit_set(int group, const char *word, struct error *err)
+{
+    char name[64];
+    const char *value = strchr(word, '=') + 1;
+    snprintf(name, sizeof(name), "%.*s", (int)(value - 1 - word), word);
+    autoclose int fd = openat(group, name, O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
+    if (fd < 0 && errno == ENOENT)
+        return error_set(err, -ENOENT,
+                         "jail: %s: the control group has no such file (is its controller in the "
+                         "cgroup.subtree_control of its parent?)",
+                         name);
+    if (fd < 0 || write(fd, value, strlen(value)) < 0)
+        return error_errno(err, "jail: %s", word);
+    return 0;
+}
+
+static void groups_remove(const struct jail_config *c, uint64_t made)
+{
+    for (const char *word = c->groups; *word; word += strlen(word) + 1)
+        if (*word == '/') {
+            if (made & 1)
+                rmdir(word);
+            made >>= 1;
+        }
+}
+
+// *made: a bit for each group that did not exist.
+static int groups_make(const struct jail_config *c, uint64_t *made, struct error *err)
+{
+    autoclose int group = -1;
+    unsigned nr = 0;
+    int ret = 0;
+    *made = 0;
+    for (const char *word = c->groups; *word && !ret; word += strlen(word) + 1) {
+        bool new_one = false;
+        if (*word == '/') {
+            cleanup_close(&group);
+            group = -1;
+            ret = nr < 64 ? group_make(word, &group, &new_one, err)
+                          : error_set(err, -E2BIG, "jail: more than 64 control groups");
+            *made |= (uint64_t)new_one << nr++;
+        } else {
+            ret = limit_set(group, word, err);
+        }
+    }
+    if (ret)
+        groups_remove(c, *made);
+    return ret;
+}
+
+static int group_join(const char *path, struct error *err)
+{
+    autoclose int dir = -1;
+    int ret = open_straight(AT_FDCWD, path, O_PATH | O_DIRECTORY, &dir, err);
+    if (ret)
+        return ret;
+    autoclose int procs = openat(dir, "cgroup.procs", O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
+    if (procs < 0 || write(procs, "0", 1) != 1)
+        return error_errno(err, "jail: %s/cgroup.procs", path);
+    return 0;
+}
+
+static int groups_join(const struct jail_config *c, struct error *err)
+{
+    int ret = 0;
+    for (const char *word = c->groups; *word && !ret; word += strlen(word) + 1)
+        ret = *word == '/' ? group_join(word, err) : 0;
+    return ret;
 }
 
 // --- outside: the process that stays
@@ -144,7 +286,20 @@ static void leftovers_remove(const struct vm_options *o)
         unlink(o->api_sock);
 }
 
-static int keep(const struct vm_options *o, pid_t vm, const sigset_t *set)
+// Whoever started us sees the end of the VM's process, as without a jail.
+static void end_alike(int number)
+{
+    const struct rlimit none = {0, 0};
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, number);
+    setrlimit(RLIMIT_CORE, &none); // a core of ours would tell nothing
+    signal(number, SIG_DFL);
+    sigprocmask(SIG_UNBLOCK, &set, NULL);
+    raise(number);
+}
+
+static int keep(const struct vm_options *o, pid_t vm, uint64_t made, const sigset_t *set)
 {
     int status, signal;
     for (;;) {
@@ -154,18 +309,23 @@ static int keep(const struct vm_options *o, pid_t vm, const sigset_t *set)
             kill(vm, signal);
     }
     leftovers_remove(o);
+    groups_remove(&o->jail, made);
     if (!WIFSIGNALED(status))
         return WEXITSTATUS(status);
     fprintf(stderr, "ferry: %s: ended by a signal: %s%s\n", o->name, strsignal(WTERMSIG(status)),
             WTERMSIG(status) == SIGSYS ? " (a system call that its filter does not allow)" : "");
+    end_alike(WTERMSIG(status));
     return EXIT_FAILED;
 }
 
 int jail_begin(const struct vm_options *options, int *status, struct error *err)
 {
+    uint64_t made;
     int ret = user_check(&options->jail, err);
     if (!ret)
         ret = fds_close(options, err);
+    if (!ret)
+        ret = groups_make(&options->jail, &made, err);
     if (ret)
         return ret;
     sigset_t set, old;
@@ -176,34 +336,25 @@ int jail_begin(const struct vm_options *options, int *status, struct error *err)
     sigaddset(&set, SIGCHLD);
     sigprocmask(SIG_BLOCK, &set, &old);
     pid_t pid = fork();
-    if (pid < 0)
-        return error_errno(err, "fork");
+    if (pid < 0) {
+        ret = error_errno(err, "fork");
+        groups_remove(&options->jail, made);
+        return ret;
+    }
     if (!pid) {
         sigprocmask(SIG_SETMASK, &old, NULL);
         return 0;
     }
-    *status = keep(options, pid, &set);
+    *status = keep(options, pid, made, &set);
     return 1;
 }
 
 // --- inside: the VM
 
-// No name on the way may be a symbolic link: whoever can place one chooses where we end
-// (Firecracker, CVE-2026-1386).
-static int open_straight(const char *path, uint64_t flags, int *fd, struct error *err)
-{
-    struct open_how how = {.flags = flags | O_CLOEXEC,
-                           .resolve = RESOLVE_NO_SYMLINKS | RESOLVE_NO_MAGICLINKS};
-    *fd = (int)syscall(SYS_openat2, AT_FDCWD, path, &how, sizeof(how));
-    if (*fd < 0 && errno == ELOOP)
-        return error_set(err, -ELOOP, "jail: %s: a symbolic link is on the way", path);
-    return *fd < 0 ? error_errno(err, "jail: %s", path) : 0;
-}
-
 static int dir_open(const struct jail_config *c, int *fd, struct error *err)
 {
     struct stat st;
-    int ret = open_straight(c->dir, O_PATH | O_DIRECTORY, fd, err);
+    int ret = open_straight(AT_FDCWD, c->dir, O_PATH | O_DIRECTORY, fd, err);
     if (ret)
         return ret;
     if (fstat(*fd, &st))
@@ -214,18 +365,6 @@ static int dir_open(const struct jail_config *c, int *fd, struct error *err)
                          "jail: %s: others may write to it (owner %u, mode %o): expected it to be "
                          "the VM's or ours alone",
                          c->dir, st.st_uid, st.st_mode & 07777u);
-    return 0;
-}
-
-static int cgroup_join(const char *path, struct error *err)
-{
-    autoclose int dir = -1;
-    int ret = open_straight(path, O_PATH | O_DIRECTORY, &dir, err);
-    if (ret)
-        return ret;
-    autoclose int procs = openat(dir, "cgroup.procs", O_WRONLY | O_CLOEXEC | O_NOFOLLOW);
-    if (procs < 0 || write(procs, "0", 1) != 1)
-        return error_errno(err, "jail: %s/cgroup.procs", path);
     return 0;
 }
 
@@ -339,7 +478,12 @@ static int user_drop(const struct jail_config *c, struct error *err)
 
 // --- Landlock
 
-// Of the oldest version; a newer kernel's further rights are not asked for.
+// Files: as the oldest version has them. From version 6 on, processes outside the jail get no
+// signals from it, and their abstract sockets are not reached.
+struct landlock_asked {
+    uint64_t files, net, scoped;
+};
+enum { LANDLOCK_SCOPES_SINCE = 6, LANDLOCK_SCOPES = 3 };
 #define LANDLOCK_FILES                                                                            \
     (LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE | LANDLOCK_ACCESS_FS_READ_DIR | \
      LANDLOCK_ACCESS_FS_MAKE_REG | LANDLOCK_ACCESS_FS_MAKE_SOCK | LANDLOCK_ACCESS_FS_REMOVE_FILE)
@@ -349,7 +493,7 @@ static int landlock_allow(int rules, const char *path, uint64_t access, bool nee
                           struct error *err)
 {
     autoclose int fd = -1;
-    int ret = open_straight(path, O_PATH, &fd, err);
+    int ret = open_straight(AT_FDCWD, path, O_PATH, &fd, err);
     if (ret)
         return needed ? ret : 0;
     struct landlock_path_beneath_attr rule = {.allowed_access = access, .parent_fd = fd};
@@ -363,11 +507,12 @@ static int landlock_enter(const char *dir, struct error *err)
 {
     static const char *const devices[] = {"/dev/kvm", "/dev/net/tun", "/dev/userfaultfd",
                                           "/dev/urandom", "/dev/null"};
-    const struct landlock_ruleset_attr attr = {.handled_access_fs = LANDLOCK_ALL};
-    if (syscall(SYS_landlock_create_ruleset, NULL, 0, LANDLOCK_CREATE_RULESET_VERSION) < 1)
+    long version = syscall(SYS_landlock_create_ruleset, NULL, 0, LANDLOCK_CREATE_RULESET_VERSION);
+    if (version < 1)
         return 0; // as root the mount namespace does it
-    autoclose int rules =
-        (int)syscall(SYS_landlock_create_ruleset, &attr, sizeof(attr.handled_access_fs), 0);
+    const struct landlock_asked asked = {.files = LANDLOCK_ALL, .scoped = LANDLOCK_SCOPES};
+    const size_t size = version < LANDLOCK_SCOPES_SINCE ? sizeof(asked.files) : sizeof(asked);
+    autoclose int rules = (int)syscall(SYS_landlock_create_ruleset, &asked, size, 0);
     if (rules < 0)
         return error_errno(err, "jail: Landlock");
     int ret = landlock_allow(rules, dir, LANDLOCK_FILES, true, err);
@@ -384,7 +529,7 @@ int jail_enter(const struct jail_config *c, struct error *err)
 {
     bool root = !geteuid();
     autoclose int dir = -1;
-    int ret = *c->cgroup ? cgroup_join(c->cgroup, err) : 0;
+    int ret = groups_join(c, err);
     if (!ret)
         ret = limits_set(err);
     if (!ret)

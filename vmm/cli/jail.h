@@ -14,19 +14,20 @@
 struct vm_options;
 
 struct jail_config {
-    char dir[4096]; // empty: no jail
-    char cgroup[4096];
+    char dir[4096];    // empty: no jail
+    char groups[4096]; // "/PATH" of a control group, "FILE=VALUE" of the last one, ...; then ""
     uid_t uid;
     gid_t gid;
     bool have_uid, have_gid, own_net;
 };
 
-// "DIR[,uid=N][,gid=N][,net=keep|own][,cgroup=PATH]".
+// "DIR[,uid=N][,gid=N][,net=keep|own][,cgroup=/PATH[,FILE=VALUE]...]...".
 int jail_parse(const char *text, struct jail_config *config, struct error *err);
 
-// Can this user have that jail? Closes what the VM was not given, and splits off the process that
-// becomes the VM: returns 0 in it. The process that stays outside waits for its end, removes what
-// it left, and returns 1 with the exit status. Before anything is opened, and before any thread.
+// Can this user have that jail? Makes its control groups, closes what the VM was not given, and
+// splits off the process that becomes the VM: returns 0 in it. The process that stays outside waits
+// for its end, removes what it left, and returns 1 with the exit status. Before anything is opened,
+// and before any thread.
 int jail_begin(const struct vm_options *options, int *status, struct error *err);
 
 // The walls. Everything that is named outside has been opened. Before any thread.

@@ -10,7 +10,6 @@
 
 #include "devices/platform.h"
 #include "devices/ucall.h"
-#include "devices/virtio_net.h"
 #include "devices/virtio_pci.h"
 #include "migrate/snapshot.h"
 #include "vmm/cli/api.h"
@@ -432,22 +431,8 @@ int session_serve(struct session *s, struct error *err)
     return ret || !s->vm ? ret : session_confine(s, err);
 }
 
-// User networking is a program, started anew when its link is set up again; a filter would hold for
-// that program as well.
-static bool starts_programs(const struct vm_options *o)
-{
-    for (unsigned i = 0; i < o->nr_devices; i++) {
-        const struct virtio_net_config *net = (const void *)o->devices[i].config;
-        if (o->devices[i].kind->class == &virtio_net_class && net->kind == NET_USER)
-            return true;
-    }
-    return false;
-}
-
 int session_confine(struct session *s, struct error *err)
 {
-    if (starts_programs(s->options))
-        return 0;
     return seccomp_enter(SECCOMP_LOOP, s->options->vm.seccomp, err);
 }
 
