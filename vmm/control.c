@@ -22,6 +22,7 @@ struct control {
     bool closing;         // loop's thread: late requests are refused
     pthread_mutex_t turn; // held while a route runs
     bool loop_only;       // guarded by turn
+    struct histogram latency;
     atomic_uint queued;   // requests on their way to the loop's thread
     pthread_mutex_t lock; // guards routes and subscribers
     struct control_route *routes;
@@ -38,6 +39,7 @@ struct control_request {
     struct loop_call call;
     struct control_wish wish;
     bool stream, silent;
+    uint64_t start_ns;
 };
 
 // --- answers
@@ -199,10 +201,13 @@ static int state_check(const struct control_request *req, struct error *err)
 static void route_run(struct control_request *req)
 {
     struct error err;
+    struct control *c = req->control;
+    uint64_t start = req->start_ns; // the route may free the request
     if (state_check(req, &err))
         control_reply_error(req, &err);
     else
         req->wish.route.fn(req, req->wish.args, req->wish.route.context);
+    histogram_add(&c->latency, time_ns() - start);
 }
 
 static void request_run(void *arg)
@@ -314,6 +319,7 @@ static void request_arrived(struct http_exchange *x, void *arg)
     }
     req->control = c;
     req->x = x;
+    req->start_ns = time_ns();
     FERRY_PROBE3(api_begin, req, http_method(x), http_path(x));
     size_t len;
     const char *body = http_body(x, &len);
@@ -416,6 +422,11 @@ void control_confine(struct control *c, enum seccomp_mode mode)
 int control_start(struct control *c, struct error *err)
 {
     return http_start(c->server, err);
+}
+
+const struct histogram *control_latency(const struct control *c)
+{
+    return &c->latency;
 }
 
 void control_loop_only(struct control *c)

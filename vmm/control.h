@@ -21,6 +21,7 @@
 #include <stdio.h>
 
 #include "vmm/error.h"
+#include "vmm/histogram.h"
 #include "vmm/life.h"
 #include "vmm/loop.h"
 #include "vmm/schema.h"
@@ -69,6 +70,9 @@ int control_take(struct control *control, int fd, const char *path, struct error
 // The filter of the server's thread (off unless set). Before control_start.
 void control_confine(struct control *control, enum seccomp_mode mode);
 int control_start(struct control *control, struct error *err);
+// How long requests took, from the whole request until their route had answered, or had begun what
+// will answer later.
+const struct histogram *control_latency(const struct control *control);
 // From here on every route runs in the loop's thread: what they look at is about to go.
 void control_loop_only(struct control *control);
 void control_destroy(struct control *control); // also removes the sockets

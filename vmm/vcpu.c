@@ -228,7 +228,8 @@ static void exit_other(struct vcpu *vcpu)
 
 static void exit_handle(struct vcpu *vcpu)
 {
-    atomic_fetch_add_explicit(&vcpu->exits, 1, memory_order_relaxed);
+    uint64_t before = atomic_fetch_add_explicit(&vcpu->exits, 1, memory_order_relaxed);
+    uint64_t start = before % VCPU_SAMPLE ? 0 : time_ns();
     FERRY_PROBE2(exit, vcpu->index, vcpu->run->exit_reason);
     if (vcpu->run->exit_reason == KVM_EXIT_IO)
         exit_io(vcpu);
@@ -236,6 +237,8 @@ static void exit_handle(struct vcpu *vcpu)
         exit_mmio(vcpu);
     else
         exit_other(vcpu);
+    if (start)
+        histogram_add(&vcpu->handling, time_ns() - start);
 }
 
 // --- the thread

@@ -77,8 +77,10 @@ json_t *session_info(struct session *s)
     if (vm) {
         json_t *vcpus = json_array();
         for (unsigned i = 0; i < vm->nr_vcpus; i++)
-            json_array_append_new(vcpus, json_pack("{s:i, s:I}", "index", (int)i, "exits",
-                                                   (json_int_t)atomic_load(&vm->vcpus[i].exits)));
+            json_array_append_new(vcpus,
+                                  json_pack("{s:i, s:I, s:o}", "index", (int)i, "exits",
+                                            (json_int_t)atomic_load(&vm->vcpus[i].exits),
+                                            "handling", histogram_show(&vm->vcpus[i].handling)));
         json_object_set_new(info, "memory_bytes", json_integer((json_int_t)vm->ram.size));
         json_object_set_new(info, "vcpus", vcpus);
         json_object_set_new(info, "devices", devices_show(s));
@@ -97,7 +99,9 @@ static void get_info(struct control_request *req, json_t *args, void *context)
 
 static void get_metrics(struct control_request *req, json_t *args, void *context)
 {
-    json_t *info = session_info(context);
+    struct session *s = context;
+    json_t *info = session_info(s);
+    json_object_set_new(info, "api_latency", histogram_show(control_latency(s->control)));
     autofree char *text = metrics_text(info);
     json_decref(info);
     control_reply_text(req, "text/plain; version=0.0.4", text ? text : "");
