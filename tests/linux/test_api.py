@@ -450,6 +450,7 @@ class Hosts(ApiTest):
         return {e["name"]: e for e in
                 self.assertStatus(self.lab.ferry("ls", "--json", *args), lab.OK).json()}
 
+    @unittest.skipIf(lab.JAIL, "the process outside a jail removes what a dead VM leaves: test_jail")
     def test_ls_rm_kill_prune(self):
         self.assertEqual({}, self.names())
         first = self.lab.vm("run", "-k", lab.bare_guest("incr.elf"), "-m", "32M", "-a", "pages=64",

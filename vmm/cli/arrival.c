@@ -100,7 +100,7 @@ static int announce(struct errand *e)
     // A guest that runs is worth more than its control socket.
     if (session_listen(s, &err) || session_serve(s, &err))
         log_write(&s->vm->log, LOG_ERROR, "no control socket: %s", err.text);
-    return 0;
+    return session_confine(s, e->err);
 }
 
 static void arrived(void *context, struct vm *vm)

@@ -433,7 +433,9 @@ int session_serve(struct session *s, struct error *err)
 
 int session_confine(struct session *s, struct error *err)
 {
-    return seccomp_enter(SECCOMP_LOOP, s->options->vm.seccomp, err);
+    int ret = s->confined ? 0 : seccomp_enter(SECCOMP_LOOP, s->options->vm.seccomp, err);
+    s->confined = !ret;
+    return ret;
 }
 
 int session_start(struct session *s, struct error *err)

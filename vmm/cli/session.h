@@ -28,6 +28,7 @@ struct session {
     struct usage usage;
     struct control *control;
     bool registered; // vmm/cli/registry.h has a record of this VM
+    bool confined;   // session_confine has been
     struct api *api;
     struct migrate_commands *migrate;
     struct migrate_hooks hooks;
@@ -64,7 +65,7 @@ int session_start(struct session *s, struct error *err);
 // A VM that has arrived is running or paused now: says so to the life.
 void session_arrived(struct session *s);
 // From here on the loop's thread makes only the calls of vmm/seccomp.c. After every thread that is
-// not a worker's has been created.
+// not a worker's has been created; once more does nothing.
 int session_confine(struct session *s, struct error *err);
 // Asks the guest to end, by its power button: LIFE_STOPPING. One that has not after `timeout_s` is
 // ended. -ENOTCONN: it does not listen for the button; -EPERM: it does not run.
