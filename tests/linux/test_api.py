@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import threading
+import unittest
 
 import ferrylab as lab
 
