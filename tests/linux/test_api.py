@@ -404,6 +404,35 @@ class Life(ApiTest):
         self.assertEqual(0, process.wait(), process.errors())
         self.assertFalse(os.path.exists(path))
 
+    def test_metrics_on_a_port(self):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        vm = self.lab.vm("run", "-k", lab.bare_guest("incr.elf"), "-m", "32M", "-a", "pages=64",
+                         "--metrics-listen", str(port))
+        vm.wait_for(b"sync 1")
+        while vm.ferry("info").status:
+            self.assertIsNone(vm.child.poll(), vm.errors())
+        for method, path, status in (("GET", "/metrics", 200), ("GET", "/metrics/prometheus", 200),
+                                     ("GET", "/", 404), ("GET", "/info", 404),
+                                     ("PUT", "/metrics", 501), ("PUT", "/stop", 501)):
+            with self.subTest(method=method, path=path):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=lab.LIMIT)
+                connection.request(method, path)
+                answer = connection.getresponse()
+                self.assertEqual(status, answer.status)
+                if status == 200:
+                    self.assertIn(f'ferry_vm_state{{vm="{vm.name}",state="running"}} 1',
+                                  answer.read().decode())
+                connection.close()
+        second = self.lab.ferry("run", "-k", lab.bare_guest("halt.elf"), "--metrics-listen",
+                                f"tcp:127.0.0.1:{port}")
+        self.assertIn("Address already in use", self.assertStatus(second, lab.FAILED).stderr)
+        for wrong in ("localhost:1", "x", "", "1:2:3", "70000"):
+            result = self.lab.ferry("run", "-k", lab.bare_guest("halt.elf"), "--metrics-listen", wrong)
+            self.assertNotEqual(lab.OK, result.status, wrong)
+        self.assertStatus(vm.ferry("stop"), lab.OK)
+        self.assertEnds(vm, lab.STOPPED)
+
     def test_events(self):
         vm = self.lab.vm("run", "-k", lab.bare_guest("incr.elf"), "-m", "32M", "-a", "pages=64")
         vm.wait_for(b"sync 1")

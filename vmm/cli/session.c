@@ -109,7 +109,8 @@ static void control_publish(struct session *s, struct control *control)
 
 int session_init(struct session *s, struct vm_options *options, struct error *err)
 {
-    *s = (struct session) {.options = options, .signal_fd = -1, .usage.statm_fd = -1};
+    *s = (struct session) {
+        .options = options, .signal_fd = -1, .metrics_fd = -1, .usage.statm_fd = -1};
     life_init(&s->life);
     s->life.changed = state_changed;
     s->life.arg = s;
@@ -377,6 +378,14 @@ static int socket_open(struct session *s, const char *path, struct error *err)
     return 0;
 }
 
+static int metrics_listen(struct session *s, struct error *err)
+{
+    if (!s->nr_sockets)
+        return error_set(err, -EINVAL, "--metrics-listen needs the API (--control or --api-sock)");
+    int ret = http_listen_tcp(s->options->metrics_listen, &s->metrics_fd, err);
+    return ret ? error_prefix(err, "--metrics-listen") : 0;
+}
+
 int session_listen(struct session *s, struct error *err)
 {
     const struct vm_options *o = s->options;
@@ -393,6 +402,8 @@ int session_listen(struct session *s, struct error *err)
     s->registered = !ret && o->control;
     if (!ret)
         ret = usage_open(&s->usage, err);
+    if (!ret && o->metrics_listen)
+        ret = metrics_listen(s, err);
     return ret ? ret : jail(s, err);
 }
 
@@ -424,6 +435,8 @@ int session_serve(struct session *s, struct error *err)
         ret = migration_add(s, err);
     if (!ret)
         ret = sockets_hand_over(s, err);
+    if (!ret && s->metrics_fd >= 0)
+        ret = control_take_reader(s->control, take_fd(&s->metrics_fd), "/metrics/prometheus", err);
     if (ret)
         return ret;
     control_confine(s->control, s->options->vm.seccomp);
@@ -542,6 +555,7 @@ void session_drop(struct session *s)
     migrate_commands_destroy(s->migrate);
     s->migrate = NULL;
     usage_stop(&s->usage);
+    api_vm_gone(s->api);
     if (s->stop_timer.fn)
         loop_timer_close(&s->stop_timer);
     s->stop_timer.fn = NULL;
@@ -563,6 +577,8 @@ void session_destroy(struct session *s)
     console_close(s->console); // after the loop, which may still hold its polls
     api_destroy(s->api);
     usage_close(&s->usage);
+    if (s->metrics_fd >= 0)
+        close(s->metrics_fd);
     life_destroy(&s->life);
-    *s = (struct session) {.signal_fd = -1, .usage.statm_fd = -1};
+    *s = (struct session) {.signal_fd = -1, .metrics_fd = -1, .usage.statm_fd = -1};
 }

@@ -38,6 +38,7 @@ struct session {
         char path[108];
     } sockets[2];
     unsigned nr_sockets;
+    int metrics_fd;               // --metrics-listen, until session_serve; -1 otherwise
     struct loop_timer stop_timer; // runs while the guest is asked to end
     unsigned stop_s;
     struct boot_files *boot_files; // what the guest starts from, NULL if it came otherwise
