@@ -481,6 +481,13 @@ class Hosts(ApiTest):
                 self.assertStatus(self.lab.ferry("ls", "--json", *args), lab.OK).json()}
 
     @unittest.skipIf(lab.JAIL, "the process outside a jail removes what a dead VM leaves: test_jail")
+    def stands_still(self, pid):
+        states = []
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/stat") as f:
+                states.append(f.read().rsplit(")", 1)[1].split()[0])
+        return set(states) == {"T"}
+
     def test_ls_rm_kill_prune(self):
         self.assertEqual({}, self.names())
         first = self.lab.vm("run", "-k", lab.bare_guest("incr.elf"), "-m", "32M", "-a", "pages=64",
@@ -494,7 +501,9 @@ class Hosts(ApiTest):
         self.assertEqual(("running", first.pid), (listed[first.name]["state"],
                                                   listed[first.name]["pid"]))
         self.assertIn("runs", self.assertStatus(first.ferry("rm"), lab.FAILED).stderr)
-        os.kill(second.pid, signal.SIGSTOP)  # alive, and silent
+        os.kill(second.pid, signal.SIGSTOP)  # alive, and silent when its last thread has heard
+        while not self.stands_still(second.pid):
+            self.assertIsNone(second.child.poll(), second.errors())
         self.assertEqual("silent", self.names()[second.name]["state"])
         self.assertStatus(second.ferry("kill"), lab.OK)
         self.assertEqual(-signal.SIGKILL, second.wait())
