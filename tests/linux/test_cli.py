@@ -138,6 +138,14 @@ class Texts(LabTest):
             self.assertIsNone(vm.child.poll(), vm.errors())
         self.assertEqual(["completes-me"], self.complete("stop", "comp"))
 
+    def test_each_command_has_json_and_an_example(self):
+        for command in set(COMMANDS) - {"migrate"}:
+            with self.subTest(command=command):
+                self.assertIn("json", self.options(command)[0])
+        for command in set(COMMANDS) - {"check", "version", "migrate", "receive", "restore"}:
+            with self.subTest(command=command):
+                self.assertRegex(self.help(command), r"(?m)^examples?:")
+
     def test_json_texts(self):
         version = self.assertStatus(self.lab.ferry("version", "--json"), lab.OK).json()
         self.assertRegex(version["version"], r"^\d+\.\d+")
@@ -219,6 +227,8 @@ class Control(LabTest):
         client = self.lab.start(lab.Process([lab.FERRY, "console", "attached"], env=self.lab.env,
                                             stdin=theirs, stdout=theirs))
         os.close(theirs)
+        where = self.assertStatus(self.lab.ferry("console", "attached", "--json"), lab.OK)
+        self.assertIn(where.json()["console"], self.lab.ferry("info", "attached").stdout)
         screen = lab.Stream(ours, "the terminal")
         for text in says:
             os.write(ours, text.encode())

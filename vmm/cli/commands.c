@@ -35,9 +35,28 @@ static struct device *device_find(const struct session *s, const char *wanted, s
     return NULL;
 }
 
+// "memory": what the guest shall have, the balloon holds the rest.
+static int memory_apply(const struct session *s, json_t *value, struct error *err)
+{
+    uint64_t bytes, size = s->vm->ram.size;
+    const char *text = json_string_value(value);
+    char target[32];
+    struct device *dev = device_find(s, "balloon0", strlen("balloon0"));
+    if (!dev)
+        return error_set(err, -ENOENT, "memory: VM %s has no balloon to take the rest",
+                         s->vm->name);
+    if (!text || size_parse(text, MiB, &bytes) || !bytes || bytes > size || bytes % PAGE_SIZE)
+        return error_set(err, -EINVAL, "memory '%.40s': expected a size up to the VM's %llu MiB",
+                         text ? text : "", (unsigned long long)(size / MiB));
+    snprintf(target, sizeof(target), "%lluK", (unsigned long long)((size - bytes) / KiB));
+    return dev->class->set(dev, "target", target, err);
+}
+
 // "disk0.size": what is before the point names a device.
 static int setting_apply(const struct session *s, const char *key, json_t *value, struct error *err)
 {
+    if (!strcmp(key, "memory"))
+        return memory_apply(s, value, err);
     const char *point = strchr(key, '.');
     size_t len = point ? (size_t)(point - key) : strlen(key);
     struct device *dev = device_find(s, key, len);

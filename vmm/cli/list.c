@@ -226,32 +226,47 @@ int cli_ls(int argc, char **argv)
     return EXIT_OK;
 }
 
-static unsigned entry_clean(const struct registry_entry *e, const struct list_args *args)
+// Adds the files to `removed`, or says their names.
+static void entry_clean(const struct registry_entry *e, const struct list_args *args,
+                        json_t *removed)
 {
     json_t *files = registry_leftovers(e), *file;
     size_t i;
-    json_array_foreach(files, i, file) if (!args->quiet)
+    json_array_foreach(files, i, file) if (!args->quiet && !args->json)
         printf("%s %s\n", args->dry_run ? "would remove" : "removed", text(file, "path"));
+    json_array_extend(removed, files);
     json_decref(files);
-    return args->dry_run ? 0 : registry_clean(e);
+    if (!args->dry_run)
+        registry_clean(e);
+}
+
+static void removed_print(json_t *removed, const struct list_args *args)
+{
+    json_t *all = json_pack("{s:O}", args->dry_run ? "would_remove" : "removed", removed);
+    if (args->json)
+        json_print(all);
+    json_decref(all);
+    json_decref(removed);
 }
 
 int cli_prune(int argc, char **argv)
 {
-    static const char usage[] = "ferry prune [--dry-run] [--quiet]\n\n"
+    static const char usage[] = "ferry prune [--dry-run] [--quiet] [--json]\n\n"
                                 "Removes what dead VMs left: their sockets and records. Never a "
                                 "disk, overlay or snapshot.\n"
                                 "example: ferry prune --dry-run";
     struct list_args args;
     struct registry registry;
     struct error err;
-    int ret = parse(argc, argv, usage, "nq", false, &args, &err);
+    int ret = parse(argc, argv, usage, "jnq", false, &args, &err);
     if (!ret)
         ret = registry_scan(&registry, &err);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
+    json_t *removed = json_array();
     for (size_t i = 0; i < registry.nr; i++)
-        entry_clean(&registry.entries[i], &args);
+        entry_clean(&registry.entries[i], &args, removed);
+    removed_print(removed, &args);
     registry_free(&registry);
     return EXIT_OK;
 }
@@ -282,17 +297,19 @@ static int remove_one(const struct registry_entry *e, const struct list_args *ar
     if (e->fate == REGISTRY_ALIVE)
         return error_set(err, -EBUSY, "VM %s runs (pid %d): ferry stop %s first", e->name,
                          (int)e->pid, e->name);
-    entry_clean(e, args);
+    json_t *removed = json_array();
+    entry_clean(e, args, removed);
+    removed_print(removed, args);
     return 0;
 }
 
 int cli_rm(int argc, char **argv)
 {
     return with_entry(argc, argv,
-                      "ferry rm NAME [--dry-run] [--quiet]\n\n"
+                      "ferry rm NAME [--dry-run] [--quiet] [--json]\n\n"
                       "Removes what a dead VM left: its sockets and record.\n"
                       "example: ferry rm web",
-                      "nq", remove_one);
+                      "jnq", remove_one);
 }
 
 static int kill_one(const struct registry_entry *e, const struct list_args *args, struct error *err)
@@ -302,6 +319,11 @@ static int kill_one(const struct registry_entry *e, const struct list_args *args
                          e->name, e->name);
     if (kill(e->pid, SIGKILL))
         return error_errno(err, "VM %s, pid %d", e->name, (int)e->pid);
+    if (args->json) {
+        json_t *killed = json_pack("{s:s, s:i}", "name", e->name, "pid", (int)e->pid);
+        json_print(killed);
+        json_decref(killed);
+    }
     return 0;
 }
 
@@ -309,9 +331,9 @@ int cli_kill(int argc, char **argv)
 {
     return with_entry(
         argc, argv,
-        "ferry kill NAME\n\n"
+        "ferry kill NAME [--json]\n\n"
         "Ends a VM's process at once, whatever it does; for one that `ferry stop` cannot\n"
         "reach. Its guest loses what it has not flushed.\n"
         "example: ferry kill web",
-        "", kill_one);
+        "j", kill_one);
 }

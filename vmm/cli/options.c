@@ -130,6 +130,14 @@ static int set_stop_timeout(struct vm_options *o, const char *value, struct erro
     return 0;
 }
 
+static int set_json(struct vm_options *o, const char *value, struct error *err)
+{
+    bool json = false;
+    int ret = set_bool(&json, value, err);
+    o->vm.log_format = json ? LOG_JSON : LOG_TEXT;
+    return ret;
+}
+
 static int set_on_reboot(struct vm_options *o, const char *value, struct error *err)
 {
     if (strcmp(value, "stop") && strcmp(value, "reset"))
@@ -328,6 +336,7 @@ static const struct option_row rows[] = {
     {"seccomp", 0, FOR_ALL, false, "MODE",
      "filter the system calls of each thread: on (default), off, or log what a filter would stop",
      set_seccomp, 0},
+    {"json", 'j', FOR_ALL, false, NULL, "the same as --log-format json", set_json, 0},
     {"ucall", 0, FOR_RUN, true, NULL, "answer the test guests of guest/bare", set_ucall, 0},
     {"debug-exit", 0, FOR_RUN, true, NULL, "let the guest end the VM through port 0xf4",
      set_debug_exit, 0},
