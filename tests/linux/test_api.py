@@ -292,6 +292,11 @@ class Life(ApiTest):
         self.assertIn(2 << 20, [devices["disk0"]["size"], devices["disk1"]["size"]])
         self.good(api, "PATCH", "/balloon", {"amount_mib": 4})
         self.assertEqual(4, self.good(api, "GET", "/balloon/statistics", status=200)["target_mib"])
+        self.assertStatus(vm.ferry("set", "memory=24M", "disk0.bps=50M"), lab.OK)
+        self.assertEqual(8, self.good(api, "GET", "/balloon/statistics", status=200)["target_mib"])
+        for wrong in ("memory=33M", "memory=0", "memory=x"):
+            self.assertIn("up to the VM's 32 MiB",
+                          self.assertStatus(vm.ferry("set", wrong), lab.USAGE).stderr)
         self.good(api, "PUT", "/actions", {"action_type": "FlushMetrics"})
         with open(self.lab.path("metrics")) as f:
             self.assertEqual(vm.name, json.loads(f.readline())["name"])
@@ -404,6 +409,47 @@ class Life(ApiTest):
         self.assertEqual(0, process.wait(), process.errors())
         self.assertFalse(os.path.exists(path))
 
+    def test_big_slow_and_rude_clients(self):
+        """10 MB that are really sent, a byte at a time, a reader that does not read: each is answered or
+        closed, and whoever else asks is answered meanwhile."""
+        vm, api = self.waiting()
+        self.good(api, "PUT", "/boot-source", {"kernel_image_path": lab.bare_guest("incr.elf"),
+                                               "boot_args": "pages=64"})
+        self.start(api)
+        with socket.socket(socket.AF_UNIX) as big:
+            big.settimeout(lab.LIMIT)
+            big.connect(api.path)
+            try:
+                big.sendall(b"PUT /vm HTTP/1.1\r\nContent-Length: 10000000\r\n\r\n")
+                for _ in range(100):
+                    big.sendall(b" " * 100000)
+            except OSError as e:  # closed in the middle of it
+                self.assertIn(e.errno, (errno.EPIPE, errno.ECONNRESET))
+            try:
+                self.assertIn(big.recv(64)[:12], (b"", b"HTTP/1.1 413"))
+            except ConnectionResetError:
+                pass
+        with socket.socket(socket.AF_UNIX) as deaf:  # asks without end, and reads nothing
+            deaf.setblocking(False)
+            deaf.connect(api.path)
+            try:
+                for _ in range(20000):
+                    deaf.send(b"GET /openapi HTTP/1.1\r\n\r\n")
+            except OSError as e:
+                self.assertIn(e.errno, (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET))
+            with socket.socket(socket.AF_UNIX) as slow:
+                slow.settimeout(lab.LIMIT)
+                slow.connect(api.path)
+                for i in range(26):
+                    slow.sendall(b"GET /version HTTP/1.1\r\n\r\n  "[i:i + 1])
+                    self.assertEqual(200, api.call("GET", "/info")[0])
+                self.assertEqual(b"HTTP/1.1 200", slow.recv(64)[:12])
+        before = self.good(api, "GET", "/info", status=200)["vcpus"][0]["cpu_ns"]
+        while self.good(api, "GET", "/info", status=200)["vcpus"][0]["cpu_ns"] == before:
+            self.assertIsNone(vm.child.poll(), vm.errors())
+        self.good(api, "PUT", "/stop", {})
+        self.assertEnds(vm, lab.STOPPED)
+
     def test_metrics_on_a_port(self):
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -463,12 +509,12 @@ class Life(ApiTest):
             idle.append(s)
         answers = []
         threads = [threading.Thread(target=lambda: answers.append(api.call("GET", "/")[0]))
-                   for _ in range(50)]
+                   for _ in range(100)]
         for t in threads:
             t.start()
         for t in threads:
             t.join()
-        self.assertEqual([200] * 50, answers)
+        self.assertEqual([200] * 100, answers)
         for s in idle:
             s.close()
         self.good(api, "PUT", "/stop", {})
@@ -505,11 +551,15 @@ class Hosts(ApiTest):
         while not self.stands_still(second.pid):
             self.assertIsNone(second.child.poll(), second.errors())
         self.assertEqual("silent", self.names()[second.name]["state"])
-        self.assertStatus(second.ferry("kill"), lab.OK)
+        self.assertEqual({"name": second.name, "pid": second.pid},
+                         self.assertStatus(second.ferry("kill", "--json"), lab.OK).json())
         self.assertEqual(-signal.SIGKILL, second.wait())
         self.assertEqual("dead", self.names()[second.name]["state"])
         self.assertEqual(["zombie"], [f["kind"] for f in self.names("--sprawl").values()])
         self.assertIn("dead already", self.assertStatus(second.ferry("kill"), lab.FAILED).stderr)
+        left = self.assertStatus(self.lab.ferry("rm", second.name, "--dry-run", "--json"),
+                                 lab.OK).json()["would_remove"]
+        self.assertIn(f"{self.lab.run_dir}/{second.name}.sock", [f["path"] for f in left])
         self.assertIn(f"would remove {self.lab.run_dir}/{second.name}.sock",
                       self.assertStatus(self.lab.ferry("prune", "--dry-run"), lab.OK).stdout)
         self.assertStatus(second.ferry("rm"), lab.OK)
