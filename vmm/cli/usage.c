@@ -46,7 +46,8 @@ int usage_start(struct usage *u, struct vm *vm, struct error *err)
 {
     const uint64_t period = USAGE_PERIOD_S * 1000000000ull;
     *u = (struct usage) {.vm = vm, .start_ns = time_ns(), .statm_fd = u->statm_fd};
-    u->at_ns = u->busy_at_ns = u->start_ns;
+    u->at_ns = u->start_ns;
+    u->busy_at_ns = u->start_ns;
     u->vcpu_ns = vcpus_time(vm);
     int ret = loop_timer_init(vm->loop, &u->timer, usage_read, err);
     if (ret)
