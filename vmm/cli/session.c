@@ -296,7 +296,9 @@ static void reboot_now(void *arg)
     if (state == LIFE_RUNNING || state == LIFE_PAUSED) {
         session_reset(s, "its guest rebooted", &err);
     } else if (state == LIFE_STOPPING) { // it was asked to end, and that is one way
+        pthread_mutex_lock(&s->vm->lock);
         s->vm->on_reset = NULL;
+        pthread_mutex_unlock(&s->vm->lock);
         vm_request_stop(s->vm, VM_STOP_RESET, 0, "the guest reset the machine");
     }
 }
