@@ -98,13 +98,16 @@ struct credit_vm {
     unsigned nr_vcpus, nr_active;
     uint16_t here[CREDIT_PCPUS_MAX]; // how many of its vCPUs run or wait at each pCPU
     uint64_t at;                     // the pCPUs where that is not 0
-    int64_t budget_ns;               // of the cap: left in this period, not handed out
-    unsigned nr_parked, nr_running, nr_queued;
+    int64_t budget_ns;               // of the cap: left in this period and not handed out
+    int64_t handed_ns;               // ... handed to its vCPUs: the sum of their quota_ns
+    unsigned nr_queued;
     struct credit_list parked; // credit_vcpu.link
     uint64_t run_ns;           // CPU time charged, in all
-    // Of one accounting.
+
+    // Of one accounting: what it may be given at most, what it is given; whether it has come to the
+    // first, and whether the second is final.
     int64_t room_ns, given_ns;
-    bool full;
+    bool full, settled;
 };
 
 struct credit_vcpu {
@@ -120,7 +123,10 @@ struct credit_vcpu {
     uint64_t boost_ns; // CPU time used as BOOST since the last accounting
     uint64_t quota_ns; // of its VM's budget: handed to it and not yet used
     uint64_t since_ns; // when `state` began
-    uint64_t start_ns; // when its present slice began
+    uint64_t start_ns; // since when it runs without a break
+    uint64_t left_ns;  // of its slice, at start_ns
+    int64_t room_ns;   // of one accounting: what it may be given at most
+    bool full;         // ... and is
     uint64_t ran_ns;   // when it last ran (to tell a warm cache)
     struct credit_list link, sibling;
 
@@ -152,7 +158,8 @@ struct credit {
     struct credit_pcpu pcpus[CREDIT_PCPUS_MAX];
     uint64_t online;                  // all pCPUs
     uint64_t idle;                    // pCPUs that run nothing
-    uint64_t waiting[CREDIT_CLASSES]; // pCPUs with a queue of that class
+    uint64_t running[CREDIT_CLASSES]; // pCPUs that run one of that class
+    uint64_t waiting[CREDIT_CLASSES]; // pCPUs where one of that class waits
     uint64_t nodes[CREDIT_PCPUS_MAX]; // pCPUs of each NUMA node
     uint64_t kicks;
     struct credit_list vms;
