@@ -234,6 +234,9 @@ int sched_client_attach(struct sched_client *c, struct error *err)
         atomic_store(&c->attached, true);
     }
     pthread_mutex_unlock(&c->lock);
+    // A signal of the daemon's that came before the page was there made nobody look.
+    for (unsigned i = 0; i < c->config.nr && !ret; i++)
+        syscall(SYS_tgkill, getpid(), c->tids[i], c->config.signal);
     if (!ret && c->config.changed)
         c->config.changed(c->config.arg, 0, "");
     return ret;
