@@ -380,6 +380,11 @@ int control_take(struct control *c, int fd, const char *path, struct error *err)
     return http_add_listener(c->server, fd, err);
 }
 
+void control_confine(struct control *c, enum seccomp_mode mode)
+{
+    http_confine(c->server, mode);
+}
+
 int control_start(struct control *c, struct error *err)
 {
     return http_start(c->server, err);

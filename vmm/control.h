@@ -22,6 +22,7 @@
 #include "vmm/life.h"
 #include "vmm/loop.h"
 #include "vmm/schema.h"
+#include "vmm/seccomp.h"
 
 struct control_request;
 
@@ -62,6 +63,8 @@ void control_remove(struct control *control, const void *context);
 int control_listen(struct control *control, const char *path, struct error *err);
 // The same for a socket that was made before (http_listen); takes fd, also on error.
 int control_take(struct control *control, int fd, const char *path, struct error *err);
+// The filter of the server's thread (off unless set). Before control_start.
+void control_confine(struct control *control, enum seccomp_mode mode);
 int control_start(struct control *control, struct error *err);
 void control_destroy(struct control *control); // also removes the sockets
 

@@ -62,6 +62,7 @@ struct http_server {
     void *arg;
     pthread_t thread;
     bool started, stopping;
+    enum seccomp_mode seccomp;
     unsigned writing; // answers whose last byte is still to be sent
 };
 
@@ -288,6 +289,8 @@ static void *server_main(void *arg)
     pthread_sigmask(SIG_BLOCK, &all, NULL);
     pthread_setname_np(pthread_self(), "http");
     thread_prompt();
+    tzset(); // opens files; the first Date header would
+    seccomp_enter_or_abort(SECCOMP_HTTP, s->seccomp);
     event_base_loop(s->base, EVLOOP_NO_EXIT_ON_EMPTY);
     return NULL;
 }
@@ -458,6 +461,11 @@ int http_add_listener(struct http_server *s, int fd, struct error *err)
         return 0;
     close(fd);
     return error_set(err, -ENOMEM, "the HTTP server cannot listen");
+}
+
+void http_confine(struct http_server *s, enum seccomp_mode mode)
+{
+    s->seccomp = mode;
 }
 
 int http_start(struct http_server *s, struct error *err)

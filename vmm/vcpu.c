@@ -299,6 +299,7 @@ static void *vcpu_main(void *arg)
     sigemptyset(&kick);
     sigaddset(&kick, VCPU_SIGNAL);
     pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
+    seccomp_enter_or_abort(SECCOMP_VCPU, vcpu->vm->config.seccomp);
     if (vcpu->vm->trace && vcpu->vm->sync_regs & KVM_SYNC_X86_REGS)
         vcpu->run->kvm_valid_regs = KVM_SYNC_X86_REGS;
 

@@ -17,6 +17,7 @@
 #include "vmm/log.h"
 #include "vmm/loop.h"
 #include "vmm/ram.h"
+#include "vmm/seccomp.h"
 #include "vmm/state.h"
 #include "vmm/trace.h"
 
@@ -30,6 +31,7 @@ struct vm_config {
     enum log_level log_level;
     enum log_format log_format;
     bool trace;
+    enum seccomp_mode seccomp; // of the threads; SECCOMP_OFF unless set
     const char *kvm_path; // NULL = /dev/kvm
 };
 

@@ -41,6 +41,11 @@ _ferry()
         --log) choices="error warn info debug" ;;
         --log-format) choices="text json" ;;
         --control | --vmgenid) choices="true false" ;;
+        --seccomp) choices="on off log" ;;
+        --jail)
+            mapfile -t COMPREPLY < <(compgen -d -- "$word")
+            return
+            ;;
         --transport) choices="mmio pci" ;;
         --net) choices="tap= tap-fd= user" ;;
         --mode) choices="precopy postcopy hybrid" ;;

@@ -3,7 +3,9 @@
 network namespaces. Python's standard library only.
 
 Environment (scripts/test sets it): FERRY the program, FERRY_BUILD the build directory, FERRY_GUEST
-the Linux guest, FERRY_LONG=1 the long variants. Tests wait for events; LIMIT only ends what hangs.
+the Linux guest, FERRY_LONG=1 the long variants. FERRY_TEST_SECCOMP=on|off|log gives every VM that
+--seccomp, FERRY_TEST_JAIL=1 every `ferry run` a --jail. Tests wait for events; LIMIT only ends what
+hangs.
 """
 
 import atexit
@@ -24,6 +26,9 @@ FERRY = os.environ.get("FERRY") or os.path.join(BUILD, "ferry")
 CACHE = os.environ.get("FERRY_CACHE") or os.path.expanduser("~/.cache/ferry")
 GUEST = os.environ.get("FERRY_GUEST") or os.path.join(CACHE, "guest")
 LONG = bool(os.environ.get("FERRY_LONG"))
+SECCOMP = os.environ.get("FERRY_TEST_SECCOMP")
+JAIL = os.environ.get("FERRY_TEST_JAIL") == "1" and not os.geteuid()
+JAIL_UID, JAIL_GID = 4321, 4322  # nobody's, on any host: the kernel does not ask for a name
 
 LIMIT = 300  # seconds; hosts that emulate the guest's ring 0 boot Linux in 10 to 25 s
 
@@ -152,7 +157,8 @@ class Vm(Process):
         self.name = name or lab.new_name()
         ours, theirs = socket.socketpair()
         self.socket = ours
-        argv = [ferry, command, *args, "--name", self.name, "--console", f"fd:{theirs.fileno()}"]
+        argv = [ferry, command, *lab.walls(command, *args), *args, "--name", self.name,
+                "--console", f"fd:{theirs.fileno()}"]
         if namespace:  # a Namespaces.Side
             argv = namespace.enter + argv
         super().__init__(argv, env=lab.env, pass_fds=(theirs.fileno(), *fds),
@@ -272,6 +278,26 @@ class Lab:
     def path(self, name):
         return os.path.join(self.dir, name)
 
+    def walls(self, command, *args):
+        """Options that confine a VM, when the whole run is to be confined."""
+        if command not in ("run", "receive", "restore") or "--help" in args:
+            return []
+        more = ["--seccomp", SECCOMP] if SECCOMP and "--seccomp" not in args else []
+        if JAIL and command == "run" and "--jail" not in args:
+            more += ["--jail", self.jail()]
+        return more
+
+    def jail(self):
+        """Our directory as a jail, in which our paths mean what they mean outside."""
+        root = os.path.realpath(self.dir)
+        link = root + root
+        if not os.path.lexists(link):
+            os.makedirs(os.path.dirname(link), exist_ok=True)
+            os.symlink("/", link)
+            os.chown(root, JAIL_UID, JAIL_GID)
+            os.chmod(root, 0o755)
+        return f"{root},uid={JAIL_UID},gid={JAIL_GID}"
+
     def start(self, process):
         self.started.append(process)
         return process
@@ -285,6 +311,7 @@ class Lab:
                        "--append", guest_cmdline() if append is None else append, *args, **options)
 
     def ferry(self, *args, limit=LIMIT, env=None, enter=(), cwd=None):
+        args = (*args[:1], *self.walls(*args), *args[1:])
         done = subprocess.run([*enter, FERRY, *args], env=env or self.env, cwd=cwd, timeout=limit,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True,
                               errors="replace")

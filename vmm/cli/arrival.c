@@ -105,8 +105,10 @@ static int announce(struct errand *e)
 
 static void arrived(void *context, struct vm *vm)
 {
-    struct errand e = {.arrival = context, .fn = announce};
-    errand_wait(&e);
+    struct error err;
+    struct errand e = {.arrival = context, .fn = announce, .err = &err};
+    if (errand_wait(&e))
+        vm_request_stop(vm, VM_STOP_ERROR, 0, "%s", err.text);
 }
 
 // --- the receiving thread
@@ -126,6 +128,7 @@ static void *receive_main(void *arg)
 {
     struct arrival *a = arg;
     struct receive_report report;
+    seccomp_enter_or_abort(SECCOMP_WORKER, a->session->options->vm.seccomp);
     a->ret = receive_run(a->receive, &a->vm, &report, &a->err);
     a->done_call = (struct loop_call) {receive_done, a, NULL};
     loop_call(a->session->loop, &a->done_call);

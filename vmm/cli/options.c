@@ -8,7 +8,7 @@
 
 #include "devices/virtio_console.h"
 
-enum { OPTIONS_MAX = 40, CONFIG_FILE_MAX = 1024 * 1024 };
+enum { OPTIONS_MAX = 64, CONFIG_FILE_MAX = 1024 * 1024 };
 
 struct option_row {
     const char *name;
@@ -245,6 +245,16 @@ static int set_trace(struct vm_options *o, const char *value, struct error *err)
     return set_bool(&o->vm.trace, value, err);
 }
 
+static int set_seccomp(struct vm_options *o, const char *value, struct error *err)
+{
+    return seccomp_mode_parse(value, &o->vm.seccomp, err);
+}
+
+static int set_jail(struct vm_options *o, const char *value, struct error *err)
+{
+    return jail_parse(value, &o->jail, err);
+}
+
 static int set_config(struct vm_options *o, const char *value, struct error *err)
 {
     return options_load(o, FOR_RUN, value, err);
@@ -298,6 +308,11 @@ static const struct option_row rows[] = {
     {"log-format", 0, FOR_ALL, false, "KIND",
      "text (default) or json; with priorities where stderr is systemd's journal", set_log_format,
      0},
+    {"jail", 0, FOR_RUN, false, "DIR[,...]",
+     "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH]", set_jail, 0},
+    {"seccomp", 0, FOR_ALL, false, "MODE",
+     "filter the system calls of each thread: on, off (default), or log what a filter would stop",
+     set_seccomp, 0},
     {"ucall", 0, FOR_RUN, true, NULL, "answer the test guests of guest/bare", set_ucall, 0},
     {"debug-exit", 0, FOR_RUN, true, NULL, "let the guest end the VM through port 0xf4",
      set_debug_exit, 0},
@@ -315,6 +330,7 @@ void options_init(struct vm_options *o)
     o->vm.cpus = 1;
     o->vm.ram.size = 128 * MiB;
     o->vm.log_level = LOG_INFO;
+    o->vm.seccomp = SECCOMP_DEFAULT;
     console_parse("stdio", &o->console, NULL);
 }
 

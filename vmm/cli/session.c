@@ -10,6 +10,7 @@
 
 #include "devices/platform.h"
 #include "devices/ucall.h"
+#include "devices/virtio_net.h"
 #include "devices/virtio_pci.h"
 #include "migrate/snapshot.h"
 #include "vmm/cli/api.h"
@@ -105,7 +106,7 @@ static void control_publish(struct session *s, struct control *control)
 
 int session_init(struct session *s, struct vm_options *options, struct error *err)
 {
-    *s = (struct session) {.options = options, .signal_fd = -1};
+    *s = (struct session) {.options = options, .signal_fd = -1, .usage.statm_fd = -1};
     life_init(&s->life);
     s->life.changed = state_changed;
     s->life.arg = s;
@@ -271,6 +272,16 @@ static int migration_add(struct session *s, struct error *err)
     return ret;
 }
 
+// Behind everything that is opened by a name outside, before the first thread.
+static int jail(struct session *s, struct error *err)
+{
+    const struct jail_config *config = &s->options->jail;
+    if (!*config->dir)
+        return 0;
+    int ret = usage_open(&s->usage, err);
+    return ret ? ret : jail_enter(config, err);
+}
+
 static int socket_open(struct session *s, const char *path, struct error *err)
 {
     struct session_socket *socket = &s->sockets[s->nr_sockets];
@@ -291,7 +302,12 @@ int session_listen(struct session *s, struct error *err)
         ret = socket_open(s, path, err);
     if (ret == -EADDRINUSE)
         error_set(err, ret, "a VM named %s is running (choose another --name)", o->name);
-    return ret || !o->api_sock ? ret : socket_open(s, o->api_sock, err);
+    if (!ret && o->api_sock)
+        ret = socket_open(s, o->api_sock, err);
+    if (!ret && o->control)
+        ret = registry_write(s, err);
+    s->registered = !ret && o->control;
+    return ret ? ret : jail(s, err);
 }
 
 static int sockets_hand_over(struct session *s, struct error *err)
@@ -308,7 +324,7 @@ int session_serve(struct session *s, struct error *err)
 {
     struct control *control;
     if (!s->nr_sockets)
-        return 0;
+        return s->vm ? session_confine(s, err) : 0;
     int ret = control_create(&control, s->loop, &s->life, err);
     if (ret)
         return ret;
@@ -322,10 +338,30 @@ int session_serve(struct session *s, struct error *err)
         ret = migration_add(s, err);
     if (!ret)
         ret = sockets_hand_over(s, err);
-    if (!ret && s->options->control)
-        ret = registry_write(s, err);
-    s->registered = !ret && s->options->control;
-    return ret ? ret : control_start(s->control, err);
+    if (ret)
+        return ret;
+    control_confine(s->control, s->options->vm.seccomp);
+    ret = control_start(s->control, err);
+    return ret || !s->vm ? ret : session_confine(s, err);
+}
+
+// User networking is a program, started anew when its link is set up again; a filter would hold for
+// that program as well.
+static bool starts_programs(const struct vm_options *o)
+{
+    for (unsigned i = 0; i < o->nr_devices; i++) {
+        const struct virtio_net_config *net = (const void *)o->devices[i].config;
+        if (o->devices[i].kind->class == &virtio_net_class && net->kind == NET_USER)
+            return true;
+    }
+    return false;
+}
+
+int session_confine(struct session *s, struct error *err)
+{
+    if (starts_programs(s->options))
+        return 0;
+    return seccomp_enter(SECCOMP_LOOP, s->options->vm.seccomp, err);
 }
 
 int session_start(struct session *s, struct error *err)
@@ -346,11 +382,12 @@ int session_start(struct session *s, struct error *err)
     if (ret)
         return ret;
     vm_resume(s->vm);
-    if (s->registered && registry_write(s, err)) // what it became is known now
+    // What it became is known now. (From a jail the record is out of reach.)
+    if (s->registered && !*s->options->jail.dir && registry_write(s, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
     if (usage_start(&s->usage, s->vm, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
-    return 0;
+    return s->control ? session_confine(s, err) : 0; // else session_serve does
 }
 
 void session_arrived(struct session *s)
@@ -376,7 +413,7 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
         return ret;
     }
     session_arrived(s);
-    return 0;
+    return session_confine(s, err);
 }
 
 // Said at every level, but for the end that everybody hopes for.
@@ -449,6 +486,7 @@ void session_destroy(struct session *s)
     loop_destroy(s->loop);
     console_close(s->console); // after the loop, which may still hold its polls
     api_destroy(s->api);
+    usage_close(&s->usage);
     life_destroy(&s->life);
-    *s = (struct session) {.signal_fd = -1};
+    *s = (struct session) {.signal_fd = -1, .usage.statm_fd = -1};
 }

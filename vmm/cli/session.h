@@ -59,6 +59,9 @@ int session_serve(struct session *s, struct error *err);
 int session_start(struct session *s, struct error *err);
 // A VM that has arrived is running or paused now: says so to the life.
 void session_arrived(struct session *s);
+// From here on the loop's thread makes only the calls of vmm/seccomp.c. After every thread that is
+// not a worker's has been created.
+int session_confine(struct session *s, struct error *err);
 // Asks the guest to end, by its power button: LIFE_STOPPING. One that has not after `timeout_s` is
 // ended. -ENOTCONN: it does not listen for the button; -EPERM: it does not run.
 int session_ask(struct session *s, unsigned timeout_s, struct error *err);

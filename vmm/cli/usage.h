@@ -22,8 +22,12 @@ struct usage {
     uint64_t vcpu_ns;                 // CPU time of the vCPU threads at at_ns
     uint64_t busy_at_ns;              // end of the last period that was not idle
     uint32_t permille, peak_permille; // of one CPU, in the last period and in the busiest
+    int statm_fd;                     // -1: the file is opened by its name, each time
 };
 
+// For a process that will not see /proc.
+int usage_open(struct usage *u, struct error *err);
+void usage_close(struct usage *u);
 int usage_start(struct usage *u, struct vm *vm, struct error *err); // loop's thread
 void usage_stop(struct usage *u);
 // Adds uptime, CPU, idle time, resident memory.
