@@ -384,9 +384,32 @@ static void ring(struct sched_client *c)
         return;
 }
 
+// Sleeps while `grant` is WAIT and *look is 0; 0, or -1 with errno.
+static int turn_wait(_Atomic uint32_t *grant, const uint32_t *look)
+{
+    enum { LOOK_NS = 20000000 };
+    struct futex_waitv both[2] = {
+        {.val = GRANT_WAIT, .uaddr = (uintptr_t)grant, .flags = FUTEX_32},
+        {.val = 0, .uaddr = (uintptr_t)look, .flags = FUTEX_32 | FUTEX_PRIVATE_FLAG}};
+    int ret = (int)syscall(SYS_futex_waitv, both, 2, 0, NULL, 0);
+    if (ret >= 0 || errno != ENOSYS)
+        return ret;
+    // Before Linux 5.16: a signal that comes just before the wait is seen a moment later.
+    const struct timespec moment = {0, LOOK_NS};
+    ret = (int)syscall(SYS_futex, grant, FUTEX_WAIT, GRANT_WAIT, &moment, NULL, 0);
+    if (ret && errno == ETIMEDOUT)
+        errno = EINTR;
+    return ret;
+}
+
+bool sched_client_may(const struct sched_client *c, unsigned i)
+{
+    return !c->wants[i] && atomic_load(&c->page->slots[i].grant) != GRANT_WAIT;
+}
+
 // The daemon writes `grant` before it reads `want`, we write `want` before we read `grant`: one of
 // the two sees what the other did. (Sequentially consistent on both sides.)
-bool sched_client_take(struct sched_client *c, unsigned i)
+bool sched_client_take(struct sched_client *c, unsigned i, const uint32_t *look)
 {
     struct sched_slot *slot = &c->page->slots[i];
     if (c->wants[i] && atomic_load(&slot->grant) != GRANT_WAIT) {
@@ -398,8 +421,7 @@ bool sched_client_take(struct sched_client *c, unsigned i)
     if (atomic_exchange(&slot->want, WANT_TURN) != WANT_TURN)
         ring(c);
     c->wants[i] = true;
-    if (futex(&slot->grant, FUTEX_WAIT, GRANT_WAIT) && errno == EINTR)
-        return false;
+    turn_wait(&slot->grant, look);
     if (atomic_load(&slot->grant) == GRANT_WAIT)
         return false;
     atomic_store(&slot->want, WANT_RUNNING);

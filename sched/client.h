@@ -40,8 +40,11 @@ void sched_client_detach(struct sched_client *client);
 void sched_client_destroy(struct sched_client *client); // the threads are gone; NULL is fine
 bool sched_client_attached(const struct sched_client *client);
 
-// In thread `i`: whether it may run now. Waits for its turn; false when a signal came meanwhile.
-bool sched_client_take(struct sched_client *client, unsigned i);
+// In thread `i`: whether it may run now. Waits for its turn while *look is 0, which the signal's
+// handler changes; false when it has, or a signal came.
+bool sched_client_take(struct sched_client *client, unsigned i, const uint32_t *look);
+// In thread `i`: whether take would return true at once.
+bool sched_client_may(const struct sched_client *client, unsigned i);
 // In thread `i`: it does not want to run until it calls take again.
 void sched_client_give(struct sched_client *client, unsigned i);
 // In thread `i`: how long it has waited for turns since it last asked, ns.

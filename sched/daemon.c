@@ -700,7 +700,9 @@ int sched_daemon_create(struct sched_daemon **out, const struct sched_daemon_con
     d->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     d->listen_fd = -1;
     files_allow();
-    int ret = trace_init(d) ? error_set(err, -ENOMEM, "no memory for the trace") : 0;
+    int ret = record_init(&d->trace, TRACE_EVENTS)
+                  ? error_set(err, -ENOMEM, "no memory for the trace")
+                  : 0;
     if (!ret)
         ret = pcpus_choose(d, err);
     if (!ret)
@@ -731,6 +733,6 @@ void sched_daemon_destroy(struct sched_daemon *d)
     for (unsigned i = 0; i < ARRAY_SIZE(fds); i++)
         if (fds[i] >= 0)
             close(fds[i]);
-    free(d->trace);
+    record_free(&d->trace);
     free(d);
 }

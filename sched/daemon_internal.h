@@ -6,6 +6,7 @@
 
 #include "sched/daemon.h"
 #include "sched/policy.h"
+#include "sched/record.h"
 #include "sched/watch.h"
 
 enum {
@@ -104,8 +105,7 @@ struct sched_daemon {
     uint64_t window_ns;
     // Counters, for people.
     uint64_t loops, turns, kicks, offences, start_ns, busy_ns;
-    struct sched_trace_record *trace; // the newest TRACE_EVENTS
-    uint64_t nr_trace;
+    struct record_log trace;                    // the newest TRACE_EVENTS
     struct sched_trace_name names[TRACE_NAMES]; // by id % TRACE_NAMES
 };
 
@@ -118,7 +118,6 @@ void turns_settle(struct sched_daemon *d); // decides, grants, revokes, arms the
 void turns_tick(struct sched_daemon *d, uint64_t now);
 
 // report.c
-int trace_init(struct sched_daemon *d);
 void trace_hear(void *arg, const struct credit_event *event);
 void trace_name_set(struct sched_daemon *d, const struct sched_vm *vm);
 json_t *report_status(struct sched_daemon *d, uid_t uid);

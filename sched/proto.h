@@ -110,7 +110,8 @@ union sched_msg {
     struct sched_error error;
 };
 
-// --- the trace: this head, `nr_names` names, `nr_records` records, oldest first
+// --- the trace: this head, `nr_names` names, `nr_records` of sched/record.h,
+// oldest first, vCPUs by their index
 
 struct sched_trace_head {
     uint32_t magic, version;
@@ -122,13 +123,6 @@ struct sched_trace_head {
 struct sched_trace_name {
     uint32_t vm;
     char name[SCHED_NAME_MAX];
-};
-
-struct sched_trace_record {
-    uint64_t at_ns; // CLOCK_MONOTONIC
-    int64_t credit_ns;
-    uint32_t vm;
-    uint8_t kind, vcpu, pcpu, class; // sched/credit.h
 };
 
 // --- the page

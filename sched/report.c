@@ -10,12 +10,6 @@
 #include "vmm/probe.h"
 #include "vmm/util.h"
 
-int trace_init(struct sched_daemon *d)
-{
-    d->trace = calloc(TRACE_EVENTS, sizeof(*d->trace));
-    return d->trace ? 0 : -1;
-}
-
 static void probe(const struct credit_event *e)
 {
     uint32_t vm = e->vm->id;
@@ -44,15 +38,7 @@ void trace_hear(void *arg, const struct credit_event *e)
 {
     struct sched_daemon *d = arg;
     probe(e);
-    d->trace[d->nr_trace++ % TRACE_EVENTS] = (struct sched_trace_record) {
-        .at_ns = e->at_ns,
-        .credit_ns = e->vcpu->credit_ns,
-        .vm = e->vm->id,
-        .kind = (uint8_t)e->kind,
-        .vcpu = (uint8_t)e->vcpu->id,
-        .pcpu = e->pcpu,
-        .class = (uint8_t)e->vcpu->class,
-    };
+    record_event(&d->trace, e);
 }
 
 void trace_name_set(struct sched_daemon *d, const struct sched_vm *vm)
@@ -171,11 +157,11 @@ static bool trace_visible(struct sched_daemon *d, uint32_t id, uid_t uid)
     return false;
 }
 
-static uint64_t trace_first(const struct sched_daemon *d, uint32_t last_ms, uint64_t now)
+static size_t trace_first(const struct sched_daemon *d, uint32_t last_ms, uint64_t now)
 {
     uint64_t from = last_ms && now > last_ms * 1000000ull ? now - last_ms * 1000000ull : 0;
-    uint64_t first = d->nr_trace > TRACE_EVENTS ? d->nr_trace - TRACE_EVENTS : 0;
-    while (first < d->nr_trace && d->trace[first % TRACE_EVENTS].at_ns < from)
+    size_t first = 0;
+    while (first < record_count(&d->trace) && record_at(&d->trace, first)->at_ns < from)
         first++;
     return first;
 }
@@ -193,15 +179,14 @@ int report_trace(struct sched_daemon *d, uid_t uid, uint32_t last_ms, int fd)
     for (unsigned i = 0; i < TRACE_NAMES; i++)
         if (d->names[i].vm && trace_visible(d, d->names[i].vm, uid))
             names[head.nr_names++] = d->names[i];
-    uint64_t first = trace_first(d, last_ms, head.now_ns);
-    autofree struct sched_trace_record *records =
-        calloc(d->nr_trace - first + 1, sizeof(records[0]));
+    size_t first = trace_first(d, last_ms, head.now_ns), count = record_count(&d->trace);
+    autofree struct record *records = calloc(count - first + 1, sizeof(records[0]));
     if (!records)
         return -ENOMEM;
     uint32_t seen = 0; // the VM of the last record, whose answer is known
     bool visible = false;
-    for (uint64_t i = first; i < d->nr_trace; i++) {
-        const struct sched_trace_record *r = &d->trace[i % TRACE_EVENTS];
+    for (size_t i = first; i < count; i++) {
+        const struct record *r = record_at(&d->trace, i);
         visible = r->vm == seen ? visible : trace_visible(d, r->vm, uid);
         seen = r->vm;
         if (visible)

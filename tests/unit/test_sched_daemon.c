@@ -58,7 +58,7 @@ struct fake {
     pid_t pid;
 };
 
-static __thread volatile sig_atomic_t look;
+static __thread volatile uint32_t look;
 
 static void on_kick(int sig)
 {
@@ -89,7 +89,6 @@ static void burn(struct burner *b, uint64_t until_cpu)
         if (until_cpu && cpu >= until_cpu)
             return;
     }
-    look = 0;
 }
 
 static void *burner_main(void *arg)
@@ -103,7 +102,8 @@ static void *burner_main(void *arg)
         usleep(1000);
     struct sched_client *c = *b->client;
     while (!atomic_load(&b->told->end)) {
-        if (!b->like->ignores && !sched_client_take(c, b->i))
+        look = 0;
+        if (!b->like->ignores && !sched_client_take(c, b->i, (const uint32_t *)&look))
             continue;
         atomic_fetch_add(&b->told->waited_ns[b->i], sched_client_waited(c, b->i));
         burn(b, b->like->burn_us ? thread_cpu() + b->like->burn_us * 1000ull : 0);

@@ -148,7 +148,8 @@ int cli_set(int argc, char **argv)
     struct client_args args;
     struct error err;
     static const char usage[] = "ferry set NAME DEVICE.KEY=VALUE... [--json]\n"
-                                "  e.g. ferry set web disk0.size=2G\n"
+                                "       ferry set NAME weight=N cap=PERCENT affinity=PCPUS\n"
+                                "  e.g. ferry set web disk0.size=2G; ferry set web weight=512\n"
                                 "  `ferry info NAME` lists the devices";
     int ret = parse(argc, argv, usage, 1, true, &args, &err);
     if (ret)
