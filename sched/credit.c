@@ -13,6 +13,8 @@
 
 enum {
     STEAL_LOOKS = 16, // vCPUs looked at for a comfortable steal, before any that may run is taken
+    LATE_PERIODS = 4, // of caps' budgets: refills that are missed by more are left out
+    NOTICE_QUEUE = 8, // with more waiting at a pCPU, it is looked at more often than every tick
     QUOTA_MIN_NS = 500000,      // a VM's budget is not handed to its vCPUs in smaller pieces
     QUOTA_TIMER_MIN_NS = 20000, // nor looked at more often: what is used too much is owed
 };
@@ -57,7 +59,7 @@ static void state_set(struct credit_vcpu *v, enum credit_state state, uint64_t n
         v->wait_ns += now - v->since_ns;
     if (v->state == CREDIT_PARKED)
         v->park_ns += now - v->since_ns;
-    v->vm->nr_queued += (state == CREDIT_QUEUED) - (v->state == CREDIT_QUEUED);
+    v->vm->nr_runnable += (v->state == CREDIT_BLOCKED) - (state == CREDIT_BLOCKED);
     v->state = state;
     v->since_ns = now;
 }
@@ -78,11 +80,21 @@ static void pcpu_leave(struct credit *c, struct credit_vcpu *v)
         v->vm->at &= ~pcpu_bit(v->pcpu);
 }
 
+// Within a class, a capped VM's vCPU goes before one with less credit when its budget is refilled:
+// else it would wait for a slice to end, and the budget of that time would be lost.
+static bool presses(const struct credit_vcpu *v, const struct credit_vcpu *other)
+{
+    return v->pressing && v->class == other->class && v->credit_ns > other->credit_ns;
+}
+
 static void queue_put(struct credit *c, struct credit_vcpu *v, bool first)
 {
     struct credit_pcpu *p = &c->pcpus[v->pcpu];
     struct credit_list *queue = &p->queue[v->class];
-    list_add_tail(first ? queue->next : queue, &v->link);
+    struct credit_list *before = first ? queue->next : queue;
+    if (first && before != queue && presses(list_entry(before, struct credit_vcpu, link), v))
+        before = before->next;
+    list_add_tail(before, &v->link);
     p->nr_queued[v->class]++;
     c->waiting[v->class] |= pcpu_bit(v->pcpu);
 }
@@ -102,8 +114,7 @@ static struct credit_vcpu *queue_first(struct credit_pcpu *p, enum credit_class 
 
 static bool boost_left(const struct credit *c, const struct credit_vcpu *v)
 {
-    // A capped VM's boosts are bounded by its budget.
-    return v->boost_ns < c->params.tick_ns || vm_capped(c, v->vm);
+    return v->boost_ns < c->params.tick_ns;
 }
 
 static enum credit_class class_now(const struct credit *c, const struct credit_vcpu *v)
@@ -147,7 +158,7 @@ static bool budget_take(const struct credit *c, struct credit_vcpu *v)
         return true;
     if (vm->budget_ns <= 0)
         return false;
-    int64_t part = vm->budget_ns / (vm->nr_queued + 1);
+    int64_t part = vm->budget_ns / vm->nr_runnable;
     if (part < QUOTA_MIN_NS)
         part = vm->budget_ns < QUOTA_MIN_NS ? vm->budget_ns : QUOTA_MIN_NS;
     v->quota_ns = (uint64_t)part;
@@ -179,14 +190,26 @@ static uint64_t siblings_at(const struct credit *c, const struct credit_vcpu *v)
     return c->params.no_balance ? 0 : v->vm->at;
 }
 
-// The pCPU for a vCPU that is not anywhere yet.
+// Of who runs there, in an order that fits an unsigned number.
+static uint64_t credit_at(const struct credit *c, unsigned p)
+{
+    const struct credit_vcpu *v = c->pcpus[p].current;
+    return v ? (uint64_t)v->credit_ns + (1ull << 63) : 0;
+}
+
+// The pCPU for a vCPU that is not anywhere yet: an idle one, else one where it may run at once
+// because it is better than who runs there (the one with the least credit), else one that is short
+// of work.
 static unsigned place(const struct credit *c, const struct credit_vcpu *v)
 {
     const uint64_t hard = v->vm->config.hard & c->online;
-    const uint64_t vacant = hard & c->idle & ~waiting_any(c);
+    const uint64_t vacant = hard & c->idle & ~c->called & ~waiting_any(c);
     uint64_t set = vacant ? vacant : hard;
-    if (!vacant && v->class == CREDIT_BOOST)
-        set = narrow(set, ~(c->running[CREDIT_BOOST] | c->waiting[CREDIT_BOOST]));
+    if (!vacant && v->class != CREDIT_OVER) { // where it need not wait
+        uint64_t as_good = c->running[CREDIT_BOOST] | c->waiting[CREDIT_BOOST];
+        set = narrow(set, ~as_good);
+        set = narrow(set, ~(as_good | c->running[CREDIT_UNDER] | c->waiting[CREDIT_UNDER]));
+    }
     set = narrow(set, v->vm->config.soft);
     set = narrow(set, ~siblings_at(c, v));
     if (vacant) {
@@ -197,7 +220,7 @@ static unsigned place(const struct credit *c, const struct credit_vcpu *v)
     uint64_t least = UINT64_MAX;
     for (uint64_t rest = set; rest; rest &= rest - 1) {
         unsigned p = (unsigned)__builtin_ctzll(rest);
-        uint64_t l = load(c, p);
+        uint64_t l = v->class == CREDIT_BOOST || v->pressing ? credit_at(c, p) : load(c, p);
         if (l < least || (l == least && p == v->pcpu)) {
             best = p;
             least = l;
@@ -221,11 +244,11 @@ static void offer(struct credit *c, const struct credit_vcpu *v, uint64_t now)
         kick(c, v->pcpu, now);
         return;
     }
-    if (v->class < current->class) {
+    uint64_t set = hard & c->idle & ~c->called & ~waiting_any(c);
+    if (!set && (v->class < current->class || presses(v, current))) {
         kick(c, v->pcpu, preemptible_at(c, v->pcpu, now));
         return;
     }
-    uint64_t set = hard & c->idle;
     for (int class = CREDIT_OVER; !set && class > (int)v->class; class --)
         set = hard & c->running[class];
     if (!set)
@@ -233,6 +256,8 @@ static void offer(struct credit *c, const struct credit_vcpu *v, uint64_t now)
     set = narrow(set, v->vm->config.soft);
     set = narrow(set, c->nodes[c->params.node[v->pcpu]]);
     unsigned p = (unsigned)__builtin_ctzll(set);
+    if (!c->pcpus[p].current)
+        c->called |= pcpu_bit(p);
     kick(c, p, c->pcpus[p].current ? preemptible_at(c, p, now) : now);
 }
 
@@ -245,13 +270,13 @@ static void migrated(struct credit *c, struct credit_vcpu *v, unsigned from, uin
 }
 
 // Becomes QUEUED at a pCPU of the scheduler's choice, with a new slice.
-static void enqueue(struct credit *c, struct credit_vcpu *v, uint64_t now)
+static void enqueue(struct credit *c, struct credit_vcpu *v, bool first, uint64_t now)
 {
     unsigned from = v->pcpu;
     v->left_ns = c->params.slice_ns;
     pcpu_join(c, v, place(c, v));
     state_set(v, CREDIT_QUEUED, now);
-    queue_put(c, v, false);
+    queue_put(c, v, first);
     migrated(c, v, from, now);
     offer(c, v, now);
 }
@@ -266,9 +291,10 @@ static void park(struct credit *c, struct credit_vcpu *v, uint64_t now)
 static void unpark(struct credit *c, struct credit_vcpu *v, uint64_t now)
 {
     list_remove(&v->link);
-    v->class = class_at_wake(c, v);
+    v->class = class_now(c, v);
+    v->pressing = v->class == CREDIT_UNDER;
     trace(c, CREDIT_EV_UNPARK, v, v->pcpu, v->pcpu, now);
-    enqueue(c, v, now);
+    enqueue(c, v, v->pressing, now);
 }
 
 // Leaves its pCPU idle. The state is set by the caller.
@@ -323,7 +349,7 @@ void credit_wake(struct credit *c, struct credit_vcpu *v, uint64_t now)
     if (vm_capped(c, v->vm) && v->vm->budget_ns <= 0)
         park(c, v, now);
     else
-        enqueue(c, v, now);
+        enqueue(c, v, false, now);
 }
 
 void credit_block(struct credit *c, struct credit_vcpu *v, uint64_t now)
@@ -334,7 +360,7 @@ void credit_block(struct credit *c, struct credit_vcpu *v, uint64_t now)
     withdraw(c, v, now);
     state_set(v, CREDIT_BLOCKED, now);
     v->slept = true;
-    v->yielded = false;
+    v->yielded = v->pressing = false;
     if (ran)
         trace(c, CREDIT_EV_STOP, v, v->pcpu, v->pcpu, now);
     trace(c, CREDIT_EV_BLOCK, v, v->pcpu, v->pcpu, now);
@@ -439,7 +465,7 @@ static struct credit_vcpu *steal(struct credit *c, unsigned to, int limit, uint6
     struct steal s = {c, to, now, STEAL_LOOKS};
     const uint64_t near = c->nodes[c->params.node[to]];
     for (int class = 0; class < limit; class ++) {
-        const uint64_t set = c->waiting[class] & ~pcpu_bit(to);
+        const uint64_t set = c->waiting[class] & ~c->idle; // an idle one is about to run its own
         struct credit_vcpu *v = set & near ? steal_among(&s, set & near, class) : NULL;
         if (!v && set & ~near)
             v = steal_among(&s, set & ~near, class);
@@ -466,17 +492,26 @@ static struct credit_vcpu *take_next(struct credit *c, unsigned p, uint64_t now)
     }
 }
 
+// How soon it is noticed that a vCPU has no credit left: by the tick, sooner if many wait.
+static uint64_t notice_ns(const struct credit *c, const struct credit_pcpu *p)
+{
+    unsigned nr = p->nr_queued[CREDIT_BOOST] + p->nr_queued[CREDIT_UNDER];
+    uint64_t ns = nr > NOTICE_QUEUE ? c->params.tick_ns * NOTICE_QUEUE / nr : c->params.tick_ns;
+    return later(ns, c->params.ratelimit_ns ? c->params.ratelimit_ns : 1);
+}
+
 // When the vCPU that runs must be looked at again.
 static uint64_t until(const struct credit *c, const struct credit_vcpu *v, uint64_t now)
 {
     const uint64_t tick = c->params.tick_ns;
     uint64_t at = v->start_ns + v->left_ns;
-    if (v->class != CREDIT_OVER) { // seen at the first tick after its credit is gone
-        uint64_t ticks = (now - v->start_ns + (uint64_t)v->credit_ns) / tick + 1;
-        if (v->start_ns + ticks * tick < at)
-            at = v->start_ns + ticks * tick;
+    if (v->class != CREDIT_OVER) {
+        const uint64_t step = notice_ns(c, &c->pcpus[v->pcpu]);
+        uint64_t steps = (now - v->start_ns + (uint64_t)v->credit_ns) / step + 1;
+        if (v->start_ns + steps * step < at)
+            at = v->start_ns + steps * step;
     }
-    if (v->class == CREDIT_BOOST && !vm_capped(c, v->vm) && now + tick - v->boost_ns < at)
+    if (v->class == CREDIT_BOOST && now + tick - v->boost_ns < at)
         at = now + tick - v->boost_ns;
     at = later(at, later(now + 1, v->start_ns + c->params.ratelimit_ns));
     if (vm_capped(c, v->vm) && now + later(v->quota_ns, QUOTA_TIMER_MIN_NS) < at)
@@ -500,17 +535,17 @@ static void run(struct credit *c, struct credit_vcpu *v, unsigned p, uint64_t no
     class_set(c, v, v->class);
     pcpu->current = v;
     v->start_ns = now;
-    v->yielded = false;
+    v->yielded = v->pressing = false;
     v->switches++;
     trace(c, CREDIT_EV_RUN, v, p, p, now);
 }
 
 // The vCPU that ran stays at its pCPU, in the queue.
-static void stop(struct credit *c, struct credit_vcpu *v, bool expired, uint64_t now)
+static void stop(struct credit *c, struct credit_vcpu *v, bool over, uint64_t now)
 {
     const uint64_t ran = now - v->start_ns;
     c->running[v->class] &= ~pcpu_bit(v->pcpu);
-    v->left_ns = expired ? c->params.slice_ns : v->left_ns - ran;
+    v->left_ns = over ? c->params.slice_ns : v->left_ns - ran;
     v->yielded = false;
     v->ran_ns = now;
     budget_return(v);
@@ -530,15 +565,26 @@ static void evict(struct credit *c, struct credit_vcpu *v, uint64_t now)
         state_set(v, CREDIT_QUEUED, now);
         trace(c, CREDIT_EV_STOP, v, v->pcpu, v->pcpu, now);
         v->class = class_now(c, v);
-        enqueue(c, v, now);
+        enqueue(c, v, false, now);
     }
+}
+
+// It was kept from running for so long that it has a slice's credit more than the next in line.
+// Such a one goes on: with a share of nearly a pCPU, it could never make up for its turns in the
+// line.
+static bool starved(struct credit *c, const struct credit_vcpu *v)
+{
+    struct credit_pcpu *p = &c->pcpus[v->pcpu];
+    return v->class == CREDIT_UNDER && p->nr_queued[CREDIT_UNDER] &&
+           v->credit_ns > queue_first(p, CREDIT_UNDER)->credit_ns + (int64_t)c->params.slice_ns;
 }
 
 struct credit_vcpu *credit_pick(struct credit *c, unsigned p, uint64_t now)
 {
     struct credit_pcpu *pcpu = &c->pcpus[p];
     struct credit_vcpu *prev = pcpu->current;
-    bool expired = false;
+    bool over = false, expired = false; // its slice is; and it goes to the end of the line
+    c->called &= ~pcpu_bit(p);
     if (prev && (!(prev->vm->config.hard & pcpu_bit(p)) || !budget_take(c, prev))) {
         evict(c, prev, now);
         prev = NULL;
@@ -548,19 +594,20 @@ struct credit_vcpu *credit_pick(struct credit *c, unsigned p, uint64_t now)
         return prev;
     }
     if (prev) {
-        expired = prev->yielded || now - prev->start_ns >= prev->left_ns;
+        over = prev->yielded || now - prev->start_ns >= prev->left_ns;
+        expired = prev->yielded || (over && !starved(c, prev));
         queue_put(c, prev, !expired);
     }
     struct credit_vcpu *next = take_next(c, p, now);
     if (next == prev) {
-        if (prev && expired) {
+        if (prev && over) {
             prev->start_ns = now;
             prev->left_ns = c->params.slice_ns;
             prev->yielded = false;
         }
     } else {
         if (prev)
-            stop(c, prev, expired, now);
+            stop(c, prev, over, now);
         run(c, next, p, now);
     }
     pcpu->until_ns = next ? until(c, next, now) : CREDIT_NEVER;
@@ -569,6 +616,8 @@ struct credit_vcpu *credit_pick(struct credit *c, unsigned p, uint64_t now)
         offer(c, prev, now);
         budget_offer(c, prev->vm, now);
     }
+    if (c->idle && (waiting_any(c) & pcpu_bit(p)))
+        offer(c, local_best(pcpu), now);
     return next;
 }
 
@@ -645,10 +694,9 @@ static void unpark_all(struct credit *c, struct credit_vm *vm, uint64_t now)
 
 static void refill(struct credit *c, uint64_t now)
 {
-    for (struct credit_list *l = c->vms.next; l != &c->vms; l = l->next) {
-        struct credit_vm *vm = list_entry(l, struct credit_vm, link);
-        if (!vm_capped(c, vm))
-            continue;
+    const struct credit_list *slot = &c->refills[c->refill_slot];
+    for (struct credit_list *l = slot->next; l != slot; l = l->next) {
+        struct credit_vm *vm = list_entry(l, struct credit_vm, refill);
         const int64_t full = vm_budget(c, vm), most = full - vm->handed_ns;
         vm->budget_ns = vm->budget_ns + full < most ? vm->budget_ns + full : most;
         if (vm->budget_ns > 0)
@@ -663,20 +711,30 @@ uint64_t credit_next(const struct credit *c)
     return c->nr_capped && c->refill_at_ns < c->account_at_ns ? c->refill_at_ns : c->account_at_ns;
 }
 
-static uint64_t next_time(uint64_t at, uint64_t period, uint64_t now)
+// The next slot with VMs in it.
+static void refill_plan(struct credit *c)
 {
-    return at + ((now - at) / period + 1) * period;
+    const uint64_t step = c->params.cap_period_ns / CREDIT_REFILL_SLOTS;
+    for (int i = 0; i < CREDIT_REFILL_SLOTS; i++) {
+        c->refill_at_ns += step;
+        c->refill_slot = (c->refill_slot + 1) % CREDIT_REFILL_SLOTS;
+        if (!list_empty(&c->refills[c->refill_slot]))
+            return;
+    }
 }
 
 void credit_timer(struct credit *c, uint64_t now)
 {
     if (now >= c->account_at_ns) {
         account(c, now);
-        c->account_at_ns = next_time(c->account_at_ns, c->params.slice_ns, now);
+        c->account_at_ns +=
+            ((now - c->account_at_ns) / c->params.slice_ns + 1) * c->params.slice_ns;
     }
-    if (now >= c->refill_at_ns) {
+    if (now >= c->refill_at_ns + LATE_PERIODS * c->params.cap_period_ns)
+        c->refill_at_ns = now; // nobody was capped, or the driver slept
+    while (now >= c->refill_at_ns) {
         refill(c, now);
-        c->refill_at_ns = next_time(c->refill_at_ns, c->params.cap_period_ns, now);
+        refill_plan(c);
     }
 }
 
@@ -705,6 +763,17 @@ static void vm_config_set(struct credit *c, struct credit_vm *vm,
         vm->config.soft = CREDIT_ANY_PCPU;
 }
 
+static void vm_cap_set(struct credit *c, struct credit_vm *vm, bool capped)
+{
+    if (capped == !list_empty(&vm->refill))
+        return;
+    if (capped)
+        list_add_tail(&c->refills[vm->id % CREDIT_REFILL_SLOTS], &vm->refill);
+    else
+        list_remove(&vm->refill);
+    c->nr_capped += capped ? 1 : -1;
+}
+
 int credit_vm_add(struct credit *c, struct credit_vm *vm, uint32_t id,
                   const struct credit_vm_config *config, struct error *err)
 {
@@ -719,7 +788,8 @@ int credit_vm_add(struct credit *c, struct credit_vm *vm, uint32_t id,
     vm->budget_ns = vm_budget(c, vm);
     list_add_tail(&c->vms, &vm->link);
     c->nr_vms++;
-    c->nr_capped += vm_capped(c, vm);
+    list_init(&vm->refill);
+    vm_cap_set(c, vm, vm_capped(c, vm));
     return 0;
 }
 
@@ -735,9 +805,8 @@ int credit_vm_set(struct credit *c, struct credit_vm *vm, const struct credit_vm
         c->pcpus[p].weight += (uint64_t)vm->here[p] * config->weight;
     }
     const bool recap = config->cap != vm->config.cap;
-    c->nr_capped -= vm_capped(c, vm);
     vm_config_set(c, vm, config);
-    c->nr_capped += vm_capped(c, vm);
+    vm_cap_set(c, vm, vm_capped(c, vm));
     for (struct credit_list *l = vm->vcpus.next; l != &vm->vcpus; l = l->next) {
         struct credit_vcpu *v = list_entry(l, struct credit_vcpu, sibling);
         if (recap)
@@ -747,7 +816,7 @@ int credit_vm_set(struct credit *c, struct credit_vm *vm, const struct credit_vm
         if (v->state != CREDIT_QUEUED)
             continue;
         withdraw(c, v, now);
-        enqueue(c, v, now);
+        enqueue(c, v, false, now);
     }
     if (recap) {
         vm->handed_ns = 0;
@@ -761,7 +830,7 @@ void credit_vm_remove(struct credit *c, struct credit_vm *vm, uint64_t now)
 {
     while (!list_empty(&vm->vcpus))
         credit_vcpu_remove(c, list_entry(vm->vcpus.next, struct credit_vcpu, sibling), now);
-    c->nr_capped -= vm_capped(c, vm);
+    vm_cap_set(c, vm, false);
     c->nr_vms--;
     list_remove(&vm->link);
 }
@@ -846,7 +915,9 @@ int credit_init(struct credit *c, const struct credit_params *params, uint64_t n
     }
     c->accounted_ns = now;
     c->account_at_ns = now + params->slice_ns;
-    c->refill_at_ns = now + params->cap_period_ns;
+    for (int i = 0; i < CREDIT_REFILL_SLOTS; i++)
+        list_init(&c->refills[i]);
+    c->refill_at_ns = now + params->cap_period_ns / CREDIT_REFILL_SLOTS;
     return 0;
 }
 
@@ -867,8 +938,7 @@ int credit_params_set(struct credit *c, const struct credit_params *params, uint
         c->refill_at_ns = now + params->cap_period_ns;
     for (struct credit_list *l = c->vms.next; caps && l != &c->vms; l = l->next) {
         struct credit_vm *vm = list_entry(l, struct credit_vm, link);
-        if (vm->config.cap)
-            c->nr_capped += params->no_caps ? -1 : 1;
+        vm_cap_set(c, vm, vm_capped(c, vm));
         unpark_all(c, vm, now);
     }
     for (unsigned p = 0; p < params->nr_pcpus; p++)

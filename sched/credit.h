@@ -34,6 +34,7 @@ enum {
     CREDIT_CAP_MAX = 100 * CREDIT_PCPUS_MAX, // percent of one pCPU
     CREDIT_SLICE_MIN_MS = 1,
     CREDIT_SLICE_MAX_MS = 1000,
+    CREDIT_REFILL_SLOTS = 10, // VMs' budgets are refilled at different times of the period
 };
 
 #define CREDIT_NEVER    UINT64_MAX // a time that does not come
@@ -92,17 +93,18 @@ struct credit_vm_config {
 
 struct credit_vm {
     struct credit_vm_config config;
-    uint32_t id;              // the caller's name for it in events; unique
-    struct credit_list link;  // all VMs
-    struct credit_list vcpus; // credit_vcpu.sibling
+    uint32_t id;               // the caller's name for it in events; unique
+    struct credit_list link;   // all VMs
+    struct credit_list vcpus;  // credit_vcpu.sibling
+    struct credit_list refill; // those whose budget is refilled at the same time
     unsigned nr_vcpus, nr_active;
     uint16_t here[CREDIT_PCPUS_MAX]; // how many of its vCPUs run or wait at each pCPU
     uint64_t at;                     // the pCPUs where that is not 0
     int64_t budget_ns;               // of the cap: left in this period and not handed out
     int64_t handed_ns;               // ... handed to its vCPUs: the sum of their quota_ns
-    unsigned nr_queued;
-    struct credit_list parked; // credit_vcpu.link
-    uint64_t run_ns;           // CPU time charged, in all
+    unsigned nr_runnable;            // vCPUs that are not blocked
+    struct credit_list parked;       // credit_vcpu.link
+    uint64_t run_ns;                 // CPU time charged, in all
 
     // Of one accounting: what it may be given at most, what it is given; whether it has come to the
     // first, and whether the second is final.
@@ -118,6 +120,7 @@ struct credit_vcpu {
     uint8_t pcpu;      // where it runs, waits, or ran last
     bool active;       // gets credit
     bool slept;        // was blocked at some time since the last accounting
+    bool pressing;     // waits for its turn of a refilled budget
     bool yielded;      // the next pick passes over it once
     int64_t credit_ns; // may be negative
     uint64_t boost_ns; // CPU time used as BOOST since the last accounting
@@ -161,11 +164,16 @@ struct credit {
     uint64_t running[CREDIT_CLASSES]; // pCPUs that run one of that class
     uint64_t waiting[CREDIT_CLASSES]; // pCPUs where one of that class waits
     uint64_t nodes[CREDIT_PCPUS_MAX]; // pCPUs of each NUMA node
+    uint64_t called;                  // idle pCPUs that will look for work already
     uint64_t kicks;
     struct credit_list vms;
     unsigned nr_vms, nr_vcpus, nr_capped;
     uint64_t accounted_ns, account_at_ns; // last and next accounting
-    uint64_t refill_at_ns;                // next refill of the caps' budgets
+    uint64_t refill_at_ns;                // next refill of some caps' budgets ...
+    unsigned refill_slot;                 // ... of these
+    struct credit_list refills[CREDIT_REFILL_SLOTS];
+    uint64_t idle_ns;          // of all pCPUs, up to the last accounting
+    int64_t accounted_burn_ns; // ledger.burned then
     struct credit_ledger ledger;
     uint64_t accountings;
 };

@@ -77,20 +77,17 @@ static bool within(const struct credit *c, const struct credit_vm *vm, const str
     return !(vm->config.hard & c->online & ~s->mask);
 }
 
-// What the set has in all: its pCPUs' time. The vCPUs that always want to run then hold, together,
-// between nothing and one slice of all pCPUs: time that went elsewhere (to vCPUs that woke with
-// credit, to other processes of the host) neither sinks nor lifts them all past the limit between
-// UNDER and OVER, where their weights would no longer tell.
-static void set_total(struct credit *c, struct account_set *s, int64_t passed)
+// What the set has in all: its part of the host's time. Should the vCPUs that always want to run
+// have lost credit together (to others that slept and saved it), they get it back: with all of them
+// OVER, their weights would no longer tell.
+static void set_total(struct credit *c, struct account_set *s, int64_t total)
 {
     int64_t held = 0;
     for_each_vm(c, vm) if (within(c, vm, s)) for_each_active(vm, v) held +=
         wants(v) ? v->credit_ns : 0;
-    s->total_ns = passed * __builtin_popcountll(s->mask);
+    s->total_ns = scale(total, (uint64_t)__builtin_popcountll(s->mask), c->params.nr_pcpus);
     if (held < 0)
         s->total_ns -= held;
-    else if (held > s->total_ns)
-        s->total_ns = held > 2 * s->total_ns ? 0 : 2 * s->total_ns - held;
 }
 
 // One round over a set: how much is left for those that are not full yet.
@@ -139,12 +136,12 @@ static bool set_saturate(struct credit *c, const struct account_set *s)
             int64_t part = vcpu_part(v, s, weight);
             if (!v->full && part >= v->room_ns) {
                 v->full = changed = true;
-                part = v->room_ns;
             }
-            sum += part;
+            sum += v->full ? v->room_ns : part;
         }
-        if (sum > vm->room_ns)
+        if (sum > vm->room_ns) {
             vm->full = changed = true;
+        }
     }
     return changed;
 }
@@ -253,12 +250,12 @@ static unsigned sets_find(const struct credit *c, struct account_set *sets)
 }
 
 // The set whose water stands lowest is the one that limits its VMs; then the others again.
-static void fill(struct credit *c, int64_t passed)
+static void fill(struct credit *c, int64_t total)
 {
     struct account_set sets[SETS_MAX + 1] = {0};
     unsigned nr = sets_find(c, sets);
     for (unsigned i = 0; i < nr; i++)
-        set_total(c, &sets[i], passed);
+        set_total(c, &sets[i], total);
     for (unsigned round = 0; round < nr; round++) {
         unsigned lowest = nr - 1;
         for (unsigned i = 0; i < nr; i++) {
@@ -299,13 +296,29 @@ static void retire(struct credit *c)
     }
 }
 
+// The CPU time there was for vCPUs: what they used and what nobody wanted. Not what other processes
+// of the host took.
+static int64_t host_time(struct credit *c, uint64_t passed, uint64_t now)
+{
+    const uint64_t most = passed * c->params.nr_pcpus;
+    uint64_t idle = 0;
+    for (unsigned p = 0; p < c->params.nr_pcpus; p++) {
+        const struct credit_pcpu *pcpu = &c->pcpus[p];
+        idle += pcpu->idle_ns + (pcpu->current ? 0 : now - pcpu->idle_since_ns);
+    }
+    uint64_t total = idle - c->idle_ns + (uint64_t)(c->ledger.burned - c->accounted_burn_ns);
+    c->idle_ns = idle;
+    c->accounted_burn_ns = c->ledger.burned;
+    return (int64_t)(total < most ? total : most);
+}
+
 void account_give(struct credit *c, uint64_t now)
 {
     uint64_t passed = now - c->accounted_ns;
     if (passed > LATE_MAX_SLICES * c->params.slice_ns)
         passed = LATE_MAX_SLICES * c->params.slice_ns;
     rooms(c, (int64_t)passed);
-    fill(c, (int64_t)passed);
+    fill(c, host_time(c, passed, now));
     retire(c);
     c->accounted_ns = now;
     c->accountings++;
