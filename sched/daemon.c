@@ -574,9 +574,11 @@ static bool event_handle(struct sched_daemon *d, const struct source *source, ui
 int sched_daemon_run(struct sched_daemon *d, struct error *err)
 {
     struct epoll_event events[EVENTS];
-    const struct sched_param first = {.sched_priority = 1};
-    if (sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &first))
+    const struct sched_param first = {.sched_priority = 2}; // before SCHED_POLICY_BOOST
+    if (sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &first)) {
         thread_prompt();
+        d->config.no_boost = true; // whoever has it could keep us away
+    }
     for (;;) {
         int n = epoll_wait(d->epoll_fd, events, EVENTS, -1);
         uint64_t start = time_ns();

@@ -25,6 +25,7 @@ struct sched_daemon_config {
     enum credit_placement placement;
     bool weight_per_vm;
     bool no_records;  // read /proc although the kernel's records could be had
+    bool no_boost;    // threads that wake get no real-time priority for it
     unsigned max_vms; // 0 = 1024
     const struct log *log;
 };

@@ -60,10 +60,19 @@ static bool in_transit(struct sched_vcpu *v, uint64_t now)
     return !v->stuck;
 }
 
+// How Linux is to wake it. A real-time priority is bounded as a BOOST is: by credit, by one tick of
+// CPU time per slice, and each time by TRANSIT_NS.
+static enum sched_policy sleeper_policy(const struct sched_daemon *d, const struct sched_vcpu *v)
+{
+    bool boosted = !d->config.no_boost && v->credit.credit_ns >= 0 &&
+                   v->credit.boost_ns < d->credit.params.tick_ns;
+    return boosted ? SCHED_POLICY_BOOST : SCHED_POLICY_PROMPT;
+}
+
 static void fell_asleep(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
     credit_block(&d->credit, &v->credit, now);
-    policy(v, SCHED_POLICY_PROMPT);
+    policy(v, sleeper_policy(d, v));
     sched_watch_listen(&v->watch, true);
     sched_watch_read(&v->watch, now); // it may have woken before we listened
     if (!v->watch.asleep && !sched_watch_polls(&v->watch)) {
@@ -254,7 +263,8 @@ static void arm(struct sched_daemon *d, uint64_t now)
     for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
         const struct sched_vcpu *v = d->holder[p];
         at = least(at, d->credit.pcpus[p].until_ns);
-        if (v && v->watch.asleep && v->granted_ns + TRANSIT_NS > now)
+        if (v && (v->watch.asleep || v->policy == SCHED_POLICY_BOOST) &&
+            v->granted_ns + TRANSIT_NS > now)
             at = least(at, v->granted_ns + TRANSIT_NS);
     }
     if (at == d->armed_ns)
@@ -272,8 +282,12 @@ static void transits_check(struct sched_daemon *d, uint64_t now)
 {
     for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
         struct sched_vcpu *v = d->holder[p];
-        if (v && v->watch.asleep && now >= v->granted_ns + TRANSIT_NS)
+        if (!v || now < v->granted_ns + TRANSIT_NS)
+            continue;
+        if (v->watch.asleep)
             vcpu_look(d, v, now);
+        if (v->policy == SCHED_POLICY_BOOST)
+            policy(v, SCHED_POLICY_PROMPT);
     }
 }
 

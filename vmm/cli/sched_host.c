@@ -157,6 +157,14 @@ static int set_notice(struct args *a, const char *text, struct error *err)
     return 0;
 }
 
+static int set_boost(struct args *a, const char *text, struct error *err)
+{
+    if (strcmp(text, "realtime") && strcmp(text, "none"))
+        return error_set(err, -EINVAL, "'%.40s': expected realtime or none", text);
+    a->daemon.no_boost = !strcmp(text, "none");
+    return 0;
+}
+
 static const struct row rows[] = {
     {"socket", 's', FOR_EACH, true, set_socket},
     {"json", 'j', FOR_STATUS | FOR_TOP | FOR_TRACE, false, set_json},
@@ -170,6 +178,7 @@ static const struct row rows[] = {
     {"placement", 0, FOR_DAEMON, true, set_placement},
     {"weights", 0, FOR_DAEMON, true, set_weights},
     {"mode", 0, FOR_DAEMON, true, set_mode},
+    {"boost", 0, FOR_DAEMON, true, set_boost},
     {"notice", 0, FOR_DAEMON, true, set_notice},
 };
 
@@ -285,6 +294,9 @@ int cli_sched_daemon(int argc, char **argv)
         "(default)\n"
         "                         or by weight\n"
         "      --weights OF       a weight is each vCPU's (vcpu, default) or the VM's (vm)\n"
+        "      --boost HOW        of a vCPU that wakes with credit: realtime (default, if it may "
+        "be\n"
+        "                         given: it is before all other processes for 1 ms) or none\n"
         "      --notice HOW       of sleeping vCPUs: auto (default: the kernel's records where "
         "they\n"
         "                         can be had) or poll\n"
