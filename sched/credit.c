@@ -385,6 +385,7 @@ void credit_charge(struct credit *c, struct credit_vcpu *v, uint64_t used_ns, ui
     c->ledger.burned += (int64_t)used_ns;
     v->ran_ns = now;
     if (vm_capped(c, v->vm)) {
+        v->vm->used_ns += used_ns;
         uint64_t part = used_ns < v->quota_ns ? used_ns : v->quota_ns;
         v->quota_ns -= part;
         v->vm->handed_ns -= (int64_t)part;
@@ -692,12 +693,27 @@ static void unpark_all(struct credit *c, struct credit_vm *vm, uint64_t now)
         unpark(c, list_entry(vm->parked.next, struct credit_vcpu, link), now);
 }
 
+// How much budget it may have now. What it could not use (because better ones ran) is kept, up to
+// one period's, as long as it uses no more in any 101 periods, one after the other, than 101 of
+// them allow: then no window of 100 periods, wherever it begins, has more than 1 % too much.
+static int64_t window_left(struct credit_vm *vm, int64_t full)
+{
+    const uint64_t used = (vm->used_ns + 999) / 1000;
+    vm->used_ns = 0;
+    vm->window_us += used - vm->used_us[vm->window_at];
+    vm->used_us[vm->window_at] = (uint32_t)used;
+    vm->window_at = (vm->window_at + 1) % CREDIT_CAP_WINDOW;
+    // Less a little: what is used beyond a quota is noticed after QUOTA_TIMER_MIN_NS.
+    int64_t left = (CREDIT_CAP_WINDOW + 1) * full - full / 16 - (int64_t)vm->window_us * 1000;
+    return left < 2 * full ? left : 2 * full;
+}
+
 static void refill(struct credit *c, uint64_t now)
 {
     const struct credit_list *slot = &c->refills[c->refill_slot];
     for (struct credit_list *l = slot->next; l != slot; l = l->next) {
         struct credit_vm *vm = list_entry(l, struct credit_vm, refill);
-        const int64_t full = vm_budget(c, vm), most = full - vm->handed_ns;
+        const int64_t full = vm_budget(c, vm), most = window_left(vm, full) - vm->handed_ns;
         vm->budget_ns = vm->budget_ns + full < most ? vm->budget_ns + full : most;
         if (vm->budget_ns > 0)
             unpark_all(c, vm, now);
@@ -763,12 +779,22 @@ static void vm_config_set(struct credit *c, struct credit_vm *vm,
         vm->config.soft = CREDIT_ANY_PCPU;
 }
 
+// By id: those that are refilled together are so in an order that does not depend on who came
+// first.
+static void refill_add(struct credit_list *slot, struct credit_vm *vm)
+{
+    struct credit_list *before = slot->next;
+    while (before != slot && list_entry(before, struct credit_vm, refill)->id < vm->id)
+        before = before->next;
+    list_add_tail(before, &vm->refill);
+}
+
 static void vm_cap_set(struct credit *c, struct credit_vm *vm, bool capped)
 {
     if (capped == !list_empty(&vm->refill))
         return;
     if (capped)
-        list_add_tail(&c->refills[vm->id % CREDIT_REFILL_SLOTS], &vm->refill);
+        refill_add(&c->refills[vm->id % CREDIT_REFILL_SLOTS], vm);
     else
         list_remove(&vm->refill);
     c->nr_capped += capped ? 1 : -1;
@@ -819,6 +845,8 @@ int credit_vm_set(struct credit *c, struct credit_vm *vm, const struct credit_vm
         enqueue(c, v, false, now);
     }
     if (recap) {
+        memset(vm->used_us, 0, sizeof(vm->used_us));
+        vm->window_us = vm->used_ns = 0;
         vm->handed_ns = 0;
         vm->budget_ns = vm_budget(c, vm);
         unpark_all(c, vm, now);

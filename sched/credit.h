@@ -34,6 +34,7 @@ enum {
     CREDIT_CAP_MAX = 100 * CREDIT_PCPUS_MAX, // percent of one pCPU
     CREDIT_SLICE_MIN_MS = 1,
     CREDIT_SLICE_MAX_MS = 1000,
+    CREDIT_CAP_WINDOW = 100,  // periods in which a VM may make up for budget it could not use
     CREDIT_REFILL_SLOTS = 10, // VMs' budgets are refilled at different times of the period
 };
 
@@ -98,13 +99,17 @@ struct credit_vm {
     struct credit_list vcpus;  // credit_vcpu.sibling
     struct credit_list refill; // those whose budget is refilled at the same time
     unsigned nr_vcpus, nr_active;
-    uint16_t here[CREDIT_PCPUS_MAX]; // how many of its vCPUs run or wait at each pCPU
-    uint64_t at;                     // the pCPUs where that is not 0
-    int64_t budget_ns;               // of the cap: left in this period and not handed out
-    int64_t handed_ns;               // ... handed to its vCPUs: the sum of their quota_ns
-    unsigned nr_runnable;            // vCPUs that are not blocked
-    struct credit_list parked;       // credit_vcpu.link
-    uint64_t run_ns;                 // CPU time charged, in all
+    uint16_t here[CREDIT_PCPUS_MAX];     // how many of its vCPUs run or wait at each pCPU
+    uint64_t at;                         // the pCPUs where that is not 0
+    int64_t budget_ns;                   // of the cap: left in this period and not handed out
+    int64_t handed_ns;                   // ... handed to its vCPUs: the sum of their quota_ns
+    uint64_t used_ns;                    // since the last refill
+    uint32_t used_us[CREDIT_CAP_WINDOW]; // in each of the last periods, rounded up
+    uint64_t window_us;                  // their sum
+    unsigned window_at;                  // the oldest
+    unsigned nr_runnable;                // vCPUs that are not blocked
+    struct credit_list parked;           // credit_vcpu.link
+    uint64_t run_ns;                     // CPU time charged, in all
 
     // Of one accounting: what it may be given at most, what it is given; whether it has come to the
     // first, and whether the second is final.

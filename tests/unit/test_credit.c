@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0
+// sched/credit: properties that hold for any load, tried with many random ones on virtual time, and
+// what single calls do. FERRY_LONG=1: a hundred times as many loads.
+#include <check.h>
+#include <errno.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include "sched/sim.h"
+#include "vmm/util.h"
+
+#define MS 1000000ull
+#define S  (1000 * MS)
+
+enum { LOADS = 12, LOADS_LONG = 1200 };
+
+static unsigned loads(void)
+{
+    return getenv("FERRY_LONG") ? LOADS_LONG : LOADS;
+}
+
+static uint64_t rnd(uint64_t *state, uint64_t below)
+{
+    *state = *state * 6364136223846793005u + 1442695040888963407u;
+    return (*state >> 33) % below;
+}
+
+static unsigned rnd_log(uint64_t *state, unsigned most)
+{
+    unsigned top = (unsigned)rnd(state, (unsigned)log2(most) + 1), r = 1u << top;
+    r += (unsigned)rnd(state, r);
+    return r > most ? most : r;
+}
+
+// --- Random hosts
+
+struct load {
+    struct sim_config config;
+    struct sim_vm_config vms[SIM_VMS_MAX];
+};
+
+enum { WITH_CAPS = 1, WITH_SLEEP = 2, WITH_AFFINITY = 4, MODEST_WEIGHTS = 8 };
+
+static uint64_t rnd_mask(uint64_t *r, unsigned nr_pcpus)
+{
+    uint64_t mask = (rnd(r, 1u << 31) << 31 | rnd(r, 1u << 31)) ^ rnd(r, 1u << 31) << 40;
+    mask &= nr_pcpus == 64 ? UINT64_MAX : (1ull << nr_pcpus) - 1;
+    return mask ? mask : 1;
+}
+
+static struct load *load_make(uint64_t seed, int what)
+{
+    struct load *l = calloc(1, sizeof(*l));
+    uint64_t r = seed;
+    rnd(&r, 2);
+    unsigned nr_pcpus = rnd_log(&r, 64), nr_vcpus = rnd_log(&r, 500);
+    l->config.params = credit_params_default(nr_pcpus);
+    l->config.params.weight_per_vm = rnd(&r, 4) == 0;
+    for (unsigned p = 0; p < nr_pcpus; p++)
+        l->config.params.node[p] = (uint8_t)(p * 4 / nr_pcpus % (1 + seed % 4));
+    l->config.params.placement = rnd(&r, 2) ? CREDIT_BY_LENGTH : CREDIT_BY_WEIGHT;
+    l->config.scheduler = SIM_CREDIT_CAP;
+    l->config.seed = seed;
+    l->config.vms = l->vms;
+    for (unsigned n = 0; n < nr_vcpus; l->config.nr_vms++) {
+        struct sim_vm_config *vm = &l->vms[l->config.nr_vms];
+        vm->nr_vcpus = rnd(&r, 2) ? 1 : 1 + (unsigned)rnd(&r, nr_vcpus - n < 8 ? nr_vcpus - n : 8);
+        n += vm->nr_vcpus;
+        vm->credit.weight = what & MODEST_WEIGHTS ? 64u << rnd(&r, 5) : rnd_log(&r, 65535);
+        vm->credit.hard = CREDIT_ANY_PCPU;
+        if (what & WITH_AFFINITY && rnd(&r, 2))
+            vm->credit.hard = rnd_mask(&r, nr_pcpus);
+        if (what & WITH_AFFINITY && rnd(&r, 2))
+            vm->credit.soft = rnd_mask(&r, nr_pcpus);
+        if (what & WITH_CAPS && rnd(&r, 2))
+            vm->credit.cap = 5 + (unsigned)rnd(&r, 100 * vm->nr_vcpus);
+        if (what & WITH_SLEEP && rnd(&r, 2)) {
+            vm->behaviour = rnd(&r, 2) ? SIM_PERIODIC : SIM_BURST;
+            vm->period_ns = (1 + rnd(&r, 100)) * MS;
+            vm->run_ns = 1000 + rnd(&r, vm->period_ns);
+        }
+        if (what & WITH_SLEEP && !rnd(&r, 8)) {
+            vm->start_ns = rnd(&r, 2 * S);
+            vm->end_ns = rnd(&r, 2) ? vm->start_ns + rnd(&r, 3 * S) + 1 : 0;
+        }
+        snprintf(vm->name, sizeof(vm->name), "vm%u", l->config.nr_vms);
+    }
+    return l;
+}
+
+static void sim_start(struct sim *sim, const struct sim_config *config)
+{
+    struct error err = {0};
+    ck_assert_msg(sim_create(sim, config, &err) == 0, "%s", err.text);
+}
+
+// --- What must hold after every event (ck_assert is too slow for what is checked so often)
+
+#define MUST(condition, ...)                           \
+    do {                                               \
+        if (!(condition))                              \
+            ck_abort_msg(#condition ": " __VA_ARGS__); \
+    } while (0)
+
+static void check_ledger(const struct sim *sim)
+{
+    const struct credit_ledger *l = &sim->credit.ledger;
+    int64_t sum = 0;
+    for (unsigned i = 0; i < sim->nr_vcpus; i++)
+        sum += sim->vcpus[i].credit.credit_ns;
+    MUST(sum == l->given - l->burned - l->returned, "%ld in all", sum);
+}
+
+static void check_queue(const struct credit *c, unsigned p, unsigned class, unsigned *queued)
+{
+    const struct credit_list *q = &c->pcpus[p].queue[class];
+    unsigned nr = 0;
+    for (const struct credit_list *l = q->next; l != q; l = l->next, nr++) {
+        const struct credit_vcpu *v = container_of(l, struct credit_vcpu, link);
+        MUST(v->state == CREDIT_QUEUED && v->class == class && v->pcpu == p, "VM %u", v->vm->id);
+        MUST(v->vm->config.hard >> p & 1, "VM %u waits at pCPU %u", v->vm->id, p);
+    }
+    MUST(nr == c->pcpus[p].nr_queued[class], "pCPU %u", p);
+    MUST((c->waiting[class] >> p & 1) == (nr > 0), "pCPU %u", p);
+    *queued += nr;
+}
+
+static void check_queues(const struct sim *sim)
+{
+    unsigned queued = 0, expected = 0;
+    for (unsigned p = 0; p < sim->credit.params.nr_pcpus; p++)
+        for (unsigned class = 0; class < CREDIT_CLASSES; class ++)
+            check_queue(&sim->credit, p, class, &queued);
+    for (unsigned i = 0; i < sim->nr_vcpus; i++)
+        expected += sim->vcpus[i].credit.state == CREDIT_QUEUED;
+    MUST(queued == expected, "%u, not %u", queued, expected);
+    for (unsigned i = 0; i < sim->config.nr_vms; i++) {
+        const struct credit_vm *vm = &sim->vms[i].credit;
+        unsigned here = 0, runnable = 0, at = 0;
+        for (unsigned p = 0; p < CREDIT_PCPUS_MAX; p++)
+            here += vm->here[p];
+        for (unsigned j = 0; j < vm->nr_vcpus; j++) {
+            enum credit_state state = sim->vms[i].vcpus[j].credit.state;
+            runnable += state != CREDIT_BLOCKED;
+            at += state == CREDIT_QUEUED || state == CREDIT_RUNNING;
+        }
+        MUST(here == at && runnable == vm->nr_runnable, "VM %u", vm->id);
+    }
+}
+
+// No pCPU is idle while a vCPU that may run there waits (parked ones are over their VM's cap).
+static void check_work(const struct sim *sim)
+{
+    const struct credit *c = &sim->credit;
+    uint64_t waiting = c->waiting[0] | c->waiting[1] | c->waiting[2];
+    for (unsigned i = 0; c->idle && waiting && i < sim->nr_vcpus; i++) {
+        const struct credit_vcpu *v = &sim->vcpus[i].credit;
+        MUST(v->state != CREDIT_QUEUED || !(v->vm->config.hard & c->idle),
+             "at %lu pCPUs %#lx are idle, and VM %u waits", sim->now, c->idle, v->vm->id);
+    }
+    for (unsigned p = 0; p < c->params.nr_pcpus; p++) {
+        const struct credit_vcpu *v = c->pcpus[p].current;
+        MUST((c->idle >> p & 1) == !v, "pCPU %u", p);
+        if (!v)
+            continue;
+        MUST(v->state == CREDIT_RUNNING && v->pcpu == p, "pCPU %u", p);
+        MUST(v->vm->config.hard >> p & 1, "VM %u runs at pCPU %u", v->vm->id, p);
+        MUST(c->running[v->class] >> p & 1, "pCPU %u", p);
+        MUST(c->pcpus[p].until_ns > sim->now, "pCPU %u", p);
+    }
+}
+
+static void check_all(struct sim *sim, void *arg)
+{
+    uint64_t *events = arg;
+    check_work(sim);
+    if ((*events)++ % 64)
+        return;
+    check_ledger(sim);
+    check_queues(sim);
+}
+
+START_TEST(invariants_hold)
+{
+    for (unsigned i = 0; i < loads(); i++) {
+        struct load *l = load_make(1000 + i, WITH_CAPS | WITH_SLEEP | WITH_AFFINITY);
+        uint64_t events = 0;
+        struct sim sim;
+        sim_start(&sim, &l->config);
+        sim.check = check_all;
+        sim.check_arg = &events;
+        sim_run(&sim, 5 * S);
+        check_ledger(&sim);
+        ck_assert_uint_gt(events, 100);
+        sim_destroy(&sim);
+        free(l);
+    }
+}
+END_TEST
+
+// Always-runnable VMs over 10 s: within 1 % of their share, or of one pCPU (a vCPU whose share is
+// less than a slice in 10 s cannot be given more exactly); 2 % of a pCPU where dozens wait for
+// each, who still pay back for their first turns.
+static void check_shares(uint64_t seed, int what)
+{
+    struct load *l = load_make(seed, what);
+    struct sim sim;
+    uint64_t before[SIM_VMS_MAX];
+    sim_start(&sim, &l->config);
+    sim_run(&sim, 5 * S);
+    for (unsigned j = 0; j < l->config.nr_vms; j++)
+        before[j] = sim.vms[j].credit.run_ns;
+    sim_run(&sim, 15 * S);
+    sim_ideal(&sim);
+    const bool crowded = sim.nr_vcpus > 16 * l->config.params.nr_pcpus;
+    for (unsigned j = 0; j < l->config.nr_vms; j++) {
+        double share = (double)(sim.vms[j].credit.run_ns - before[j]) / (10 * S);
+        double ideal = sim.vms[j].ideal;
+        if (fabs(share - ideal) > fmax(crowded ? 0.02 : 0.01, 0.01 * ideal))
+            ck_abort_msg(
+                "load %lu (%u pCPUs, %u VMs, %u vCPUs): vm%u (weight %u, cap %u, %u vCPUs) "
+                "has %.4f pCPUs instead of %.4f",
+                seed, l->config.params.nr_pcpus, l->config.nr_vms, sim.nr_vcpus, j,
+                l->vms[j].credit.weight, l->vms[j].credit.cap, l->vms[j].nr_vcpus, share, ideal);
+    }
+    sim_destroy(&sim);
+    free(l);
+}
+
+START_TEST(shares_are_right)
+{
+    for (unsigned i = 0; i < 2 * loads(); i++)
+        check_shares(i, i % 2 ? MODEST_WEIGHTS : 0);
+}
+END_TEST
+
+START_TEST(shares_with_caps_are_right)
+{
+    for (unsigned i = 0; i < 2 * loads(); i++)
+        check_shares(i, WITH_CAPS | (i % 2 ? MODEST_WEIGHTS : 0));
+}
+END_TEST
+
+// A window of 1 s, wherever it begins, has at most 1 % more than the cap.
+START_TEST(caps_are_not_exceeded)
+{
+    enum { STEPS = 137 }; // windows begin at all phases of the 10 ms
+    static uint64_t used[SIM_VMS_MAX][STEPS];
+    for (unsigned i = 0; i < loads(); i++) {
+        struct load *l = load_make(2000 + i, WITH_CAPS | (i % 2 ? WITH_SLEEP : 0));
+        struct sim sim;
+        unsigned capped = 0;
+        sim_start(&sim, &l->config);
+        for (unsigned k = 0; k < 5 * STEPS; k++) {
+            sim_run(&sim, S * k / STEPS);
+            for (unsigned j = 0; j < l->config.nr_vms; j++) {
+                const uint64_t run = sim.vms[j].credit.run_ns, cap = l->vms[j].credit.cap;
+                const uint64_t window = run - used[j][k % STEPS];
+                MUST(k < STEPS || !cap || window <= cap * (S / 100) * 101 / 100,
+                     "load %u: VM %u ran %lu us in 1 s, cap %lu %%", i, j, window / 1000, cap);
+                used[j][k % STEPS] = run;
+                capped += cap != 0;
+            }
+        }
+        ck_assert(capped || l->config.nr_vms < 8);
+        sim_destroy(&sim);
+        free(l);
+    }
+}
+END_TEST
+
+// Nobody who wants to run is kept from it: over any 10 s a hog has nearly its due, and the longest
+// wait between two runs is what the others' turns before it may take.
+struct longest {
+    uint64_t since[SIM_VCPUS_MAX], runs[SIM_VCPUS_MAX], most[SIM_VCPUS_MAX];
+};
+
+static void measure_waits(struct sim *sim, void *arg)
+{
+    struct longest *l = arg;
+    for (unsigned i = 0; i < sim->nr_vcpus; i++) {
+        const struct credit_vcpu *v = &sim->vcpus[i].credit;
+        uint64_t wait = sim->now - l->since[i];
+        if (v->state == CREDIT_QUEUED && wait > l->most[i])
+            l->most[i] = wait;
+        if (v->state != CREDIT_QUEUED || v->switches != l->runs[i])
+            l->since[i] = sim->now;
+        l->runs[i] = v->switches;
+    }
+}
+
+START_TEST(nobody_starves)
+{
+    for (unsigned i = 0; i < loads(); i++) {
+        struct load *l = load_make(3000 + i, MODEST_WEIGHTS | WITH_SLEEP);
+        struct longest *longest = calloc(1, sizeof(*longest));
+        struct sim sim;
+        sim_start(&sim, &l->config);
+        sim.check = measure_waits;
+        sim.check_arg = longest;
+        sim_run(&sim, 20 * S);
+        sim_ideal(&sim);
+        for (unsigned j = 0; j < sim.nr_vcpus; j++) {
+            const struct sim_vm *vm = sim.vcpus[j].vm;
+            // It may have used a slice more than it had and pays that back at its rate; then each
+            // of those at its pCPU may have a turn or two.
+            double rate = vm->ideal / vm->config->nr_vcpus;
+            double others = sim.nr_vcpus / (double)l->config.params.nr_pcpus;
+            double bound = 30e6 / rate + 60e6 * (1 + others);
+            MUST((double)longest->most[j] <= bound,
+                 "load %u: vCPU %u of VM %u waited %.0f ms, rate %.4f, %.1f vCPUs per pCPU", i,
+                 sim.vcpus[j].credit.id, vm->credit.id, (double)longest->most[j] / 1e6, rate,
+                 others);
+        }
+        sim_destroy(&sim);
+        free(longest);
+        free(l);
+    }
+}
+END_TEST
+
+// The order in which VMs are added changes nothing, to the nanosecond.
+START_TEST(order_of_registration_does_not_matter)
+{
+    for (unsigned i = 0; i < loads(); i++) {
+        struct load *l = load_make(4000 + i, WITH_CAPS | WITH_SLEEP | WITH_AFFINITY);
+        unsigned order[SIM_VMS_MAX];
+        uint64_t run[SIM_VCPUS_MAX], r = i, switches[SIM_VCPUS_MAX];
+        for (unsigned j = 0; j < l->config.nr_vms; j++)
+            order[j] = j;
+        for (unsigned j = l->config.nr_vms; j > 1; j--) {
+            unsigned k = (unsigned)rnd(&r, j), swap = order[k];
+            order[k] = order[j - 1];
+            order[j - 1] = swap;
+        }
+        for (int round = 0; round < 2; round++) {
+            struct sim sim;
+            unsigned n = 0;
+            l->config.order = round ? order : NULL;
+            sim_start(&sim, &l->config);
+            sim_run(&sim, 3 * S);
+            for (unsigned j = 0; j < l->config.nr_vms; j++)
+                for (unsigned k = 0; k < l->vms[j].nr_vcpus; k++, n++) {
+                    const struct credit_vcpu *v = &sim.vms[j].vcpus[k].credit;
+                    MUST(!round || (v->run_ns == run[n] && v->switches == switches[n]),
+                         "load %u: vCPU %u of VM %u ran %lu, not %lu", i, k, j, v->run_ns, run[n]);
+                    run[n] = v->run_ns;
+                    switches[n] = v->switches;
+                }
+            sim_destroy(&sim);
+        }
+        free(l);
+    }
+}
+END_TEST
+
+static void add(Suite *s, const char *name, const TTest *test)
+{
+    TCase *t = tcase_create(name);
+    tcase_set_timeout(t, 0); // the test program's own limit is enough
+    tcase_add_test(t, test);
+    suite_add_tcase(s, t);
+}
+
+int main(void)
+{
+    Suite *s = suite_create("credit");
+    add(s, "invariants", invariants_hold);
+    add(s, "shares", shares_are_right);
+    add(s, "cap_shares", shares_with_caps_are_right);
+    add(s, "caps", caps_are_not_exceeded);
+    add(s, "starvation", nobody_starves);
+    add(s, "order", order_of_registration_does_not_matter);
+    SRunner *r = srunner_create(s);
+    srunner_run_all(r, CK_ENV);
+    int failed = srunner_ntests_failed(r);
+    srunner_free(r);
+    return failed ? EXIT_FAILURE : EXIT_SUCCESS;
+}
