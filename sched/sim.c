@@ -253,12 +253,11 @@ static double demand(const struct sim_vm_config *config)
 // At a level: every vCPU has level x weight, but no more than it can use.
 static double vm_at_level(const struct sim *sim, const struct sim_vm *vm, double level)
 {
-    const struct credit_params *params = &sim->credit.params;
-    double weight = vm->credit.config.weight, n = vm->config->nr_vcpus,
-           most = demand(vm->config) * n;
-    double part = level * (params->weight_per_vm ? weight : weight * n);
-    if (vm->credit.config.cap && !params->no_caps && vm->credit.config.cap / 100.0 < most)
-        most = vm->credit.config.cap / 100.0;
+    const struct credit_vm_config *asked = &vm->config->credit;
+    double weight = asked->weight, n = vm->config->nr_vcpus, most = demand(vm->config) * n;
+    double part = level * (sim->config.params.weight_per_vm ? weight : weight * n);
+    if (asked->cap && asked->cap / 100.0 < most)
+        most = asked->cap / 100.0;
     return part < most ? part : most;
 }
 
@@ -292,6 +291,19 @@ double sim_jain(const struct sim *sim)
 }
 
 // --- Set up
+
+const char *sim_placement_name(enum credit_placement placement)
+{
+    return placement == CREDIT_BY_WEIGHT ? "weight" : "length";
+}
+
+int sim_placement_parse(const char *name, enum credit_placement *placement, struct error *err)
+{
+    if (strcmp(name, "length") && strcmp(name, "weight"))
+        return error_set(err, -EINVAL, "placement '%.20s': must be length or weight", name);
+    *placement = strcmp(name, "weight") ? CREDIT_BY_LENGTH : CREDIT_BY_WEIGHT;
+    return 0;
+}
 
 static const struct {
     const char *name;

@@ -85,8 +85,9 @@ void sim_destroy(struct sim *sim);
 // Goes on to time `until` (ns since the start); wakes, runs and blocks as the workload says.
 void sim_run(struct sim *sim, uint64_t until);
 
-// What each VM would get of an ideal scheduler with the same rules: sets `ideal` of each. VMs that
-// start or end on the way count as if they were there all the time; affinity is not looked at.
+// What each VM would get of an ideal scheduler by the weights and caps that were asked for,
+// whatever `scheduler` makes of them: sets `ideal` of each. VMs that start or end on the way count
+// as if they were there all the time; affinity is not looked at.
 void sim_ideal(struct sim *sim);
 
 // Of the time since the start.
@@ -95,4 +96,6 @@ double sim_jain(const struct sim *sim);                           // of share / 
 uint64_t sim_percentile(const struct sim_histogram *h, double percent);
 
 const char *sim_scheduler_name(enum sim_scheduler scheduler);
+const char *sim_placement_name(enum credit_placement placement);
+int sim_placement_parse(const char *name, enum credit_placement *placement, struct error *err);
 int sim_scheduler_parse(const char *name, enum sim_scheduler *scheduler, struct error *err);

@@ -14,6 +14,7 @@ static const struct cli_command commands[] = {
     {"top", cli_sched_top, "a live view of what each VM gets"},
     {"set", cli_sched_set, "change a VM's weight, cap or affinity"},
     {"trace", cli_sched_trace, "the newest decisions"},
+    {"sim", cli_sched_sim, "what the scheduler would do with a workload, on virtual time"},
 };
 
 static void help(FILE *out)

@@ -8,3 +8,4 @@ int cli_sched_status(int argc, char **argv);
 int cli_sched_top(int argc, char **argv);
 int cli_sched_set(int argc, char **argv);
 int cli_sched_trace(int argc, char **argv);
+int cli_sched_sim(int argc, char **argv); // vmm/cli/sched_sim.c
