@@ -227,9 +227,12 @@ int sched_client_attach(struct sched_client *c, struct error *err)
     if (memory < 0 || bell < 0)
         return error_set(err, -EPROTO, "the scheduler gave no page");
     pthread_mutex_lock(&c->lock);
+    atomic_store(&c->doorbell, bell); // first: from the mapping on, threads ring it
     ret = page_map(c, memory, err);
-    if (!ret) {
-        atomic_store(&c->doorbell, take_fd(&bell));
+    if (ret) {
+        atomic_store(&c->doorbell, -1);
+    } else {
+        take_fd(&bell);
         c->fd = take_fd(&fd);
         atomic_store(&c->attached, true);
     }

@@ -15,7 +15,9 @@ enum {
     EVENTS_PER_VCPU = 256, // in one tick; more are seen by looking every POLL_NS
     REQUESTS = 64,         // in 10 ms, of all connections
     POLL_NS = 1000000,     // also where the kernel's records cannot be had
+    BRIEF_NS = 500000,     // that a vCPU with credit runs after it woke before it needs a turn
     TRANSIT_NS = 1000000,  // from a turn's beginning until the thread must have begun
+    GRACE_NS = 200000000,  // for a VM that registers to begin with turns
     LOOSE_NS = 2000000,    // CPU time without a turn, per tick, that is taken for disobedience
 };
 
@@ -50,6 +52,8 @@ struct sched_vcpu {
     bool revoked, offender;
     enum sched_policy policy;
     uint64_t charged_ns;                   // CPU time charged so far
+    uint64_t brief_until_ns;               // 0: does not run without a turn for a moment
+    uint64_t briefs;                       // how often it did
     uint64_t granted_ns;                   // beginning of its turn
     uint64_t loose_cpu_ns, loose_since_ns; // when it last lost its turn, and CPU time by then
 };
@@ -99,7 +103,7 @@ struct sched_daemon {
     uint32_t next_id;
     int epoll_fd, listen_fd, timer_fd, stop_fd;
     struct source listen_source, timer_source, stop_source;
-    uint64_t tick_at_ns, poll_at_ns, armed_ns;
+    uint64_t tick_at_ns, poll_at_ns, brief_at_ns, armed_ns;
     bool swept;        // dead connections are to be freed
     unsigned requests; // in this window
     uint64_t window_ns;

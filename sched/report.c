@@ -78,9 +78,9 @@ static json_t *vcpu_status(const struct sched_daemon *d, const struct sched_vcpu
         (int)v->index, "tid", (int)v->watch.tid, "state", credit_state_name(c->state), "class",
         credit_class_name(c->class), "pcpu", d->cpus[c->pcpu], "credit", (json_int_t)credit_of(c),
         "cpu_ns", integer(v->charged_ns), "run_ns", integer(c->run_ns), "wait_ns",
-        integer(waited(v, now)), "wakes", integer(c->wakes), "switches", integer(c->switches),
-        "migrations", integer(c->migrations), "obeys", (int)!v->offender, "noticed_by",
-        sched_watch_polls(&v->watch) ? "polls" : "records");
+        integer(waited(v, now)), "wakes", integer(c->wakes + v->briefs), "switches",
+        integer(c->switches), "migrations", integer(c->migrations), "obeys", (int)!v->offender,
+        "noticed_by", sched_watch_polls(&v->watch) ? "polls" : "records");
 }
 
 static json_t *vm_status(const struct sched_daemon *d, const struct sched_vm *vm, uint64_t now)

@@ -22,6 +22,11 @@
 #include "vmm/probe.h"
 #include "vmm/util.h"
 
+static uint64_t least(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
 static void kick(struct sched_daemon *d, struct sched_vcpu *v)
 {
     d->kicks++;
@@ -32,8 +37,6 @@ static void kick(struct sched_daemon *d, struct sched_vcpu *v)
 
 static void policy(struct sched_vcpu *v, enum sched_policy wanted)
 {
-    if (v->offender)
-        wanted = SCHED_POLICY_LAST;
     if (v->policy != wanted && !sched_policy_set(v->watch.tid, wanted))
         v->policy = wanted;
 }
@@ -69,20 +72,44 @@ static enum sched_policy sleeper_policy(const struct sched_daemon *d, const stru
     return boosted ? SCHED_POLICY_BOOST : SCHED_POLICY_PROMPT;
 }
 
-static void fell_asleep(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+static void woke(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now);
+
+static void sleeps(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
-    credit_block(&d->credit, &v->credit, now);
+    v->brief_until_ns = 0;
     policy(v, sleeper_policy(d, v));
     sched_watch_listen(&v->watch, true);
     sched_watch_read(&v->watch, now); // it may have woken before we listened
-    if (!v->watch.asleep && !sched_watch_polls(&v->watch)) {
-        v->woken = true;
-        credit_wake(&d->credit, &v->credit, now);
-    }
+    if (!v->watch.asleep && !sched_watch_polls(&v->watch))
+        woke(d, v, now);
+}
+
+static void fell_asleep(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    credit_block(&d->credit, &v->credit, now);
+    sleeps(d, v, now);
+}
+
+// Most wake-ups are over soon. One with credit, which Linux let run at once, has BRIEF_NS for it:
+// the pCPU's turn goes on behind it, and nobody is told to leave. It is charged all the same.
+static bool runs_briefly(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    if (v->policy != SCHED_POLICY_BOOST || atomic_load(&v->slot->want) == WANT_TURN)
+        return false;
+    if (v->brief_until_ns)
+        return now < v->brief_until_ns;
+    v->briefs++;
+    v->brief_until_ns = now + BRIEF_NS;
+    d->brief_at_ns = least(d->brief_at_ns, v->brief_until_ns);
+    sched_watch_listen(&v->watch, false);
+    return true;
 }
 
 static void woke(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
+    if (runs_briefly(d, v, now))
+        return;
+    v->brief_until_ns = 0;
     v->stuck = false;
     v->woken = true;
     sched_watch_listen(&v->watch, false);
@@ -107,6 +134,8 @@ void vcpu_look(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
     } else if (v->credit.state == CREDIT_BLOCKED) {
         if (!asleep || (want == WANT_TURN && !v->stuck))
             woke(d, v, now);
+        else if (v->brief_until_ns)
+            sleeps(d, v, now);
     } else if (asleep && (turn ? !in_transit(v, now) : want != WANT_TURN)) {
         fell_asleep(d, v, now);
     }
@@ -125,13 +154,15 @@ static void turn_begin(struct sched_daemon *d, struct sched_vcpu *v, unsigned pc
             v->cpu = cpu;
         atomic_store(&v->slot->pcpu, (uint32_t)cpu);
     }
-    policy(v, v->policy == SCHED_POLICY_LAST ? SCHED_POLICY_PLAIN : v->policy);
+    if (v->policy == SCHED_POLICY_LAST) // in its turn even an offender runs; else it never obeys
+        policy(v, SCHED_POLICY_PLAIN);
     sched_watch_listen(&v->watch, false);
     atomic_store(&v->slot->wait_ns, v->credit.wait_ns);
     atomic_store(&v->slot->grant, GRANT_RUN);
     syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     v->granted_ns = time_ns();
     v->revoked = v->woken = false;
+    v->brief_until_ns = 0;
     d->turns++;
 }
 
@@ -243,20 +274,15 @@ static bool anybody_polled(const struct sched_daemon *d)
     return false;
 }
 
-static uint64_t least(uint64_t a, uint64_t b)
-{
-    return a < b ? a : b;
-}
-
 static void arm(struct sched_daemon *d, uint64_t now)
 {
-    uint64_t at = CREDIT_NEVER;
+    uint64_t at = d->brief_at_ns;
     bool awake = anybody_awake(d), polled = anybody_polled(d);
     if (!awake && !polled) {
         d->tick_at_ns = d->poll_at_ns = CREDIT_NEVER;
     } else {
         d->tick_at_ns = least(d->tick_at_ns, now + d->credit.params.tick_ns);
-        at = least(d->tick_at_ns, credit_next(&d->credit));
+        at = least(at, least(d->tick_at_ns, credit_next(&d->credit)));
         d->poll_at_ns = polled ? least(d->poll_at_ns, now + POLL_NS) : CREDIT_NEVER;
         at = least(at, d->poll_at_ns);
     }
@@ -276,6 +302,23 @@ static void arm(struct sched_daemon *d, uint64_t now)
         when.it_value.tv_nsec = (long)(at % 1000000000);
     }
     timerfd_settime(d->timer_fd, TFD_TIMER_ABSTIME, &when, NULL);
+}
+
+// Those that woke for a moment and still run want a turn.
+static void briefs_check(struct sched_daemon *d, uint64_t now)
+{
+    if (now < d->brief_at_ns)
+        return;
+    d->brief_at_ns = CREDIT_NEVER;
+    for (struct sched_vm *vm = d->vms; vm; vm = vm->next) {
+        for (unsigned i = 0; i < vm->nr; i++) {
+            if (!vm->vcpus[i].brief_until_ns)
+                continue;
+            vcpu_look(d, &vm->vcpus[i], now);
+            if (vm->vcpus[i].brief_until_ns)
+                d->brief_at_ns = least(d->brief_at_ns, vm->vcpus[i].brief_until_ns);
+        }
+    }
 }
 
 static void transits_check(struct sched_daemon *d, uint64_t now)
@@ -298,6 +341,7 @@ void turns_settle(struct sched_daemon *d)
     if (now >= d->poll_at_ns || now >= d->tick_at_ns)
         turns_tick(d, now);
     transits_check(d, now);
+    briefs_check(d, now);
     // What is decided takes a moment, in which the next thing may be due.
     for (unsigned i = 0; i < ROUNDS && decide(d, now); i++) {
         apply(d, now);
@@ -393,7 +437,7 @@ void vcpu_begin(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
     v->present = true;
     v->charged_ns = v->loose_cpu_ns = sched_watch_cpu(&v->watch, now);
-    v->loose_since_ns = now;
+    v->loose_since_ns = now + GRACE_NS;
     atomic_store(&v->slot->grant, GRANT_WAIT);
     credit_vcpu_add(&d->credit, &v->vm->credit, &v->credit, v->index, now);
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &v->source};
