@@ -41,6 +41,7 @@ struct picture {
     struct vcpu *vcpus; // in the order of ids
     size_t nr_vcpus;
     int64_t credit_least, credit_most;
+    bool measured; // these two are known
     unsigned waiting_most;
 };
 
@@ -156,7 +157,7 @@ static void draw_axis(struct picture *p)
         snprintf(text, sizeof(text), "%g", (double)i * step);
         svg_text(&p->svg, x, TOP - 8, "small", "middle", text);
     }
-    svg_text(&p->svg, LEFT - 12, TOP - 8, "small", "end", "ms");
+    svg_text(&p->svg, LEFT - 24, TOP - 8, "small", "end", "ms");
 }
 
 // --- Who ran where
@@ -278,40 +279,56 @@ static double credit_y(const struct picture *p, int64_t ns)
                                (double)(p->credit_most - p->credit_least);
 }
 
+// What the vCPU of `last` has left at `at`: less than then, if it runs.
+static int64_t credit_by(const struct record *last, bool runs, uint64_t at)
+{
+    return last->credit_ns - (runs ? (int64_t)(at - last->at_ns) : 0);
+}
+
+// Measures the range at first, then draws.
+static void curve_point(struct picture *p, uint64_t at, int64_t credit_ns)
+{
+    if (at < p->g->from_ns)
+        return;
+    if (!p->measured) {
+        p->credit_least = credit_ns < p->credit_least ? credit_ns : p->credit_least;
+        p->credit_most = credit_ns > p->credit_most ? credit_ns : p->credit_most;
+        return;
+    }
+    svg_curve_point(&p->svg, x_of(p, at), credit_y(p, credit_ns));
+}
+
+static void curve(struct picture *p, const struct vcpu *v)
+{
+    const struct gantt *g = p->g;
+    const struct record *last = NULL;
+    bool runs = false, begun = false;
+    for (size_t i = 0; i < record_count(g->log); i++) {
+        const struct record *r = record_at(g->log, i);
+        if (r->at_ns >= g->to_ns)
+            break;
+        if (r->vm != v->vm || r->vcpu != v->id)
+            continue;
+        if (last && !begun && r->at_ns >= g->from_ns)
+            curve_point(p, g->from_ns, credit_by(last, runs, g->from_ns));
+        begun = r->at_ns >= g->from_ns;
+        if (last && r->kind == CREDIT_EV_CREDIT) // an accounting: steep
+            curve_point(p, r->at_ns, credit_by(last, runs, r->at_ns));
+        curve_point(p, r->at_ns, r->credit_ns);
+        last = r;
+        runs = r->state == CREDIT_RUNNING;
+    }
+    if (last)
+        curve_point(p, g->to_ns, credit_by(last, runs, g->to_ns));
+}
+
 static void credit_range(struct picture *p)
 {
     p->credit_least = -50 * CREDIT_NS;
     p->credit_most = 50 * CREDIT_NS;
-    for (size_t i = 0; i < record_count(p->g->log); i++) {
-        const struct record *r = record_at(p->g->log, i);
-        if (!drawn(p->g, r))
-            continue;
-        if (r->credit_ns < p->credit_least)
-            p->credit_least = r->credit_ns;
-        if (r->credit_ns > p->credit_most)
-            p->credit_most = r->credit_ns;
-    }
-}
-
-static void draw_curve(struct picture *p, const struct vcpu *v)
-{
-    const struct record *last = NULL;
-    double drawn_x = -1;
-    svg_curve_begin(&p->svg, v->shade);
-    for (size_t i = 0; i < record_count(p->g->log); i++) {
-        const struct record *r = record_at(p->g->log, i);
-        if (r->vm != v->vm || r->vcpu != v->id || !drawn(p->g, r))
-            continue;
-        const double x = x_of(p, r->at_ns);
-        if (last && r->kind == CREDIT_EV_CREDIT) // an accounting: steep
-            svg_curve_point(&p->svg, x, credit_y(p, last->credit_ns));
-        if (!last || x - drawn_x > 0.5 || r->kind == CREDIT_EV_CREDIT) {
-            svg_curve_point(&p->svg, x, credit_y(p, r->credit_ns));
-            drawn_x = x;
-        }
-        last = r;
-    }
-    svg_curve_end(&p->svg);
+    for (size_t i = 0; i < p->nr_vcpus && i < CURVES_MAX; i++)
+        curve(p, &p->vcpus[i]);
+    p->measured = true;
 }
 
 static void draw_credits(struct picture *p)
@@ -329,8 +346,11 @@ static void draw_credits(struct picture *p)
         snprintf(text, sizeof(text), "%g", (double)i * step);
         svg_text(&p->svg, LEFT - 12, y + 4, "small", "end", text);
     }
-    for (size_t i = 0; i < p->nr_vcpus && i < CURVES_MAX; i++)
-        draw_curve(p, &p->vcpus[i]);
+    for (size_t i = 0; i < p->nr_vcpus && i < CURVES_MAX; i++) {
+        svg_curve_begin(&p->svg, p->vcpus[i].shade);
+        curve(p, &p->vcpus[i]);
+        svg_curve_end(&p->svg);
+    }
 }
 
 static void draw_legend(struct picture *p)

@@ -30,6 +30,7 @@ void svg_begin(struct svg *s, double width, double height, const char *title)
             width, height, width, height);
     escaped(s->out, title);
     fprintf(s->out, "</title>\n<style>\n"
+                    "rect{shape-rendering:crispEdges}\n"
                     ".head{font-size:15px;font-weight:bold;fill:#222}\n"
                     ".label{font-size:12px;fill:#333}\n"
                     ".small{font-size:10.5px;fill:#666}\n"
