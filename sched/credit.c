@@ -460,13 +460,14 @@ static struct credit_vcpu *steal_among(struct steal *s, uint64_t set, enum credi
     return NULL;
 }
 
-// Better work than `limit` that waits elsewhere and may run here: same NUMA node first.
+// Better work than `limit` that waits elsewhere and may run here: same NUMA node first. An idle
+// pCPU is about to run what waits there.
 static struct credit_vcpu *steal(struct credit *c, unsigned to, int limit, uint64_t now)
 {
     struct steal s = {c, to, now, STEAL_LOOKS};
     const uint64_t near = c->nodes[c->params.node[to]];
     for (int class = 0; class < limit; class ++) {
-        const uint64_t set = c->waiting[class] & ~c->idle; // an idle one is about to run its own
+        const uint64_t set = c->waiting[class] & ~(c->idle | pcpu_bit(to));
         struct credit_vcpu *v = set & near ? steal_among(&s, set & near, class) : NULL;
         if (!v && set & ~near)
             v = steal_among(&s, set & ~near, class);
@@ -580,6 +581,18 @@ static bool starved(struct credit *c, const struct credit_vcpu *v)
            v->credit_ns > queue_first(p, CREDIT_UNDER)->credit_ns + (int64_t)c->params.slice_ns;
 }
 
+// Where better work waits than what runs, it is looked at.
+static void reconsider(struct credit *c, unsigned p, uint64_t now)
+{
+    const struct credit_vcpu *v = c->pcpus[p].current;
+    const int limit = v ? (int)v->class : CREDIT_CLASSES;
+    for (int class = 0; class < limit; class ++)
+        if (c->waiting[class]) {
+            kick(c, p, v ? preemptible_at(c, p, now) : now);
+            return;
+        }
+}
+
 struct credit_vcpu *credit_pick(struct credit *c, unsigned p, uint64_t now)
 {
     struct credit_pcpu *pcpu = &c->pcpus[p];
@@ -592,6 +605,7 @@ struct credit_vcpu *credit_pick(struct credit *c, unsigned p, uint64_t now)
     }
     if (prev && !prev->yielded && now < prev->start_ns + c->params.ratelimit_ns) {
         pcpu->until_ns = until(c, prev, now);
+        reconsider(c, p, now);
         return prev;
     }
     if (prev) {
@@ -644,18 +658,6 @@ static void requeue(struct credit *c, unsigned p, enum credit_class class)
         v->class = class_now(c, v);
         queue_put(c, v, false);
     }
-}
-
-// Where better work waits than what runs, it is looked at.
-static void reconsider(struct credit *c, unsigned p, uint64_t now)
-{
-    const struct credit_vcpu *v = c->pcpus[p].current;
-    const int limit = v ? (int)v->class : CREDIT_CLASSES;
-    for (int class = 0; class < limit; class ++)
-        if (c->waiting[class]) {
-            kick(c, p, v ? preemptible_at(c, p, now) : now);
-            return;
-        }
 }
 
 static void account(struct credit *c, uint64_t now)
