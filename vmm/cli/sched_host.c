@@ -12,6 +12,7 @@
 
 #include "sched/client.h"
 #include "sched/daemon.h"
+#include "sched/gantt.h"
 #include "sched/record.h"
 #include "vmm/cli/cli.h"
 #include "vmm/cli/sched.h"
@@ -22,7 +23,7 @@
 enum { FOR_DAEMON = 1, FOR_STATUS = 2, FOR_TOP = 4, FOR_SET = 8, FOR_TRACE = 16, FOR_EACH = 31 };
 
 struct args {
-    const char *socket;
+    const char *socket, *svg;
     bool json;
     double delay;
     long count, last_ms;
@@ -42,6 +43,12 @@ struct row {
 static int set_socket(struct args *a, const char *text, struct error *err)
 {
     a->socket = text;
+    return 0;
+}
+
+static int set_svg(struct args *a, const char *text, struct error *err)
+{
+    a->svg = text;
     return 0;
 }
 
@@ -171,6 +178,7 @@ static const struct row rows[] = {
     {"delay", 'd', FOR_TOP, true, set_delay},
     {"count", 'n', FOR_TOP, true, set_count},
     {"last", 'l', FOR_TRACE, true, set_last},
+    {"svg", 0, FOR_TRACE, true, set_svg},
     {"pcpus", 'p', FOR_DAEMON, true, set_pcpus},
     {"slice", 0, FOR_DAEMON, true, set_slice},
     {"tick", 0, FOR_DAEMON, true, set_tick},
@@ -633,13 +641,47 @@ static void trace_json(const struct trace *t)
     json_decref(all);
 }
 
+static const char *gantt_name(const void *trace, uint32_t vm)
+{
+    return name_of(trace, vm);
+}
+
+// From the oldest decision to now, or what --last asked for.
+static int trace_draw(const struct args *a, const struct trace *t, struct error *err)
+{
+    char title[64];
+    const size_t nr = record_count(&t->log);
+    const uint64_t last_ns = (uint64_t)a->last_ms * 1000000;
+    uint64_t from = nr ? record_at(&t->log, 0)->at_ns : t->head.now_ns;
+    if (last_ns && t->head.now_ns - from > last_ns)
+        from = t->head.now_ns - last_ns;
+    snprintf(title, sizeof(title), "ferry sched: the last %.0f ms, slice %g ms",
+             (double)(t->head.now_ns - from) / 1e6, (double)t->head.slice_ns / 1e6);
+    const struct gantt gantt = {.log = &t->log,
+                                .title = title,
+                                .from_ns = from,
+                                .to_ns = t->head.now_ns,
+                                .zero_ns = t->head.now_ns,
+                                .nr_pcpus = t->head.nr_pcpus,
+                                .cpus = t->head.cpus,
+                                .name = gantt_name,
+                                .arg = t};
+    FILE *out = fopen(a->svg, "we");
+    if (!out)
+        return error_errno(err, "%s", a->svg);
+    int ret = gantt_write(&gantt, out, err);
+    if (fclose(out) && !ret)
+        ret = error_errno(err, "%s", a->svg);
+    return ret;
+}
+
 int cli_sched_trace(int argc, char **argv)
 {
     struct args a;
     struct error err;
     struct trace trace = {0};
     int ret = parse(argc, argv, FOR_TRACE, 0, 0,
-                    "ferry sched trace [--socket PATH] [--last MS] [--json]\n\n"
+                    "ferry sched trace [--socket PATH] [--last MS] [--json] [--svg FILE]\n\n"
                     "The newest decisions (65,536 at most), a line each; times count back from "
                     "now.",
                     &a, &err);
@@ -647,7 +689,9 @@ int cli_sched_trace(int argc, char **argv)
         return EXIT_OK;
     if (!ret)
         ret = trace_get(&a, &trace, &err);
-    if (!ret && a.json)
+    if (!ret && a.svg)
+        ret = trace_draw(&a, &trace, &err);
+    else if (!ret && a.json)
         trace_json(&trace);
     else if (!ret)
         trace_print(&trace);
