@@ -128,6 +128,7 @@ struct credit_vcpu {
     bool pressing;     // waits for its turn of a refilled budget
     bool yielded;      // the next pick passes over it once
     int64_t credit_ns; // may be negative
+    int64_t was_ns;    // its credit just before the last accounting
     uint64_t boost_ns; // CPU time used as BOOST since the last accounting
     uint64_t quota_ns; // of its VM's budget: handed to it and not yet used
     uint64_t since_ns; // when `state` began

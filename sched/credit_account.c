@@ -61,6 +61,7 @@ static void rooms(struct credit *c, int64_t passed)
             vm->room_ns = passed * vm->config.cap / 100;
         for_each_active(vm, v)
         {
+            v->was_ns = v->credit_ns;
             int64_t debt = v->credit_ns < 0 ? -v->credit_ns : 0;
             int64_t most = wants(v) ? HOARD_MAX_SLICES * slice : slice;
             v->room_ns = most > v->credit_ns ? most - v->credit_ns : 0;

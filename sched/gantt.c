@@ -279,10 +279,11 @@ static double credit_y(const struct picture *p, int64_t ns)
                                (double)(p->credit_most - p->credit_least);
 }
 
-// What the vCPU of `last` has left at `at`: less than then, if it runs.
-static int64_t credit_by(const struct record *last, bool runs, uint64_t at)
+// The credit at `at` on the line from an event to the next, which is at `to` with `credit_ns`.
+static int64_t between(const struct record *last, uint64_t to, int64_t credit_ns, uint64_t at)
 {
-    return last->credit_ns - (runs ? (int64_t)(at - last->at_ns) : 0);
+    double part = (double)(at - last->at_ns) / (double)(to - last->at_ns);
+    return last->credit_ns + (int64_t)(part * (double)(credit_ns - last->credit_ns));
 }
 
 // Measures the range at first, then draws.
@@ -298,28 +299,28 @@ static void curve_point(struct picture *p, uint64_t at, int64_t credit_ns)
     svg_curve_point(&p->svg, x_of(p, at), credit_y(p, credit_ns));
 }
 
+// Straight from event to event: credit falls only while the vCPU runs, and both ends of that are
+// events. Between the last event and the end of the picture, a running one's is not known.
 static void curve(struct picture *p, const struct vcpu *v)
 {
     const struct gantt *g = p->g;
     const struct record *last = NULL;
-    bool runs = false, begun = false;
     for (size_t i = 0; i < record_count(g->log); i++) {
         const struct record *r = record_at(g->log, i);
         if (r->at_ns >= g->to_ns)
             break;
         if (r->vm != v->vm || r->vcpu != v->id)
             continue;
-        if (last && !begun && r->at_ns >= g->from_ns)
-            curve_point(p, g->from_ns, credit_by(last, runs, g->from_ns));
-        begun = r->at_ns >= g->from_ns;
-        if (last && r->kind == CREDIT_EV_CREDIT) // an accounting: steep
-            curve_point(p, r->at_ns, credit_by(last, runs, r->at_ns));
-        curve_point(p, r->at_ns, r->credit_ns);
+        int64_t now = r->kind == CREDIT_EV_CREDIT ? r->was_ns : r->credit_ns;
+        if (last && last->at_ns < g->from_ns && r->at_ns > g->from_ns)
+            curve_point(p, g->from_ns, between(last, r->at_ns, now, g->from_ns));
+        curve_point(p, r->at_ns, now);
+        if (r->kind == CREDIT_EV_CREDIT)
+            curve_point(p, r->at_ns, r->credit_ns);
         last = r;
-        runs = r->state == CREDIT_RUNNING;
     }
-    if (last)
-        curve_point(p, g->to_ns, credit_by(last, runs, g->to_ns));
+    if (last && last->state != CREDIT_RUNNING)
+        curve_point(p, g->to_ns, last->credit_ns);
 }
 
 static void credit_range(struct picture *p)

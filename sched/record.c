@@ -22,6 +22,7 @@ void record_event(void *arg, const struct credit_event *event)
     log->ring[log->nr++ % log->size] = (struct record) {
         .at_ns = event->at_ns,
         .credit_ns = event->vcpu->credit_ns,
+        .was_ns = event->vcpu->was_ns,
         .vm = event->vm->id,
         .vcpu = event->vcpu->id,
         .kind = (uint8_t)event->kind,
@@ -53,6 +54,8 @@ static json_t *record_one(const struct record *r)
     if (r->kind == CREDIT_EV_MIGRATE)
         json_object_set_new(object, "from", json_integer(r->from));
     json_object_set_new(object, "credit", json_real((double)r->credit_ns / CREDIT_NS));
+    if (r->kind == CREDIT_EV_CREDIT)
+        json_object_set_new(object, "was", json_real((double)r->was_ns / CREDIT_NS));
     json_object_set_new(object, "class", json_string(credit_class_name(r->class)));
     json_object_set_new(object, "state", json_string(credit_state_name(r->state)));
     return object;

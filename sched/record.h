@@ -11,6 +11,7 @@
 struct record {
     uint64_t at_ns;
     int64_t credit_ns;
+    int64_t was_ns;    // CREDIT_EV_CREDIT: before the accounting
     uint32_t vm, vcpu; // ids
     uint8_t kind;      // enum credit_event_kind
     uint8_t pcpu, from;
