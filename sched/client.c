@@ -205,6 +205,15 @@ static void lost(struct sched_client *c)
     pthread_mutex_unlock(&c->lock);
 }
 
+static void ring(struct sched_client *c)
+{
+    // Closed by another thread a moment ago: then nobody waits for it.
+    const uint64_t one = 1;
+    int fd = atomic_load(&c->doorbell);
+    if (fd >= 0 && write(fd, &one, sizeof(one)) < 0)
+        return;
+}
+
 int sched_client_attach(struct sched_client *c, struct error *err)
 {
     struct sched_register reg = {
@@ -237,9 +246,8 @@ int sched_client_attach(struct sched_client *c, struct error *err)
         atomic_store(&c->attached, true);
     }
     pthread_mutex_unlock(&c->lock);
-    // A signal of the daemon's that came before the page was there made nobody look.
-    for (unsigned i = 0; i < c->config.nr && !ret; i++)
-        syscall(SYS_tgkill, getpid(), c->tids[i], c->config.signal);
+    if (!ret)
+        ring(c); // from now on a thread that is signalled finds its slot
     if (!ret && c->config.changed)
         c->config.changed(c->config.arg, 0, "");
     return ret;
@@ -377,15 +385,6 @@ bool sched_client_attached(const struct sched_client *c)
 }
 
 // --- turns
-
-static void ring(struct sched_client *c)
-{
-    // Closed by another thread a moment ago: then nobody waits for it.
-    const uint64_t one = 1;
-    int fd = atomic_load(&c->doorbell);
-    if (fd >= 0 && write(fd, &one, sizeof(one)) < 0)
-        return;
-}
 
 // Sleeps while `grant` is WAIT and *look is 0; 0, or -1 with errno.
 static int turn_wait(_Atomic uint32_t *grant, const uint32_t *look)

@@ -187,7 +187,7 @@ static bool tid_taken(const struct sched_daemon *d, const struct sched_register 
             return true;
     for (const struct sched_vm *vm = d->vms; vm; vm = vm->next)
         for (unsigned k = 0; k < vm->nr; k++)
-            if (vm->vcpus[k].present && vm->vcpus[k].watch.tid == reg->tids[i])
+            if ((vm->vcpus[k].present || !vm->begun) && vm->vcpus[k].watch.tid == reg->tids[i])
                 return true;
     return false;
 }
@@ -277,8 +277,6 @@ static void vm_begin(struct sched_daemon *d, struct sched_vm *vm)
     vm->conn->vm = vm;
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &vm->source};
     epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, vm->bell, &ev);
-    for (unsigned i = 0; i < vm->nr; i++)
-        vcpu_begin(d, &vm->vcpus[i], time_ns());
     log_write(&d->log, LOG_INFO, "VM %s: process %d, %u vCPUs, weight %u, cap %u", vm->name,
               (int)vm->pid, vm->nr, vm->credit.config.weight, vm->credit.config.cap);
 }
@@ -521,11 +519,21 @@ static void vm_count(struct sched_daemon *d, struct sched_vm *vm)
         vm_unlisten(d, vm);
 }
 
+// Its first ring says that the page is in place: now a thread that is signalled finds its slot.
+static void vm_take_over(struct sched_daemon *d, struct sched_vm *vm, uint64_t now)
+{
+    vm->begun = true;
+    for (unsigned i = 0; i < vm->nr; i++)
+        vcpu_begin(d, &vm->vcpus[i], now);
+}
+
 static void bell_ready(struct sched_daemon *d, struct sched_vm *vm)
 {
     uint64_t count, now = time_ns();
-    if (read(vm->bell, &count, sizeof(count)) < 0 && errno != EAGAIN)
+    if (read(vm->bell, &count, sizeof(count)) < 0)
         return;
+    if (!vm->begun)
+        vm_take_over(d, vm, now);
     for (unsigned i = 0; i < vm->nr; i++)
         vcpu_look(d, &vm->vcpus[i], now);
     vm_count(d, vm);

@@ -17,7 +17,6 @@ enum {
     POLL_NS = 1000000,     // also where the kernel's records cannot be had
     BRIEF_NS = 500000,     // that a vCPU with credit runs after it woke before it needs a turn
     TRANSIT_NS = 1000000,  // from a turn's beginning until the thread must have begun
-    GRACE_NS = 200000000,  // for a VM that registers to begin with turns
     LOOSE_NS = 2000000,    // CPU time without a turn, per tick, that is taken for disobedience
 };
 
@@ -48,9 +47,10 @@ struct sched_vcpu {
     int pidfd;  // of the thread, -1 where the kernel has none
     int cpu;    // host CPU it is bound to, -1: none yet
     bool woken; // since the last settling: must run or be told to wait
-    bool stuck; // got a turn and did not come: until it is seen on a CPU
+    bool stuck; // got a turn and did not come: until it has had CPU time
     bool revoked, offender;
     enum sched_policy policy;
+    uint64_t stuck_cpu_ns;
     uint64_t charged_ns;                   // CPU time charged so far
     uint64_t brief_until_ns;               // 0: does not run without a turn for a moment
     uint64_t briefs;                       // how often it did
@@ -73,6 +73,7 @@ struct sched_vm {
     int bell;
     struct source source;
     unsigned nr;
+    bool begun;      // its threads take turns
     unsigned events; // in this tick
     bool quiet;      // too many: looked at, not listened to
     uint64_t offences;

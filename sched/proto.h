@@ -5,6 +5,7 @@
 //     VM                                   daemon
 //      | -- REGISTER (weight, cap, tids) -> |  the tids must be threads of the peer's process
 //      | <- REGISTERED + page, doorbell --- |  two descriptors, SCM_RIGHTS
+//      |   doorbell ----------------------> |  the page is mapped: turns may begin
 //      |                                    |
 //      |   slot.grant = WAIT, signal        |  a turn ends: the thread leaves KVM_RUN,
 //      |   slot.state = WANTS, doorbell --> |  says that it wants another and sleeps on `grant`

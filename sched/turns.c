@@ -60,6 +60,7 @@ static bool in_transit(struct sched_vcpu *v, uint64_t now)
     if (now < v->granted_ns + TRANSIT_NS)
         return true;
     v->stuck = sched_watch_sleeps(&v->watch);
+    v->stuck_cpu_ns = v->charged_ns;
     return !v->stuck;
 }
 
@@ -132,6 +133,7 @@ void vcpu_look(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
         if (v->credit.state != CREDIT_BLOCKED)
             credit_block(&d->credit, &v->credit, now);
     } else if (v->credit.state == CREDIT_BLOCKED) {
+        v->stuck &= v->charged_ns == v->stuck_cpu_ns;
         if (!asleep || (want == WANT_TURN && !v->stuck))
             woke(d, v, now);
         else if (v->brief_until_ns)
@@ -437,7 +439,7 @@ void vcpu_begin(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
     v->present = true;
     v->charged_ns = v->loose_cpu_ns = sched_watch_cpu(&v->watch, now);
-    v->loose_since_ns = now + GRACE_NS;
+    v->loose_since_ns = now;
     atomic_store(&v->slot->grant, GRANT_WAIT);
     credit_vcpu_add(&d->credit, &v->vm->credit, &v->credit, v->index, now);
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &v->source};

@@ -90,6 +90,7 @@ int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, str
     w->base_ns = w->seen_ns = ran > 0 ? (uint64_t)ran : 0;
     w->asleep = sched_watch_sleeps(w);
     w->on_cpu = !w->asleep;
+    w->fresh = true;
     return 0;
 }
 
@@ -112,11 +113,22 @@ void sched_watch_close(struct sched_watch *w)
 
 // --- by records
 
+static void schedstat_take(struct sched_watch *w)
+{
+    int64_t ran = schedstat_read(w);
+    if (ran > 0 && (uint64_t)ran > w->base_ns)
+        w->base_ns = (uint64_t)ran;
+}
+
 static void record_take(struct sched_watch *w, uint16_t misc, uint64_t at)
 {
     bool in = !(misc & PERF_RECORD_MISC_SWITCH_OUT);
-    if (w->on_cpu && at > w->since_ns)
+    if (w->fresh && !in) {
+        schedstat_take(w);
+        w->fresh = false;
+    } else if (w->on_cpu && !w->fresh && at > w->since_ns) {
         w->base_ns += at - w->since_ns;
+    }
     w->on_cpu = in;
     w->asleep = !in && !(misc & PERF_RECORD_MISC_SWITCH_OUT_PREEMPT);
     w->since_ns = at;
@@ -188,17 +200,15 @@ void sched_watch_read(struct sched_watch *w, uint64_t now_ns)
         return;
     }
     ring_drain(w, w->in_map, false);
-    if (!ring_drain(w, w->out_map, true))
-        return;
-    int64_t ran = schedstat_read(w);
-    if (ran > 0 && (uint64_t)ran > w->base_ns)
-        w->base_ns = (uint64_t)ran;
-    w->since_ns = now_ns;
+    if (ring_drain(w, w->out_map, true))
+        w->fresh = true; // records were lost
+    if (w->fresh)
+        schedstat_take(w);
 }
 
 uint64_t sched_watch_cpu(const struct sched_watch *w, uint64_t now_ns)
 {
-    bool runs = w->out_fd >= 0 && w->on_cpu && now_ns > w->since_ns;
+    bool runs = w->out_fd >= 0 && w->on_cpu && !w->fresh && now_ns > w->since_ns;
     return w->base_ns + (runs ? now_ns - w->since_ns : 0);
 }
 
