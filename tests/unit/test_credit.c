@@ -246,6 +246,53 @@ START_TEST(shares_with_caps_are_right)
 }
 END_TEST
 
+// VMs that are confined to some pCPUs share these by their weights, and the others the rest.
+START_TEST(shares_of_confined_vms)
+{
+    static const struct {
+        unsigned nr_pcpus;
+        struct {
+            unsigned weight, cap;
+            uint64_t hard;
+            double expected;
+        } vms[5];
+    } cases[] = {
+        // Two pinned to one pCPU, one free.
+        {2, {{512, 0, 1, 2 / 3.0}, {256, 0, 1, 1 / 3.0}, {256, 0, 3, 1}}},
+        // Two halves of a host that have nothing to do with each other.
+        {4,
+         {{256, 0, 1, 0.25}, {768, 0, 1, 0.75}, {1024, 0, 14, 1}, {64, 0, 14, 1}, {64, 0, 14, 1}}},
+        // One within the other: what the inner ones cannot have is not lost.
+        {3, {{100, 0, 1, 0.5}, {100, 0, 1, 0.5}, {100, 0, 3, 1}, {50, 0, 7, 0.5}, {50, 0, 7, 0.5}}},
+        // A cap leaves something to the pinned one beside it.
+        {2, {{1000, 25, 1, 0.25}, {10, 0, 1, 0.75}, {10, 0, 2, 1}}},
+    };
+    for (size_t i = 0; i < ARRAY_SIZE(cases); i++) {
+        struct load *l = calloc(1, sizeof(*l));
+        struct sim sim;
+        l->config.params = credit_params_default(cases[i].nr_pcpus);
+        l->config.scheduler = SIM_CREDIT_CAP;
+        l->config.vms = l->vms;
+        for (; l->config.nr_vms < 5 && cases[i].vms[l->config.nr_vms].weight; l->config.nr_vms++) {
+            struct sim_vm_config *vm = &l->vms[l->config.nr_vms];
+            vm->nr_vcpus = 1;
+            vm->credit.weight = cases[i].vms[l->config.nr_vms].weight;
+            vm->credit.cap = cases[i].vms[l->config.nr_vms].cap;
+            vm->credit.hard = cases[i].vms[l->config.nr_vms].hard;
+        }
+        sim_start(&sim, &l->config);
+        sim_run(&sim, 10 * S);
+        for (unsigned j = 0; j < l->config.nr_vms; j++) {
+            double share = sim_share(&sim, &sim.vms[j]), expected = cases[i].vms[j].expected;
+            ck_assert_msg(fabs(share - expected) <= 0.01, "case %zu: VM %u has %.4f, not %.4f", i,
+                          j, share, expected);
+        }
+        sim_destroy(&sim);
+        free(l);
+    }
+}
+END_TEST
+
 // A window of 1 s, wherever it begins, has at most 1 % more than the cap.
 START_TEST(caps_are_not_exceeded)
 {
@@ -631,6 +678,7 @@ int main(void)
     add(s, "invariants", invariants_hold);
     add(s, "shares", shares_are_right);
     add(s, "cap_shares", shares_with_caps_are_right);
+    add(s, "confined", shares_of_confined_vms);
     add(s, "caps", caps_are_not_exceeded);
     add(s, "starvation", nobody_starves);
     add(s, "order", order_of_registration_does_not_matter);
