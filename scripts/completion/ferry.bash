@@ -3,7 +3,7 @@
 # `ferry COMMAND --help`, so that this file cannot go stale.
 _ferry_commands()
 {
-    $1 help 2>/dev/null | sed -n 's/^  \([a-z]\{2,\}\)  *.*/\1/p'
+    "$1" help 2>/dev/null | sed -n 's/^  \([a-z]\{2,\}\)  *.*/\1/p'
 }
 
 _ferry_options()
@@ -58,6 +58,7 @@ _ferry()
             -*:sched) choices=$(_ferry_options "$ferry" sched "${COMP_WORDS[2]}") ;;
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
             *:sched)
+                [ "${COMP_WORDS[2]}:$COMP_CWORD" != set:3 ] || choices=$(_ferry_vms)
                 [ "$COMP_CWORD" -gt 2 ] ||
                     choices=$("$ferry" sched --help 2>/dev/null | sed -n 's/^  \([a-z]\{2,\}\)  *.*/\1/p')
                 ;;
