@@ -293,6 +293,35 @@ START_TEST(shares_of_confined_vms)
 }
 END_TEST
 
+// Sleepers save credit that hogs would have burned, and lose half of it when they are retired. The
+// hogs must not sink below the limit for it, all of them: their weights would not tell any more.
+START_TEST(savings_of_sleepers_do_not_level_the_others)
+{
+    struct load *l = calloc(1, sizeof(*l));
+    struct sim sim;
+    l->config.params = credit_params_default(1);
+    l->config.scheduler = SIM_CREDIT_CAP;
+    l->config.vms = l->vms;
+    for (l->config.nr_vms = 0; l->config.nr_vms < 22; l->config.nr_vms++) {
+        struct sim_vm_config *vm = &l->vms[l->config.nr_vms];
+        vm->nr_vcpus = 1;
+        vm->credit.weight = l->config.nr_vms ? 256 : 512;
+        vm->credit.hard = CREDIT_ANY_PCPU;
+        if (l->config.nr_vms < 2)
+            continue;
+        vm->behaviour = SIM_BURST;
+        vm->period_ns = S;
+        vm->run_ns = 5 * MS;
+    }
+    sim_start(&sim, &l->config);
+    sim_run(&sim, 30 * S);
+    double a = (double)sim.vms[0].credit.run_ns, b = (double)sim.vms[1].credit.run_ns;
+    ck_assert_msg(fabs(a / b - 2) < 0.05, "%.3f, not 2", a / b);
+    sim_destroy(&sim);
+    free(l);
+}
+END_TEST
+
 // A window of 1 s, wherever it begins, has at most 1 % more than the cap.
 START_TEST(caps_are_not_exceeded)
 {
@@ -679,6 +708,7 @@ int main(void)
     add(s, "shares", shares_are_right);
     add(s, "cap_shares", shares_with_caps_are_right);
     add(s, "confined", shares_of_confined_vms);
+    add(s, "savings", savings_of_sleepers_do_not_level_the_others);
     add(s, "caps", caps_are_not_exceeded);
     add(s, "starvation", nobody_starves);
     add(s, "order", order_of_registration_does_not_matter);
