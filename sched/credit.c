@@ -393,6 +393,10 @@ void credit_charge(struct credit *c, struct credit_vcpu *v, uint64_t used_ns, ui
     }
     if (v->class == CREDIT_BOOST)
         v->boost_ns += used_ns;
+    if (!v->active) { // ran for a moment without having been woken: it is not one that only sleeps
+        v->active = v->slept = true;
+        v->vm->nr_active++;
+    }
     if (v->state == CREDIT_RUNNING)
         class_set(c, v, class_now(c, v));
 }

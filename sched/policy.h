@@ -6,7 +6,8 @@
 
 enum sched_policy {
     SCHED_POLICY_PLAIN,  // as it was started
-    SCHED_POLICY_PROMPT, // sleeps mostly: gets its CPU soon when it wakes (Linux 6.12: short slices)
+    SCHED_POLICY_PROMPT, // sleeps mostly: gets its CPU soon when it wakes (Linux 6.12: short
+                         // slices)
     SCHED_POLICY_BOOST,  // gets it at once (real-time), as long as the scheduler leaves it that
     SCHED_POLICY_LAST,   // does not give its turns back: only what nobody else wants
 };
