@@ -55,7 +55,7 @@ _ferry()
         --on-stall) choices="continue cancel switch postcopy" ;;
         *)
             case $word:$command in
-            -*:sched) choices=$(_ferry_options "$ferry" sched "${COMP_WORDS[2]}") ;;
+            -*:sched) choices=$(_ferry_options "$ferry" "${COMP_WORDS[@]:1:COMP_CWORD > 2 ? 2 : 1}") ;;
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
             *:sched)
                 [ "${COMP_WORDS[2]}:$COMP_CWORD" != set:3 ] || choices=$(_ferry_vms)

@@ -98,7 +98,7 @@ static int apply_slice(struct sim_workload *w, const char *text, struct error *e
     char *end;
     double ms = strtod(text, &end);
     struct credit_params *params = &w->config.params;
-    if (*end || !(ms >= CREDIT_SLICE_MIN_MS && ms <= CREDIT_SLICE_MAX_MS))
+    if ((*end && strcmp(end, "ms")) || !(ms >= CREDIT_SLICE_MIN_MS && ms <= CREDIT_SLICE_MAX_MS))
         return error_set(err, -EINVAL, "--slice '%.20s': must be %d to %d ms", text,
                          CREDIT_SLICE_MIN_MS, CREDIT_SLICE_MAX_MS);
     params->slice_ns = (uint64_t)(ms * 1e6);
