@@ -52,15 +52,13 @@ static bool wants(const struct credit_vcpu *v)
 static void rooms(struct credit *c, int64_t passed)
 {
     const int64_t slice = (int64_t)c->params.slice_ns;
-    for_each_vm(c, vm)
-    {
+    for_each_vm (c, vm) {
         vm->settled = !vm->nr_active;
         vm->given_ns = 0;
         vm->room_ns = passed * __builtin_popcountll(vm->config.hard & c->online);
         if (vm_capped(c, vm) && vm->room_ns > passed * vm->config.cap / 100)
             vm->room_ns = passed * vm->config.cap / 100;
-        for_each_active(vm, v)
-        {
+        for_each_active (vm, v) {
             v->was_ns = v->credit_ns;
             int64_t debt = v->credit_ns < 0 ? -v->credit_ns : 0;
             int64_t most = wants(v) ? HOARD_MAX_SLICES * slice : slice;
@@ -84,8 +82,10 @@ static bool within(const struct credit *c, const struct credit_vm *vm, const str
 static void set_total(struct credit *c, struct account_set *s, int64_t total)
 {
     int64_t held = 0;
-    for_each_vm(c, vm) if (within(c, vm, s)) for_each_active(vm, v) held +=
-        wants(v) ? v->credit_ns : 0;
+    for_each_vm (c, vm)
+        if (within(c, vm, s))
+            for_each_active (vm, v)
+                held += wants(v) ? v->credit_ns : 0;
     s->total_ns = scale(total, (uint64_t)__builtin_popcountll(s->mask), c->params.nr_pcpus);
     if (held < 0)
         s->total_ns -= held;
@@ -96,8 +96,7 @@ static void set_measure(struct credit *c, struct account_set *s)
 {
     s->rest_ns = s->total_ns;
     s->weight = 0;
-    for_each_vm(c, vm)
-    {
+    for_each_vm (c, vm) {
         if (!within(c, vm, s))
             continue;
         if (vm->settled || vm->full) {
@@ -105,8 +104,7 @@ static void set_measure(struct credit *c, struct account_set *s)
             continue;
         }
         const uint64_t weight = vcpu_weight(c, vm);
-        for_each_active(vm, v)
-        {
+        for_each_active (vm, v) {
             if (v->full)
                 s->rest_ns -= v->room_ns;
             else
@@ -126,14 +124,12 @@ static int64_t vcpu_part(const struct credit_vcpu *v, const struct account_set *
 static bool set_saturate(struct credit *c, const struct account_set *s)
 {
     bool changed = false;
-    for_each_vm(c, vm)
-    {
+    for_each_vm (c, vm) {
         if (vm->settled || vm->full || !within(c, vm, s))
             continue;
         const uint64_t weight = vcpu_weight(c, vm);
         int64_t sum = 0;
-        for_each_active(vm, v)
-        {
+        for_each_active (vm, v) {
             int64_t part = vcpu_part(v, s, weight);
             if (!v->full && part >= v->room_ns) {
                 v->full = changed = true;
@@ -150,12 +146,12 @@ static bool set_saturate(struct credit *c, const struct account_set *s)
 // The level that a set's VMs reach if nothing but the set limits them.
 static void set_level(struct credit *c, struct account_set *s)
 {
-    for_each_vm(c, vm)
-    {
+    for_each_vm (c, vm) {
         if (vm->settled || !within(c, vm, s))
             continue;
         vm->full = false;
-        for_each_active(vm, v) v->full = false;
+        for_each_active (vm, v)
+            v->full = false;
     }
     do
         set_measure(c, s);
@@ -181,12 +177,12 @@ static void vm_split(struct credit *c, struct credit_vm *vm)
 {
     int64_t rest = vm->given_ns;
     unsigned nr = vm->nr_active;
-    for_each_active(vm, v) v->full = false;
+    for_each_active (vm, v)
+        v->full = false;
     for (bool changed = true; changed && nr;) {
         const int64_t part = rest / nr;
         changed = false;
-        for_each_active(vm, v)
-        {
+        for_each_active (vm, v) {
             if (v->full || v->room_ns > part)
                 continue;
             v->full = changed = true;
@@ -196,14 +192,15 @@ static void vm_split(struct credit *c, struct credit_vm *vm)
         }
     }
     const int64_t part = nr ? rest / nr : 0;
-    for_each_active(vm, v) if (!v->full) vcpu_give(c, v, part);
+    for_each_active (vm, v)
+        if (!v->full)
+            vcpu_give(c, v, part);
 }
 
 // Gives the VMs of a set what its level says.
 static void set_give(struct credit *c, const struct account_set *s)
 {
-    for_each_vm(c, vm)
-    {
+    for_each_vm (c, vm) {
         if (vm->settled || !within(c, vm, s))
             continue;
         vm->settled = true;
@@ -213,8 +210,7 @@ static void set_give(struct credit *c, const struct account_set *s)
             continue;
         }
         const uint64_t weight = vcpu_weight(c, vm);
-        for_each_active(vm, v)
-        {
+        for_each_active (vm, v) {
             int64_t part = vcpu_part(v, s, weight);
             vm->given_ns += part;
             vcpu_give(c, v, part);
@@ -232,8 +228,7 @@ static bool mask_before(uint64_t a, uint64_t b)
 static unsigned sets_find(const struct credit *c, struct account_set *sets)
 {
     unsigned nr = 0;
-    for_each_vm(c, vm)
-    {
+    for_each_vm (c, vm) {
         uint64_t mask = vm->config.hard & c->online;
         if (!vm->nr_active || mask == c->online)
             continue;
@@ -283,18 +278,19 @@ static void vcpu_return(struct credit *c, struct credit_vcpu *v, int64_t keep)
 static void retire(struct credit *c)
 {
     const int64_t slice = (int64_t)c->params.slice_ns;
-    for_each_vm(c, vm) for_each_active(vm, v)
-    {
-        if (!wants(v) && v->credit_ns > slice)
-            vcpu_return(c, v, slice);
-        if (v->state == CREDIT_BLOCKED && v->credit_ns >= slice && v->since_ns <= c->accounted_ns) {
-            vcpu_return(c, v, v->credit_ns / 2);
-            v->active = false;
-            vm->nr_active--;
+    for_each_vm (c, vm)
+        for_each_active (vm, v) {
+            if (!wants(v) && v->credit_ns > slice)
+                vcpu_return(c, v, slice);
+            if (v->state == CREDIT_BLOCKED && v->credit_ns >= slice &&
+                v->since_ns <= c->accounted_ns) {
+                vcpu_return(c, v, v->credit_ns / 2);
+                v->active = false;
+                vm->nr_active--;
+            }
+            v->slept = v->state == CREDIT_BLOCKED;
+            v->boost_ns = 0;
         }
-        v->slept = v->state == CREDIT_BLOCKED;
-        v->boost_ns = 0;
-    }
 }
 
 // The CPU time there was for vCPUs: what they used and what nobody wanted. Not what other processes
