@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "sched/svg.h"
+#include "sched/shapes.h"
 #include "vmm/util.h"
 
 enum {
@@ -37,7 +37,7 @@ struct vcpu {
 
 struct picture {
     const struct gantt *g;
-    struct svg svg;
+    struct shapes svg;
     struct vcpu *vcpus; // in the order of ids
     size_t nr_vcpus;
     int64_t credit_least, credit_most;
@@ -153,11 +153,11 @@ static void draw_axis(struct picture *p)
         if ((double)i * step < from - step / 1e6)
             continue;
         double x = LEFT + ((double)i * step - from) / (to - from) * (WIDTH - LEFT - RIGHT);
-        svg_line(&p->svg, x, TOP - 4, x, bottom, "grid");
+        shape_line(&p->svg, x, TOP - 4, x, bottom, "grid");
         snprintf(text, sizeof(text), "%g", (double)i * step);
-        svg_text(&p->svg, x, TOP - 8, "small", "middle", text);
+        shape_text(&p->svg, x, TOP - 8, "small", "middle", text);
     }
-    svg_text(&p->svg, LEFT - 24, TOP - 8, "small", "end", "ms");
+    shape_text(&p->svg, LEFT - 24, TOP - 8, "small", "end", "ms");
 }
 
 // --- Who ran where
@@ -173,8 +173,8 @@ static void draw_run(struct picture *p, unsigned pcpu, const struct record *r, u
     name_of(p, v, name, sizeof(name));
     snprintf(label, sizeof(label), "%s: %.3f ms, %s", name, (double)(to - from) / 1e6,
              credit_class_name(r->class));
-    svg_bar(&p->svg, x, y, width < 0.4 ? 0.4 : width, ROW, v->shade,
-            r->class == CREDIT_OVER ? 0.55 : 1, label);
+    shape_bar(&p->svg, x, y, width < 0.4 ? 0.4 : width, ROW, v->shade,
+              r->class == CREDIT_OVER ? 0.55 : 1, label);
     v->run_ns += to - from;
 }
 
@@ -185,8 +185,8 @@ static void draw_pcpu(struct picture *p, unsigned pcpu)
     const double y = TOP + pcpu * (ROW + ROW_GAP);
     char text[32];
     snprintf(text, sizeof(text), "pCPU %d", g->cpus ? g->cpus[pcpu] : (int)pcpu);
-    svg_text(&p->svg, LEFT - 12, y + ROW * 0.68, "label", "end", text);
-    svg_line(&p->svg, LEFT, y + ROW, WIDTH - RIGHT, y + ROW, "frame");
+    shape_text(&p->svg, LEFT - 12, y + ROW * 0.68, "label", "end", text);
+    shape_line(&p->svg, LEFT, y + ROW, WIDTH - RIGHT, y + ROW, "frame");
     for (size_t i = 0; i < record_count(g->log); i++) {
         const struct record *r = record_at(g->log, i);
         if (r->at_ns >= g->to_ns)
@@ -240,8 +240,8 @@ static void waiting_pass(struct picture *p, struct waiting *w, bool draw)
         const uint64_t at = r ? r->at_ns : p->g->to_ns;
         if (at > since && at > p->g->from_ns) {
             if (draw && w->nr)
-                svg_bar(&p->svg, x_of(p, since), wait_y(p, w->nr), x_of(p, at) - x_of(p, since),
-                        wait_top(p) + WAIT_HEIGHT - wait_y(p, w->nr), 9, 0.45, NULL);
+                shape_bar(&p->svg, x_of(p, since), wait_y(p, w->nr), x_of(p, at) - x_of(p, since),
+                          wait_top(p) + WAIT_HEIGHT - wait_y(p, w->nr), 9, 0.45, NULL);
             if (w->nr > p->waiting_most)
                 p->waiting_most = w->nr;
             since = at;
@@ -261,13 +261,13 @@ static int draw_waiting(struct picture *p)
     waiting_pass(p, &w, false);
     waiting_pass(p, &w, true);
     free(w.state);
-    svg_text(&p->svg, LEFT, wait_top(p) - 8, "label", "start",
-             "vCPUs that wait for a pCPU (parked ones, whose VM has used up its cap, do not)");
-    svg_line(&p->svg, LEFT, wait_top(p) + WAIT_HEIGHT, WIDTH - RIGHT, wait_top(p) + WAIT_HEIGHT,
-             "frame");
+    shape_text(&p->svg, LEFT, wait_top(p) - 8, "label", "start",
+               "vCPUs that wait for a pCPU (parked ones, whose VM has used up its cap, do not)");
+    shape_line(&p->svg, LEFT, wait_top(p) + WAIT_HEIGHT, WIDTH - RIGHT, wait_top(p) + WAIT_HEIGHT,
+               "frame");
     snprintf(text, sizeof(text), "%u", p->waiting_most);
-    svg_text(&p->svg, LEFT - 12, wait_top(p) + 8, "small", "end", text);
-    svg_text(&p->svg, LEFT - 12, wait_top(p) + WAIT_HEIGHT, "small", "end", "0");
+    shape_text(&p->svg, LEFT - 12, wait_top(p) + 8, "small", "end", text);
+    shape_text(&p->svg, LEFT - 12, wait_top(p) + WAIT_HEIGHT, "small", "end", "0");
     return 0;
 }
 
@@ -296,7 +296,7 @@ static void curve_point(struct picture *p, uint64_t at, int64_t credit_ns)
         p->credit_most = credit_ns > p->credit_most ? credit_ns : p->credit_most;
         return;
     }
-    svg_curve_point(&p->svg, x_of(p, at), credit_y(p, credit_ns));
+    shape_curve_point(&p->svg, x_of(p, at), credit_y(p, credit_ns));
 }
 
 // Straight from event to event: credit falls only while the vCPU runs, and both ends of that are
@@ -338,19 +338,19 @@ static void draw_credits(struct picture *p)
     const double span = (double)(p->credit_most - p->credit_least) / CREDIT_NS;
     const double step = nice_step(span * 1.6);
     char text[64];
-    svg_text(&p->svg, LEFT, top - 8, "label", "start",
-             "credits (10 are one ms of CPU time; below 0 is OVER, paler above)");
+    shape_text(&p->svg, LEFT, top - 8, "label", "start",
+               "credits (10 are one ms of CPU time; below 0 is OVER, paler above)");
     for (int64_t i = (int64_t)((double)p->credit_least / CREDIT_NS / step);
          (double)i * step * CREDIT_NS <= (double)p->credit_most; i++) {
         double y = credit_y(p, (int64_t)((double)i * step * CREDIT_NS));
-        svg_line(&p->svg, LEFT, y, WIDTH - RIGHT, y, i ? "grid" : "zero");
+        shape_line(&p->svg, LEFT, y, WIDTH - RIGHT, y, i ? "grid" : "zero");
         snprintf(text, sizeof(text), "%g", (double)i * step);
-        svg_text(&p->svg, LEFT - 12, y + 4, "small", "end", text);
+        shape_text(&p->svg, LEFT - 12, y + 4, "small", "end", text);
     }
     for (size_t i = 0; i < p->nr_vcpus && i < CURVES_MAX; i++) {
-        svg_curve_begin(&p->svg, p->vcpus[i].shade);
+        shape_curve_begin(&p->svg, p->vcpus[i].shade);
         curve(p, &p->vcpus[i]);
-        svg_curve_end(&p->svg);
+        shape_curve_end(&p->svg);
     }
 }
 
@@ -367,8 +367,8 @@ static void draw_legend(struct picture *p)
         if (strlen(name) > 13)
             strcpy(name + 12, "~");
         snprintf(text, sizeof(text), "%s %.1f%%", name, 100 * (double)p->vcpus[i].run_ns / span);
-        svg_bar(&p->svg, x, y - 9, 10, 10, p->vcpus[i].shade, 1, NULL);
-        svg_text(&p->svg, x + 15, y, "label", "start", text);
+        shape_bar(&p->svg, x, y - 9, 10, 10, p->vcpus[i].shade, 1, NULL);
+        shape_text(&p->svg, x + 15, y, "label", "start", text);
     }
 }
 
@@ -380,15 +380,15 @@ static void draw_accountings(struct picture *p)
         if (r->kind != CREDIT_EV_CREDIT || !drawn(p->g, r) || r->at_ns == last)
             continue;
         last = r->at_ns;
-        svg_line(&p->svg, x_of(p, last), TOP, x_of(p, last), credit_top(p) + CREDIT_HEIGHT,
-                 "period");
+        shape_line(&p->svg, x_of(p, last), TOP, x_of(p, last), credit_top(p) + CREDIT_HEIGHT,
+                   "period");
     }
 }
 
 static int draw(struct picture *p)
 {
-    svg_begin(&p->svg, WIDTH, height(p), p->g->title);
-    svg_text(&p->svg, LEFT, 22, "head", "start", p->g->title);
+    shape_begin(&p->svg, WIDTH, height(p), p->g->title);
+    shape_text(&p->svg, LEFT, 22, "head", "start", p->g->title);
     draw_axis(p);
     for (unsigned i = 0; i < p->g->nr_pcpus; i++)
         draw_pcpu(p, i);
@@ -398,7 +398,7 @@ static int draw(struct picture *p)
     draw_accountings(p);
     draw_credits(p);
     draw_legend(p);
-    svg_end(&p->svg);
+    shape_end(&p->svg);
     return 0;
 }
 

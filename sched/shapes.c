@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "sched/svg.h"
+#include "sched/shapes.h"
 
 #include "vmm/util.h"
 
@@ -22,7 +22,7 @@ static void escaped(FILE *out, const char *text)
     }
 }
 
-void svg_begin(struct svg *s, double width, double height, const char *title)
+void shape_begin(struct shapes *s, double width, double height, const char *title)
 {
     fprintf(s->out,
             "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"%.0f\" height=\"%.0f\" "
@@ -42,13 +42,13 @@ void svg_begin(struct svg *s, double width, double height, const char *title)
                     "<rect width=\"100%%\" height=\"100%%\" fill=\"#fff\"/>\n");
 }
 
-void svg_end(struct svg *s)
+void shape_end(struct shapes *s)
 {
     fprintf(s->out, "</svg>\n");
 }
 
-void svg_bar(struct svg *s, double x, double y, double w, double h, unsigned shade, double opacity,
-             const char *label)
+void shape_bar(struct shapes *s, double x, double y, double w, double h, unsigned shade,
+               double opacity, const char *label)
 {
     fprintf(s->out, "<rect x=\"%.2f\" y=\"%.1f\" width=\"%.2f\" height=\"%.1f\" fill=\"%s\"", x, y,
             w, h, colour(shade));
@@ -63,14 +63,14 @@ void svg_bar(struct svg *s, double x, double y, double w, double h, unsigned sha
     fprintf(s->out, "</title></rect>\n");
 }
 
-void svg_line(struct svg *s, double x1, double y1, double x2, double y2, const char *class)
+void shape_line(struct shapes *s, double x1, double y1, double x2, double y2, const char *class)
 {
     fprintf(s->out, "<line x1=\"%.2f\" y1=\"%.1f\" x2=\"%.2f\" y2=\"%.1f\" class=\"%s\"/>\n", x1,
             y1, x2, y2, class);
 }
 
-void svg_text(struct svg *s, double x, double y, const char *class, const char *anchor,
-              const char *text)
+void shape_text(struct shapes *s, double x, double y, const char *class, const char *anchor,
+                const char *text)
 {
     fprintf(s->out, "<text x=\"%.1f\" y=\"%.1f\" class=\"%s\" text-anchor=\"%s\">", x, y, class,
             anchor);
@@ -78,7 +78,7 @@ void svg_text(struct svg *s, double x, double y, const char *class, const char *
     fprintf(s->out, "</text>\n");
 }
 
-void svg_curve_begin(struct svg *s, unsigned shade)
+void shape_curve_begin(struct shapes *s, unsigned shade)
 {
     fprintf(s->out,
             "<polyline fill=\"none\" stroke=\"%s\" stroke-width=\"1.4\" stroke-linejoin=\"round\" "
@@ -86,12 +86,12 @@ void svg_curve_begin(struct svg *s, unsigned shade)
             colour(shade));
 }
 
-void svg_curve_point(struct svg *s, double x, double y)
+void shape_curve_point(struct shapes *s, double x, double y)
 {
     fprintf(s->out, "%.1f,%.1f ", x, y);
 }
 
-void svg_curve_end(struct svg *s)
+void shape_curve_end(struct shapes *s)
 {
     fprintf(s->out, "\"/>\n");
 }
