@@ -59,6 +59,7 @@ struct vm_stop {
 enum vm_phase { VM_CREATED, VM_PAUSED, VM_ACTIVE, VM_STOPPED };
 
 struct vcpu;
+struct vcpu_turns;
 
 struct vm {
     char name[64];
@@ -87,6 +88,7 @@ struct vm {
     unsigned parked;   // vCPU threads that wait in may_run
     atomic_bool pause; // what vCPU threads look at
     atomic_bool quit;
+    struct vcpu_turns *_Atomic turns; // vmm/vcpu.h; NULL: vCPUs run as Linux has it
     struct vm_stop stop;
     // Called once, in the thread that caused the stop, without the lock; e.g. loop_stop.
     void (*on_stop)(struct vm *vm, void *arg);

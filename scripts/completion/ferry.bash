@@ -8,7 +8,7 @@ _ferry_commands()
 
 _ferry_options()
 {
-    "$1" "$2" --help 2>/dev/null | sed '/^examples\{0,1\}:/,/^$/d' |
+    "$@" --help 2>/dev/null | sed '/^examples\{0,1\}:/,/^$/d' |
         grep -oE -- '(^|[ []|, )--[a-z-]+' | tr -d ' [,' | sort -u
 }
 
@@ -41,19 +41,28 @@ _ferry()
         --log) choices="error warn info debug" ;;
         --log-format) choices="text json" ;;
         --control | --vmgenid) choices="true false" ;;
+        --sched) choices="auto off" ;;
         --seccomp) choices="on off log" ;;
         --jail)
             mapfile -t COMPREPLY < <(compgen -d -- "$word")
             return
             ;;
         --transport) choices="mmio pci" ;;
+        --scheduler) choices="fair proportional credit credit-cap" ;;
+        --placement) choices="length weight" ;;
         --net) choices="tap= tap-fd= user" ;;
         --on-reboot) choices="stop reset" ;;
         --mode) choices="precopy postcopy hybrid" ;;
         --on-stall) choices="continue cancel switch postcopy" ;;
         *)
             case $word:$command in
+            -*:sched) choices=$(_ferry_options "$ferry" "${COMP_WORDS[@]:1:COMP_CWORD > 2 ? 2 : 1}") ;;
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
+            *:sched)
+                [ "${COMP_WORDS[2]}:$COMP_CWORD" != set:3 ] || choices=$(_ferry_vms)
+                [ "$COMP_CWORD" -gt 2 ] ||
+                    choices=$("$ferry" sched --help 2>/dev/null | sed -n 's/^  \([a-z]\{2,\}\)  *.*/\1/p')
+                ;;
             *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:reset | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
             esac
             ;;

@@ -32,6 +32,7 @@ int cli_snapshot(int argc, char **argv);
 int cli_restore(int argc, char **argv);
 int cli_migrate(int argc, char **argv);
 int cli_receive(int argc, char **argv);
+int cli_sched(int argc, char **argv);
 int cli_version(int argc, char **argv);
 
 // When main began: the zero of `--mark`.

@@ -187,6 +187,7 @@ int cli_set(int argc, char **argv)
     static const char usage[] =
         "ferry set NAME KEY=VALUE... [--json]\n\n"
         "  memory=SIZE       what the guest may keep; its balloon takes the rest\n"
+        "  weight=N cap=PERCENT affinity=PCPUS  what the host's scheduler gives it\n"
         "  DEVICE.KEY=VALUE  of a device that `ferry info NAME` lists\n"
         "example: ferry set web memory=256M disk0.size=2G disk0.bps=50M";
     int ret = parse(argc, argv, usage, 1, true, &args, &err);

@@ -52,12 +52,30 @@ static int memory_apply(const struct session *s, json_t *value, struct error *er
     return dev->class->set(dev, "target", target, err);
 }
 
+static int share_set(const struct session *s, const struct sched_share *share, struct error *err)
+{
+    if (!s->tie)
+        return error_set(err, -ENOTCONN, "VM %s is not scheduled by ferry (ferry run --sched)",
+                         s->options->name);
+    return sched_tie_set(s->tie, share, err);
+}
+
+static bool share_key(const char *key)
+{
+    return !strcmp(key, "weight") || !strcmp(key, "cap") || !strcmp(key, "affinity");
+}
+
 // "disk0.size": what is before the point names a device.
 static int setting_apply(const struct session *s, const char *key, json_t *value, struct error *err)
 {
+    struct sched_share share = {0};
     if (!strcmp(key, "memory"))
         return memory_apply(s, value, err);
     const char *point = strchr(key, '.');
+    if (!point && json_is_string(value) && share_key(key)) {
+        int set = sched_share_parse(key, json_string_value(value), &share, err);
+        return set ? set : share_set(s, &share, err);
+    }
     size_t len = point ? (size_t)(point - key) : strlen(key);
     struct device *dev = device_find(s, key, len);
     if (!dev)
@@ -104,6 +122,8 @@ json_t *session_info(struct session *s)
         json_object_set_new(info, "vcpus", vcpus);
         json_object_set_new(info, "devices", devices_show(s));
         usage_show(&s->usage, info);
+        if (s->tie)
+            json_object_set_new(info, "sched", sched_tie_show(s->tie));
     }
     const char *console = s->console ? console_path(s->console) : NULL;
     if (console && *console)
@@ -165,6 +185,32 @@ static void patch_vm(struct control_request *req, json_t *args, void *context)
         resume_vm(context, req);
 }
 
+static void get_sched(struct control_request *req, json_t *args, void *context)
+{
+    const struct session *s = context;
+    control_reply_ok(req, s->tie ? sched_tie_show(s->tie) : json_pack("{s:b}", "attached", 0));
+}
+
+static void patch_sched(struct control_request *req, json_t *args, void *context)
+{
+    struct error err;
+    struct sched_share share = {0};
+    json_t *weight = json_object_get(args, "weight"), *cap = json_object_get(args, "cap");
+    const char *affinity = json_string_value(json_object_get(args, "affinity"));
+    int ret = affinity ? sched_affinity_parse(affinity, &share, &err) : 0;
+    if (weight)
+        share.weight = (int32_t)json_integer_value(weight);
+    if (cap)
+        share.cap = (int32_t)json_integer_value(cap);
+    share.has |= (weight ? SCHED_HAS_WEIGHT : 0) | (cap ? SCHED_HAS_CAP : 0);
+    if (!ret)
+        ret = share_set(context, &share, &err);
+    if (ret)
+        control_reply_error(req, &err);
+    else
+        control_reply_ok(req, NULL);
+}
+
 static void put_stop(struct control_request *req, json_t *args, void *context)
 {
     struct session *s = context;
@@ -212,6 +258,13 @@ static const struct schema_field stop_fields[] = {
 static const struct schema_field devices_fields[] = {{"settings", SCHEMA_OBJECT, .required = true},
                                                      {NULL}};
 
+static const struct schema_field sched_fields[] = {
+    {"weight", SCHEMA_INTEGER, .min = 1, .max = 65535},
+    {"cap", SCHEMA_INTEGER, .max = SCHED_VCPUS_MAX * 100},
+    {"affinity", SCHEMA_STRING, .min = 1, .max = SCHED_TEXT_MAX},
+    {NULL},
+};
+
 enum {
     LIVE = LIFE_BIT(LIFE_RUNNING) | LIFE_BIT(LIFE_PAUSED),
     BUILT = LIVE | LIFE_BIT(LIFE_MIGRATING) | LIFE_BIT(LIFE_SNAPSHOTTING),
@@ -223,6 +276,9 @@ static const struct control_route routes[] = {
      .at_once = true},
     {"PATCH", "/devices", "change devices: {\"settings\": {\"disk0.size\": \"2G\", ...}}", BUILT,
      devices_fields, patch_devices},
+    {"GET", "/sched", "how the host's scheduler treats the VM: weight, cap, affinity", 0, NULL,
+     get_sched},
+    {"PATCH", "/sched", "change that, within a slice", BUILT, sched_fields, patch_sched},
     {"PATCH", "/vm", "pause or resume", LIVE, vm_fields, patch_vm},
     {"PUT", "/stop", "end the VM; {\"powerbutton\": true} asks the guest first",
      BUILT | LIFE_BIT(LIFE_CREATED) | LIFE_BIT(LIFE_STOPPING), stop_fields, put_stop},

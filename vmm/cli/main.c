@@ -26,6 +26,7 @@ static const struct cli_command commands[] = {
     {"restore", cli_restore, "start a VM from a snapshot file"},
     {"migrate", cli_migrate, "move a running VM to another host"},
     {"receive", cli_receive, "wait for a VM that migrates here"},
+    {"sched", cli_sched, "the credit scheduler of this host's vCPUs"},
     {"version", cli_version, "version and build"},
 };
 

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "devices/virtio_console.h"
+#include "sched/client.h"
 
 enum { OPTIONS_MAX = 64, CONFIG_FILE_MAX = 1024 * 1024 };
 
@@ -266,6 +267,21 @@ static int set_seccomp(struct vm_options *o, const char *value, struct error *er
     return seccomp_mode_parse(value, &o->vm.seccomp, err);
 }
 
+static int set_weight(struct vm_options *o, const char *value, struct error *err)
+{
+    return sched_weight_parse(value, &o->share, err);
+}
+
+static int set_cap(struct vm_options *o, const char *value, struct error *err)
+{
+    return sched_cap_parse(value, &o->share, err);
+}
+
+static int set_affinity(struct vm_options *o, const char *value, struct error *err)
+{
+    return sched_affinity_parse(value, &o->share, err);
+}
+
 static int set_jail(struct vm_options *o, const char *value, struct error *err)
 {
     return jail_parse(value, &o->jail, err);
@@ -329,6 +345,15 @@ static const struct option_row rows[] = {
     {"log", 0, FOR_ALL, false, "LEVEL", "error, warn, info (default), debug", set_log, 0},
     {"log-format", 0, FOR_ALL, false, "KIND",
      "text (default) or json; with priorities where stderr is systemd's journal", set_log_format,
+     0},
+    {"sched", 0, FOR_ALL, false, "SOCKET",
+     "the scheduler to be scheduled by: auto (default: " SCHED_SOCKET " if it is there), off",
+     set_nothing, TEXT(sched)},
+    {"weight", 0, FOR_ALL, false, "N", "its weight there, 1 to 65535 (default 256)", set_weight, 0},
+    {"cap", 0, FOR_ALL, false, "PERCENT", "at most that of one pCPU (default 0: no limit)", set_cap,
+     0},
+    {"affinity", 0, FOR_ALL, false, "PCPUS",
+     "run only on these, e.g. 0-3,8; soft:0-3 for rather there; or both, with a /", set_affinity,
      0},
     {"jail", 0, FOR_RUN, false, "DIR[,...]",
      "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH[,FILE=VALUE]...]",

@@ -9,6 +9,7 @@
 
 #include "devices/console.h"
 #include "devices/virtio_kinds.h"
+#include "sched/proto.h"
 #include "vmm/boot/boot.h"
 #include "vmm/cli/jail.h"
 #include "vmm/error.h"
@@ -35,9 +36,11 @@ struct vm_options {
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
     struct jail_config jail;
-    unsigned stop_timeout_s; // for a guest that was asked to end; 0: it is not asked
-    bool pci;                // transport of the virtio devices
-    bool console_given;      // by an option, not by default
+    char *sched;              // socket of the scheduler, "auto" or "off"; NULL: auto
+    struct sched_share share; // asked of it
+    unsigned stop_timeout_s;  // for a guest that was asked to end; 0: it is not asked
+    bool pci;                 // transport of the virtio devices
+    bool console_given;       // by an option, not by default
     bool dry_run, mark, ucall, debug_exit, control, vmgenid, reboots;
 };
 

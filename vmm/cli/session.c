@@ -242,6 +242,10 @@ void session_vm_drop(struct session *s)
 {
     if (s->migrate)
         migrate_commands_vm(s->migrate, NULL);
+    if (s->tie)
+        vm_join(s->vm);
+    sched_untie(s->tie);
+    s->tie = NULL;
     vm_destroy(s->vm);
     s->vm = NULL;
     s->board = (struct board) {0};
@@ -453,6 +457,18 @@ int session_confine(struct session *s, struct error *err)
     return ret;
 }
 
+// What was asked for must be had; "auto" takes what there is. `arrived`: it runs, and is not ended
+// for that.
+static int schedule(struct session *s, bool arrived, struct error *err)
+{
+    const struct vm_options *o = s->options;
+    const char *socket = o->sched && strcmp(o->sched, "auto") ? o->sched : SCHED_SOCKET;
+    bool asked = socket == o->sched || o->share.has;
+    if (!strcmp(socket, "off") || (!asked && access(SCHED_SOCKET, F_OK)))
+        return 0;
+    return sched_tie(&s->tie, s->vm, socket, &o->share, asked && !arrived, err);
+}
+
 int session_start(struct session *s, struct error *err)
 {
     int ret = life_move(&s->life, LIFE_STARTING, err);
@@ -462,6 +478,8 @@ int session_start(struct session *s, struct error *err)
         ret = session_build(s, err);
     if (!ret)
         ret = vm_start(s->vm, err);
+    if (!ret)
+        ret = schedule(s, false, err);
     if (ret) { // back to where it can be configured anew
         session_vm_drop(s);
         life_move(&s->life, LIFE_CREATED, NULL);
@@ -482,7 +500,7 @@ int session_start(struct session *s, struct error *err)
 void session_arrived(struct session *s)
 {
     struct error err;
-    if (usage_start(&s->usage, s->vm, &err))
+    if (usage_start(&s->usage, s->vm, &err) || schedule(s, true, &err))
         log_write(&s->vm->log, LOG_WARN, "%s", err.text);
     life_move(&s->life, LIFE_STARTING, NULL);
     life_move(&s->life, vm_paused(s->vm) ? LIFE_PAUSED : LIFE_RUNNING, NULL);

@@ -6,6 +6,7 @@
 #include "devices/board.h"
 #include "devices/virtio_mmio.h"
 #include "migrate/commands.h"
+#include "sched/vm.h"
 #include "vmm/cli/options.h"
 #include "vmm/cli/usage.h"
 #include "vmm/control.h"
@@ -26,6 +27,7 @@ struct session {
     struct console *console; // the board's; outlives the VM, is closed after the loop
     struct life life;
     struct usage usage;
+    struct sched_tie *tie; // to the scheduler; NULL: without
     struct control *control;
     bool registered; // vmm/cli/registry.h has a record of this VM
     bool confined;   // session_confine has been
