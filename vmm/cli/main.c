@@ -22,6 +22,7 @@ static const struct cli_command commands[] = {
     {"events", cli_events, "what happens to a VM, a line each"},
     {"set", cli_set, "change a device of a running VM"},
     {"snapshot", cli_snapshot, "save a running VM to a file"},
+    {"checkpoint", cli_checkpoint, "when to save a guest, and what failures cost it"},
     {"restore", cli_restore, "start a VM from a snapshot file"},
     {"migrate", cli_migrate, "move a running VM to another host"},
     {"receive", cli_receive, "wait for a VM that migrates here"},
@@ -33,7 +34,7 @@ static void help(FILE *out)
     fprintf(out, "Ferry: small Linux guests on KVM that move while they run.\n\n"
                  "usage: ferry COMMAND [OPTIONS]     (ferry COMMAND --help for each)\n\n");
     for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
-        fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].help);
+        fprintf(out, "  %-10s %s\n", commands[i].name, commands[i].help);
     fprintf(out, "\nexample: ferry run --kernel vmlinux --initrd initramfs.cpio --memory 128M\n");
 }
 
