@@ -36,7 +36,7 @@ struct checkpoint_measure {
     uint64_t pause_ns; // the guest stood still
     uint64_t fault_ns; // and was slowed by copy-on-write
     uint64_t total_ns; // from its begin until it was safe
-    uint64_t bytes;    // of the file
+    uint64_t bytes;    // of pages in the file
 };
 
 struct checkpoint_policy {

@@ -169,6 +169,15 @@ static void get_events(struct control_request *req, json_t *args, void *context)
     control_subscribe(s->control, req);
 }
 
+static void put_rollback(struct control_request *req, json_t *args, void *context)
+{
+    struct error err;
+    if (session_rollback(context, json_string_value(json_object_get(args, "path")), &err))
+        control_reply_error(req, &err);
+    else
+        control_reply_ok(req, NULL);
+}
+
 static const char *const vm_states[] = {"Paused", "Resumed", NULL};
 static const struct schema_field vm_fields[] = {
     {"state", SCHEMA_STRING, .required = true, .choices = vm_states}, {NULL}};
@@ -177,6 +186,8 @@ static const struct schema_field stop_fields[] = {
     {"timeout_s", SCHEMA_INTEGER, .min = 1, .max = STOP_TIMEOUT_MAX_S},
     {NULL},
 };
+static const struct schema_field rollback_fields[] = {
+    {"path", SCHEMA_STRING, .required = true, .min = 1}, {NULL}};
 static const struct schema_field devices_fields[] = {{"settings", SCHEMA_OBJECT, .required = true},
                                                      {NULL}};
 
@@ -191,6 +202,8 @@ static const struct control_route routes[] = {
     {"PATCH", "/devices", "change devices: {\"settings\": {\"disk0.size\": \"2G\", ...}}", BUILT,
      devices_fields, patch_devices},
     {"PATCH", "/vm", "pause or resume", LIVE, vm_fields, patch_vm},
+    {"PUT", "/rollback", "the guest becomes the one in that file",
+     LIVE | LIFE_BIT(LIFE_SNAPSHOTTING), rollback_fields, put_rollback},
     {"PUT", "/stop", "end the VM; {\"powerbutton\": true} asks the guest first",
      BUILT | LIFE_BIT(LIFE_CREATED) | LIFE_BIT(LIFE_STOPPING), stop_fields, put_stop},
     {"GET", "/events", "changes of state, a line each, until the VM ends", 0, NULL, get_events},

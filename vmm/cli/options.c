@@ -287,6 +287,12 @@ static const struct option_row rows[] = {
     {"config-file", 0, FOR_RUN, false, "FILE", "a VM as microVM tools describe it, started at once",
      set_nothing, TEXT(config_file)},
     {"id", 0, FOR_RUN, false, "NAME", "the same as --name", set_nothing, TEXT(name)},
+    {"checkpoints", 0, FOR_RUN | FOR_RESTORE, false, "DIR[,...]",
+     "save the guest to DIR now and then, go on from there if this process dies: DIR"
+     "[,mtbf=SPAN|,interval=SPAN][,keep=N][,hourly=N][,restarts=N]",
+     set_nothing, TEXT(checkpoints)},
+    {"newest", 0, FOR_RESTORE, false, "DIR", "restore the newest whole checkpoint in DIR",
+     set_nothing, TEXT(newest)},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},
     {"stop-timeout", 0, FOR_ALL, false, "SECONDS",

@@ -30,7 +30,7 @@ struct vm_options {
     struct boot_config boot;
     struct console_config console;
     char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
-    char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file;
+    char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file, *checkpoints, *newest;
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
     unsigned stop_timeout_s; // for a guest that was asked to end; 0: it is not asked

@@ -16,6 +16,7 @@
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 #include "vmm/cli/registry.h"
+#include "vmm/cli/supervise.h"
 #include "vmm/http.h"
 
 static void patience_ends(struct loop_timer *timer)
@@ -169,7 +170,7 @@ static int virtio_add(struct session *s, unsigned i, struct error *err)
     const struct virtio_pci_place slot = {.host = s->board.pci, .slot = i + 1};
     d->config->transport = s->options->pci ? &virtio_pci_transport : &virtio_mmio_transport;
     d->config->place = s->options->pci ? (const void *)&slot : &window;
-    d->config->arrives = !s->options->kernel;
+    d->config->arrives = s->restored || !s->options->kernel;
     return device_add(s->vm, d->kind->class, d->config, &s->devices[i], err);
 }
 
@@ -192,6 +193,8 @@ int session_build(struct session *s, struct error *err)
         return ret;
     if (s->migrate)
         migrate_commands_vm(s->migrate, s->vm);
+    if (s->checkpoints)
+        checkpoint_commands_vm(s->checkpoints, s->vm);
     s->vm->on_stop = stopped;
     s->vm->on_stop_arg = s;
     if (!s->console) // it stays open when an arrival fails and the next is awaited
@@ -215,13 +218,15 @@ int session_build(struct session *s, struct error *err)
         ret = virtio_add(s, i, err);
     if (ret)
         return ret;
-    return o->kernel ? kernel_load(s, err) : 0;
+    return o->kernel && !s->restored ? kernel_load(s, err) : 0;
 }
 
 void session_vm_drop(struct session *s)
 {
     if (s->migrate)
         migrate_commands_vm(s->migrate, NULL);
+    if (s->checkpoints)
+        checkpoint_commands_vm(s->checkpoints, NULL);
     vm_destroy(s->vm);
     s->vm = NULL;
     s->board = (struct board) {0};
@@ -267,7 +272,11 @@ static int migration_add(struct session *s, struct error *err)
     session_hooks(s, &s->hooks);
     int ret = migrate_commands_create(&s->migrate, s->control, &s->life, &s->hooks, err);
     if (!ret)
+        ret = checkpoint_commands_create(&s->checkpoints, s->control, &s->life, &s->hooks, err);
+    if (!ret) {
         migrate_commands_vm(s->migrate, s->vm); // NULL before a start
+        checkpoint_commands_vm(s->checkpoints, s->vm);
+    }
     return ret;
 }
 
@@ -369,14 +378,91 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
     if (ret)
         return ret;
     session_hooks(s, &s->hooks);
+    s->restored = true;
     ret = snapshot_load(path, &s->hooks, &s->vm, report, err);
     if (ret) {
+        s->restored = false;
         session_vm_drop(s);
         life_move(&s->life, LIFE_CREATED, NULL);
         return ret;
     }
     session_arrived(s);
     return 0;
+}
+
+// What can be known without giving up the guest that is there.
+static int rollback_check(const char *path, struct error *err)
+{
+    struct snapfile *file;
+    int ret = snapfile_open(&file, path, err);
+    if (!ret)
+        snapfile_close(file);
+    return ret;
+}
+
+static int rollback_load(struct session *s, const char *path, bool runs, struct error *err)
+{
+    struct snapshot_report report;
+    usage_stop(&s->usage);
+    session_vm_drop(s);
+    session_hooks(s, &s->hooks);
+    s->restored = true;
+    int ret = snapshot_load(path, &s->hooks, &s->vm, &report, err);
+    if (!ret && s->board.vmgenid)
+        ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
+    if (ret) {
+        session_vm_drop(s);
+        s->lost = true;
+        life_move(&s->life, LIFE_FAILED, NULL);
+        loop_stop(s->loop);
+        return error_prefix(err, "the guest is lost");
+    }
+    if (runs)
+        vm_resume(s->vm);
+    session_arrived(s);
+    return 0;
+}
+
+int session_rollback(struct session *s, const char *path, struct error *err)
+{
+    int ret = rollback_check(path, err);
+    if (ret)
+        return ret;
+    json_t *body = json_incref(checkpoint_commands_body(s->checkpoints));
+    checkpoint_commands_stop(s->checkpoints); // one may be under way: that is given up
+    bool runs = life_get(&s->life) == LIFE_RUNNING;
+    ret = life_move(&s->life, LIFE_STARTING, err);
+    if (!ret)
+        ret = vm_pause(s->vm, err); // from here on no vCPU says that it has stopped
+    if (!ret) {
+        s->vm->on_stop = NULL;
+        ret = rollback_load(s, path, runs, err);
+    }
+    if (!s->lost && body && checkpoint_commands_start(s->checkpoints, body, err))
+        log_write(&s->vm->log, LOG_ERROR, "no more checkpoints: %s", err->text);
+    json_decref(body);
+    return ret;
+}
+
+int session_checkpoints(struct session *s, const char *from, struct error *err)
+{
+    json_t *body = NULL;
+    unsigned restarts;
+    const char *option = s->options->checkpoints;
+    struct error unread = {0};
+    if (from && checkpoint_policy_read(from, &body, &unread) && unread.code != -ENOENT)
+        log_write(&s->vm->log, LOG_WARN, "%s", unread.text);
+    if (!body && option) {
+        int ret = supervise_parse(option, &body, &restarts, err);
+        if (ret)
+            return ret;
+    }
+    if (!body)
+        return 0;
+    int ret = s->checkpoints ? checkpoint_commands_start(s->checkpoints, body, err)
+                             : error_set(err, -EINVAL, "checkpoints need --control true");
+    json_decref(body);
+    return ret;
 }
 
 // Said at every level, but for the end that everybody hopes for.
@@ -404,7 +490,7 @@ int session_run(struct session *s)
     if (s->arrival)
         arrival_settle(s->arrival);
     if (!s->vm) // an arrival that failed: its error says why; or ended before anything began
-        return s->arrival ? EXIT_FAILED : EXIT_OK;
+        return s->arrival || s->lost ? EXIT_FAILED : EXIT_OK;
     vm_join(s->vm); // what the vCPUs' threads use is taken from here on
     struct vm_stop stop = s->vm->stop;
     // The terminal is as it was before anything more is said.
@@ -426,6 +512,8 @@ void session_drop(struct session *s)
         close(s->sockets[s->nr_sockets - 1].fd);
         unlink(s->sockets[s->nr_sockets - 1].path);
     }
+    checkpoint_commands_destroy(s->checkpoints);
+    s->checkpoints = NULL;
     migrate_commands_destroy(s->migrate);
     s->migrate = NULL;
     usage_stop(&s->usage);

@@ -5,6 +5,7 @@
 
 #include "devices/board.h"
 #include "devices/virtio_mmio.h"
+#include "migrate/checkpoint_commands.h"
 #include "migrate/commands.h"
 #include "vmm/cli/options.h"
 #include "vmm/cli/usage.h"
@@ -30,6 +31,9 @@ struct session {
     bool registered; // vmm/cli/registry.h has a record of this VM
     struct api *api;
     struct migrate_commands *migrate;
+    struct checkpoint_commands *checkpoints;
+    bool restored; // the guest came from a file, though options->kernel may be set
+    bool lost;     // it could not be built again
     struct migrate_hooks hooks;
     struct arrival *arrival; // `ferry receive`: the guest that comes in, NULL otherwise
     struct session_socket {  // of the API, between session_listen and session_serve
@@ -71,6 +75,12 @@ void session_destroy(struct session *s);
 // Builds the VM that a snapshot file holds; it is paused then.
 int session_load(struct session *s, const char *path, struct snapshot_report *report,
                  struct error *err);
+// Begins the checkpoints that --checkpoints asks for. `from` (may be NULL): the directory the guest
+// came from; what was asked for there last counts then.
+int session_checkpoints(struct session *s, const char *from, struct error *err);
+// The running or paused guest is replaced by the one in the file, which goes on if this one ran.
+// An error with s->lost set: there is no guest any more, and the loop ends.
+int session_rollback(struct session *s, const char *path, struct error *err);
 json_t *session_info(struct session *s);                        // what GET /info says
 int session_commands_add(struct session *s, struct error *err); // vmm/cli/commands.c
 
