@@ -2,6 +2,7 @@
 // The ferry program. vmm/cli is the top of the house: it alone may use every room.
 #pragma once
 
+#include <jansson.h>
 #include <stdint.h>
 
 #include "vmm/error.h"
@@ -39,3 +40,8 @@ extern uint64_t cli_start_ns;
 
 // Prints "ferry: <text>" to stderr; the exit status that fits err->code.
 int cli_fail(const struct error *err);
+// An object's members, a line each.
+void cli_print_members(json_t *object);
+// "90s", "5m", "3h", "12d".
+enum { CLI_DURATION = 24 }; // bytes
+void cli_duration(int64_t seconds, char out[CLI_DURATION]);
