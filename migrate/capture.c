@@ -120,7 +120,7 @@ static void present_find(const struct capture *c, uint64_t first, uint64_t end, 
 {
     if (c->ram->memfd >= 0)
         present_memfd(c->ram, first, end, bitmap);
-    else if (!present_anonymous(c, first, end, bitmap))
+    else if (c->ram->file_mapped || !present_anonymous(c, first, end, bitmap))
         bitmap_fill(bitmap, first, end - first, true);
 }
 
@@ -465,7 +465,7 @@ static int capture_open(struct capture *c, struct error *err)
                              .category_mask = SCAN_PRESENT,
                              .return_mask = SCAN_PRESENT};
     uint64_t features = UFFD_FEATURE_PAGEFAULT_FLAG_WP;
-    if (ram->memfd >= 0)
+    if (ram->memfd >= 0 || ram->file_mapped)
         features |= UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
     c->pagemap_fd = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
     bool scans = c->pagemap_fd >= 0 && ioctl(c->pagemap_fd, SCAN_IOCTL, &probe) >= 0;

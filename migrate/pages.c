@@ -87,7 +87,7 @@ static bool page_absent(struct page_presence *p, const struct ram *ram, uint64_t
         memset(p->absent, 0, sizeof(p->absent));
         if (ram->memfd >= 0)
             presence_load_memfd(p, ram, ram_page(ram, page));
-        else if (p->pagemap_fd >= 0)
+        else if (p->pagemap_fd >= 0 && !ram->file_mapped)
             presence_load_anonymous(p, ram_page(ram, page));
     }
     return bitmap_test(p->absent, page - p->first);

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "migrate/bitmap.h"
+#include "migrate/capture.h"
 #include "migrate/machine.h"
 #include "migrate/pages.h"
 #include "vmm/stream.h"
@@ -68,10 +69,11 @@ struct save {
     struct migration *m;
     struct snapshot_report *report;
     struct snapfile_writer *w;
-    struct snapfile *parent; // a diff that compares; else NULL
-    bool log_started;        // by this snapshot
-    uint64_t *todo;          // pages to look at; NULL: all
-    uint8_t *old;            // SNAPFILE_CHUNK_PAGES pages of the parent
+    struct snapfile *parent;  // a diff that compares; else NULL
+    bool log_started;         // by this snapshot
+    uint64_t *todo;           // pages to look at; NULL: all
+    uint8_t *old;             // SNAPFILE_CHUNK_PAGES pages of the parent
+    uint64_t done, report_at; // progress of a running guest's: pages; time
 };
 
 // Pages of a guest that stood still when they were taken; `data` may change later.
@@ -268,7 +270,8 @@ static int save_pages(struct save *s, struct error *err)
 
 // --- saving: all of it
 
-static int save_guest(struct save *s, struct error *err)
+// The guest stands still until its memory has been copied.
+static int save_paused(struct save *s, struct error *err)
 {
     bool was_paused = vm_paused(s->vm);
     uint64_t start = time_ns();
@@ -282,6 +285,89 @@ static int save_guest(struct save *s, struct error *err)
         s->report->pause_ns = time_ns() - start;
     }
     return ret;
+}
+
+static int live_pages(void *context, uint64_t first, uint64_t count, const void *data,
+                      struct error *err)
+{
+    struct save *s = context;
+    s->done += count;
+    if (time_ns() >= s->report_at) {
+        int ret = save_progress(s, s->done, err);
+        if (ret)
+            return ret;
+        s->report_at = time_ns() + 200000000;
+    }
+    return sink_pages(context, first, count, data, err);
+}
+
+static int live_zero(void *context, uint64_t first, uint64_t count, struct error *err)
+{
+    struct save *s = context;
+    s->done += count;
+    return sink_zero(context, first, count, err);
+}
+
+// The pages that a diff is about so far, so that few are left to be protected in the pause. NULL:
+// all.
+static int live_foresee(struct save *s, const uint64_t **pages, struct error *err)
+{
+    struct snapshot_track *t = s->params->track;
+    *pages = NULL;
+    if (!s->params->diff || s->parent)
+        return 0;
+    *pages = t->dirty;
+    return ram_dirty_sync(&s->vm->ram, &t->user, t->dirty, NULL, err);
+}
+
+// The instant, and the guest goes on.
+static int live_instant(struct save *s, struct capture *c, struct error *err)
+{
+    uint64_t start = time_ns();
+    int ret = vm_pause(s->vm, err);
+    if (!ret)
+        ret = save_instant(s, err);
+    if (!ret)
+        ret = capture_freeze(c, s->todo, err);
+    vm_resume(s->vm);
+    s->report->pause_ns = time_ns() - start;
+    return ret;
+}
+
+// -EOPNOTSUPP, -EPERM, before anything has happened: this host, or this memory, cannot do it;
+// -EBUSY: missing pages are still being fetched.
+static int save_live(struct save *s, struct error *err)
+{
+    const struct capture_sink sink = {live_pages, live_zero, s};
+    const uint64_t *pages;
+    struct capture *c = NULL;
+    int ret = live_foresee(s, &pages, err);
+    if (!ret)
+        ret = capture_create(&c, &s->vm->ram, pages, err);
+    if (ret)
+        return ret;
+    ret = live_instant(s, c, err);
+    if (!ret) {
+        s->report->live = true;
+        ret = capture_drain(c, &sink, s->m ? &s->m->cancelled : NULL, err);
+    }
+    struct capture_counts counts;
+    capture_counts(c, &counts);
+    s->report->aside_pages = counts.aside;
+    capture_free(c);
+    return ret;
+}
+
+static int save_guest(struct save *s, struct error *err)
+{
+    if (vm_paused(s->vm))
+        return save_paused(s, err);
+    int ret = save_live(s, err);
+    if (s->report->live || (ret != -EOPNOTSUPP && ret != -EPERM && ret != -EBUSY))
+        return ret;
+    log_write(&s->vm->log, LOG_WARN, "%s; the guest is paused while its memory is copied",
+              err->text);
+    return save_paused(s, err);
 }
 
 static int save_end(struct save *s, struct error *err)

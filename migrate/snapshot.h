@@ -51,14 +51,18 @@ struct snapshot_report {
     uint64_t file_bytes;   // apparent size of the file, without parents
     uint64_t stored_bytes; // page data in it
     uint64_t state_bytes;
-    uint64_t pause_ns; // the guest stood still (0 when it was paused before)
+    uint64_t pause_ns;    // the guest stood still (0 when it was paused before)
+    bool live;            // it ran while its memory was written
+    uint64_t aside_pages; // live: pages it wrote to meanwhile, before they were taken
     uint64_t total_ns;
     unsigned depth; // files in the chain
 };
 
 // Writes the guest to `params->path`: an older file of that name stays whole until the new one is.
-// A running guest is paused while its memory is copied and goes on whatever happens. `m` (may be
-// NULL) gives progress and can cancel.
+// A running guest is paused for its state and for the write protection of what it has just written
+// (migrate/capture.h) and runs while its memory is written; where the host cannot do that (or in a
+// guest that is mapped from a file), it is paused until its memory is copied. It goes on whatever
+// happens. `m` (may be NULL) gives progress and can cancel.
 int snapshot_save(struct vm *vm, const struct snapshot_params *params,
                   const struct migrate_hooks *hooks, struct migration *m,
                   struct snapshot_report *report, struct error *err);

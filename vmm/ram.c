@@ -281,16 +281,27 @@ uint64_t ram_contiguous(const struct ram *ram, uint64_t page)
     return 0;
 }
 
+static int drop_one(struct ram *ram, uint8_t *hva, uint64_t len)
+{
+    if (ram->memfd >= 0)
+        return fallocate(ram->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, hva - ram->map,
+                         (off_t)len);
+    if (!ram->file_mapped)
+        return madvise(hva, len, MADV_DONTNEED);
+    // The file's content would come back.
+    return mmap(hva, len, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED
+               ? -1
+               : 0;
+}
+
 int ram_drop(struct ram *ram, uint64_t first, uint64_t count, struct error *err)
 {
     while (count) {
         uint64_t n = ram_contiguous(ram, first);
         n = n < count ? n : count;
         uint8_t *hva = ram_page(ram, first);
-        int ret = ram->memfd < 0 ? madvise(hva, n * PAGE_SIZE, MADV_DONTNEED)
-                                 : fallocate(ram->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                                             hva - ram->map, (off_t)(n * PAGE_SIZE));
-        if (ret)
+        if (drop_one(ram, hva, n * PAGE_SIZE))
             return error_errno(err, "giving back %llu pages from page %llu on",
                                (unsigned long long)n, (unsigned long long)first);
         first += n;

@@ -70,7 +70,8 @@ struct ram {
     unsigned discard_blocks;
     pthread_mutex_t dirty_lock;    // guards the users and the switching of the log
     struct ram_dirty *dirty_users; // NULL: the log is off
-    struct ram_hinter *hinter;     // NULL: none; set before the VM starts
+    bool file_mapped;          // pages that are not there are a file's, not zero (migrate/lazy.h)
+    struct ram_hinter *hinter; // NULL: none; set before the VM starts
 };
 
 #define ram_for_each_region(ram, r) \
