@@ -45,10 +45,10 @@ static void row(const char *name, double seconds, const char *what)
     printf("  %-14s %10s   %s\n", name, span(seconds, text), what);
 }
 
-static void print_model(const struct young_model *m, enum young_form form, double interval,
-                        bool fixed, bool measured)
+void checkpoint_model_print(const struct young_model *m, enum young_form form, double interval,
+                            bool fixed, bool measured)
 {
-    double best = young_best(m);
+    double best = fmax(young_best(m), m->latency);
     bool small = m->cost <= m->mtbf * YOUNG_COST_MAX;
     row("C", m->cost,
         measured ? "guest time a checkpoint costs, measured" : "guest time a checkpoint costs");
@@ -77,7 +77,7 @@ int checkpoint_explain(const struct checkpoint_args *args, struct error *err)
     double asked = args->settings.interval;
     double interval = asked > 0 ? fmax(asked, m.latency) : young_choose(&m, args->settings.form);
     if (!args->json) {
-        print_model(&m, args->settings.form, interval, asked > 0, false);
+        checkpoint_model_print(&m, args->settings.form, interval, asked > 0, false);
         return 0;
     }
     json_t *json = checkpoint_model_json(&m, args->settings.form, interval);
@@ -127,7 +127,7 @@ static void print_result(const char *name, double interval, double model,
 static void print_table(const struct trial_sweep *s)
 {
     const struct young_model *m = &s->params.model;
-    print_model(m, s->params.form, s->chosen, false, false);
+    checkpoint_model_print(m, s->params.form, s->chosen, false, false);
     printf("\n%u failures at each interval, seed %llu:\n\n%-8s %10s %11s %11s %11s %13s %11s "
            "%11s\n",
            s->params.failures, (unsigned long long)s->params.seed, "", "T", "checkpoints",

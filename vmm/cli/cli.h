@@ -17,6 +17,7 @@ struct cli_command {
 int cli_run(int argc, char **argv);
 int cli_check(int argc, char **argv);
 int cli_checkpoint(int argc, char **argv);
+int cli_rollback(int argc, char **argv);
 int cli_info(int argc, char **argv);
 int cli_pause(int argc, char **argv);
 int cli_resume(int argc, char **argv);
