@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // A hostile snapshot file, opened and verified as a restore does. Its sums are made right first
 // (header, sections, chunks), so that the checks behind them are reached; the last byte of the
-// input says which are left wrong. A diff finds its parent in the same directory: a small full file
-// of the same number of pages.
+// input says which are left wrong. A diff finds a parent in the same directory: "p", full, with an
+// id of zeros.
 #include <fcntl.h>
 #include <stdio.h>
 #include <string.h>
@@ -14,7 +14,7 @@
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-enum { SMALL = 256 }; // pages, so that a load needs little memory
+enum { SMALL = 4096 }; // pages: more are not loaded
 
 static void chunks_repair(uint8_t *file, size_t size, const struct snapfile_header *h,
                           const struct snapfile_place *index)
@@ -83,17 +83,45 @@ static void use(const char *path)
     snapfile_close(f);
 }
 
+static void parent_make(const char *path)
+{
+    const struct snapfile_params params = {.layout = SNAPFILE_PACKED, .pages = SMALL, .workers = 1};
+    struct snapfile_writer *w;
+    struct snapfile_header h;
+    uint8_t *pages = malloc(100 * PAGE_SIZE);
+    memset(pages, 1, 100 * PAGE_SIZE);
+    if (snapfile_create(&w, path, &params, NULL) || snapfile_add_pages(w, 0, 100, pages, NULL) ||
+        snapfile_set_section(w, SNAPFILE_MACHINE, "m", 1, NULL) ||
+        snapfile_set_section(w, SNAPFILE_STATE, "s", 1, NULL) || snapfile_commit(w, NULL, NULL))
+        abort();
+    free(pages);
+    int fd = open(path, O_RDWR | O_CLOEXEC);
+    if (fd < 0 || pread(fd, &h, sizeof(h), 0) != sizeof(h))
+        abort();
+    memset(h.id, 0, sizeof(h.id));
+    h.crc = snapfile_header_crc(&h);
+    if (pwrite(fd, &h, sizeof(h), 0) != sizeof(h))
+        abort();
+    close(fd);
+}
+
+static void directory_make(char *path, size_t size)
+{
+    char dir[] = "/dev/shm/fuzz-snapshot-XXXXXX", parent[64];
+    if (!mkdtemp(dir))
+        abort();
+    snprintf(parent, sizeof(parent), "%s/p", dir);
+    parent_make(parent);
+    snprintf(path, size, "%s/a", dir);
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static char path[64];
     if (size <= SNAPFILE_HEADER)
         return 0;
-    if (!*path) {
-        char dir[] = "/dev/shm/fuzz-snapshot-XXXXXX";
-        if (!mkdtemp(dir))
-            abort();
-        snprintf(path, sizeof(path), "%s/a", dir);
-    }
+    if (!*path)
+        directory_make(path, sizeof(path));
     uint8_t *copy = malloc(size);
     memcpy(copy, data, size);
     repair(copy, size - 1, data[size - 1]);
