@@ -89,8 +89,7 @@ static struct stretch stretch_at(const struct lazy *lz, uint64_t page, struct sn
     after = after < where->count ? after : where->count;
     s.first = page - before;
     s.count = before + after;
-    uint64_t contiguous = ram_contiguous(lz->ram, s.first); // 3 GiB is a multiple of all these
-    s.count = s.count < contiguous ? s.count : contiguous;
+    // May cross from one region into the next: they lie back to back in this process.
     return s;
 }
 

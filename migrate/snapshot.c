@@ -457,46 +457,93 @@ static void *target_at(const struct snapfile_target *target, uint64_t page, uint
     return ram_page(&vm->ram, page);
 }
 
-static int load_guest(const struct snapfile *f, struct vm *vm, struct error *err)
+static int load_state(const struct snapfile *f, struct vm *vm, struct error *err)
 {
-    const struct snapfile_target target = {.at = target_at, .context = vm};
     struct stream_mem blob;
     size_t len;
-    // Whatever was placed while the VM was built goes.
-    int ret = ram_drop(&vm->ram, 0, vm->ram.pages, err);
-    if (!ret)
-        ret = snapfile_load(f, &target, 0, err);
-    if (ret)
-        return ret;
     const void *state = snapfile_section(f, SNAPFILE_STATE, &len);
     stream_mem_reader(&blob, "guest state", state, len);
     return vm_load(vm, &blob.stream, err);
 }
 
+static int load_memory(const struct snapfile *f, struct vm *vm, struct error *err)
+{
+    const struct snapfile_target target = {.at = target_at, .context = vm};
+    // Whatever was placed while the VM was built goes.
+    int ret = ram_drop(&vm->ram, 0, vm->ram.pages, err);
+    return ret ? ret : snapfile_load(f, &target, 0, err);
+}
+
+static void load_failed(void *context, const struct error *err)
+{
+    vm_request_stop(context, VM_STOP_ERROR, 0, "%s", err->text);
+}
+
+// `*f` is NULL afterwards if it is `*lazy`'s now.
+static int load_lazy(struct snapfile **f, struct vm *vm, const struct snapshot_load_params *p,
+                     struct lazy **lazy, struct error *err)
+{
+    if (p->mode == LAZY_MAP)
+        return lazy_map(&vm->ram, *f, err);
+    struct lazy_params params = p->lazy;
+    params.path = p->path;
+    params.log = &vm->log;
+    params.failed = load_failed;
+    params.context = vm;
+    int ret = lazy_create(lazy, &vm->ram, *f, &params, err);
+    if (!ret)
+        *f = NULL;
+    return ret;
+}
+
+static int load_guest(struct snapfile *f, struct vm *vm, const struct snapshot_load_params *p,
+                      struct lazy **lazy, struct error *err)
+{
+    struct snapfile *own = f;
+    int ret = p->mode == LAZY_NONE ? load_memory(f, vm, err) : load_lazy(&own, vm, p, lazy, err);
+    if (!ret)
+        ret = load_state(f, vm, err); // may touch memory, which comes by then
+    if (own)
+        snapfile_close(own);
+    return ret;
+}
+
 int snapshot_load(const char *path, const struct migrate_hooks *hooks, struct vm **vm,
                   struct snapshot_report *report, struct error *err)
+{
+    struct lazy *lazy;
+    const struct snapshot_load_params params = {.path = path};
+    return snapshot_load_as(&params, hooks, vm, &lazy, report, err);
+}
+
+int snapshot_load_as(const struct snapshot_load_params *params, const struct migrate_hooks *hooks,
+                     struct vm **vm, struct lazy **lazy, struct snapshot_report *report,
+                     struct error *err)
 {
     uint64_t start = time_ns();
     struct snapfile *f;
     struct machine machine = {0};
     *report = (struct snapshot_report) {0};
     *vm = NULL;
-    int ret = snapfile_open(&f, path, err);
+    *lazy = NULL;
+    int ret = snapfile_open(&f, params->path, err);
     if (ret)
         return ret;
     report_fill(f, report);
-    ret = machine_take(f, path, &machine, err);
+    ret = machine_take(f, params->path, &machine, err);
     if (!ret)
         ret = machine_build(&machine, hooks, vm, err);
-    if (!ret) {
-        ret = load_guest(f, *vm, err);
-        if (ret) {
-            hooks->destroy_vm(hooks->context, *vm);
-            *vm = NULL;
-        }
+    if (ret)
+        snapfile_close(f);
+    else
+        ret = load_guest(f, *vm, params, lazy, err);
+    if (ret && *vm) {
+        lazy_free(*lazy);
+        hooks->destroy_vm(hooks->context, *vm);
+        *vm = NULL;
+        *lazy = NULL;
     }
     machine_free(&machine);
-    snapfile_close(f);
     report->total_ns = time_ns() - start;
     return ret;
 }

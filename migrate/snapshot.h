@@ -4,6 +4,7 @@
 
 #include <stdint.h>
 
+#include "migrate/lazy.h"
 #include "migrate/migrate.h"
 #include "migrate/snapfile.h"
 #include "vmm/error.h"
@@ -71,6 +72,20 @@ int snapshot_save(struct vm *vm, const struct snapshot_params *params,
 // returns, and the guest stands paused: vm_resume lets it go on.
 int snapshot_load(const char *path, const struct migrate_hooks *hooks, struct vm **vm,
                   struct snapshot_report *report, struct error *err);
+
+struct snapshot_load_params {
+    const char *path;
+    enum lazy_mode mode;
+    struct lazy_params lazy; // LAZY_FAULT: record_ms, prefetch, fill
+};
+
+// As snapshot_load, with LAZY_FAULT or LAZY_MAP without its memory: headers, indexes, machine and
+// state have been checked, pages are when they are touched (LAZY_MAP: never). LAZY_FAULT gives
+// `*lazy`, which the caller frees after the VM's devices have been quiesced and before it destroys
+// the VM; a page that cannot be had ends the VM with VM_STOP_ERROR.
+int snapshot_load_as(const struct snapshot_load_params *params, const struct migrate_hooks *hooks,
+                     struct vm **vm, struct lazy **lazy, struct snapshot_report *report,
+                     struct error *err);
 
 // Checks all that can be checked without building a VM: every byte of the chain.
 int snapshot_verify(const char *path, struct snapshot_report *report, struct error *err);
