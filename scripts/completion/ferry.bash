@@ -44,11 +44,14 @@ _ferry()
         --transport) choices="mmio pci" ;;
         --net) choices="tap= tap-fd= user" ;;
         --mode) choices="precopy postcopy hybrid" ;;
+        --layout) choices="packed mapped" ;;
+        --compress) choices="lz4 none" ;;
         --on-stall) choices="continue cancel switch postcopy" ;;
         *)
             case $word:$command in
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
-            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
+            *:snapshot) choices="create ls verify merge rm $(_ferry_vms)" ;;
+            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:migrate) choices=$(_ferry_vms) ;;
             esac
             ;;
         esac

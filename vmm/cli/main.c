@@ -21,7 +21,7 @@ static const struct cli_command commands[] = {
     {"top", cli_top, "a live view of what the VMs of this host use"},
     {"events", cli_events, "what happens to a VM, a line each"},
     {"set", cli_set, "change a device of a running VM"},
-    {"snapshot", cli_snapshot, "save a running VM to a file"},
+    {"snapshot", cli_snapshot, "save a running VM to a file; list, check, merge such files"},
     {"checkpoint", cli_checkpoint, "save a guest now and then, as often as pays"},
     {"rollback", cli_rollback, "take a guest back to a checkpoint"},
     {"restore", cli_restore, "start a VM from a snapshot file"},
