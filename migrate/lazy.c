@@ -36,7 +36,9 @@ enum {
 };
 
 struct lazy {
+    struct ram_filler filler;
     struct ram *ram;
+    char path[PATH_MAX];
     struct snapfile *f;
     bool f_ours;
     struct lazy_params params;
@@ -278,6 +280,7 @@ static bool fill_wait(struct lazy *lz)
 static void finish(struct lazy *lz)
 {
     uffd_unregister(lz->uffd, lz->ram->map, lz->ram->size);
+    atomic_store(&lz->ram->missing, false);
     ram_discard_unblock(lz->ram);
     pthread_mutex_lock(&lz->lock);
     lz->counts.complete = lz->complete = true;
@@ -351,6 +354,8 @@ static int lazy_begin(struct lazy *lz, struct error *err)
     if (info->pages != lz->ram->pages)
         return error_set(err, -EINVAL, "a snapshot of %llu pages for a guest of %llu",
                          (unsigned long long)info->pages, (unsigned long long)lz->ram->pages);
+    snprintf(lz->path, sizeof(lz->path), "%s", lz->params.path);
+    lz->params.path = lz->path;
     if ((size_t)snprintf(lz->ws_path, sizeof(lz->ws_path), "%s.ws", lz->params.path) >=
         sizeof(lz->ws_path))
         return error_set(err, -ENAMETOOLONG, "%s: name too long", lz->params.path);
@@ -366,6 +371,11 @@ static int lazy_begin(struct lazy *lz, struct error *err)
         lz->counts.recorded = lz->set.nr;
     int ret = guard(lz, err);
     return ret ? ret : threads_start(lz, err);
+}
+
+static int filler_complete(struct ram_filler *filler, struct error *err)
+{
+    return lazy_complete(container_of(filler, struct lazy, filler), err);
 }
 
 int lazy_create(struct lazy **out, struct ram *ram, struct snapfile *f,
@@ -386,12 +396,15 @@ int lazy_create(struct lazy **out, struct ram *ram, struct snapfile *f,
     pthread_cond_init(&lz->changed, &attr);
     pthread_condattr_destroy(&attr);
     ram_discard_block(ram); // a page given back now would be fetched again
+    atomic_store(&ram->missing, true);
     int ret = lazy_begin(lz, err);
     if (ret) {
         lazy_free(lz);
         return ret;
     }
     lz->f_ours = true;
+    lz->filler.complete = filler_complete;
+    ram->filler = &lz->filler;
     *out = lz;
     return 0;
 }
@@ -435,8 +448,11 @@ void lazy_free(struct lazy *lz)
     }
     if (lz->uffd >= 0)
         close(lz->uffd); // unregisters, wakes
-    if (!lz->complete)
+    lz->ram->filler = NULL;
+    if (!lz->complete) {
+        atomic_store(&lz->ram->missing, false);
         ram_discard_unblock(lz->ram);
+    }
     if (lz->stop_fd >= 0)
         close(lz->stop_fd);
     if (lz->f_ours)

@@ -396,7 +396,9 @@ int snapshot_save(struct vm *vm, const struct snapshot_params *params,
     *report = (struct snapshot_report) {0};
     struct save s = {.vm = vm, .params = params, .hooks = hooks, .m = m, .report = report};
     uint64_t start = time_ns();
-    int ret = save_begin(&s, err);
+    int ret = vm->ram.filler ? vm->ram.filler->complete(vm->ram.filler, err) : 0;
+    if (!ret)
+        ret = save_begin(&s, err);
     if (!ret)
         ret = save_guest(&s, err);
     if (!ret)

@@ -52,6 +52,12 @@ struct ram_hinter {
     void (*end)(struct ram_hinter *h);
 };
 
+// Who still brings pages that are missing.
+struct ram_filler {
+    // Returns when all are here and guest memory is ordinary memory. Any thread.
+    int (*complete)(struct ram_filler *f, struct error *err);
+};
+
 struct ram {
     struct ram_region regions[2];
     unsigned nr_regions;
@@ -70,6 +76,8 @@ struct ram {
     unsigned discard_blocks;
     pthread_mutex_t dirty_lock;    // guards the users and the switching of the log
     struct ram_dirty *dirty_users; // NULL: the log is off
+    atomic_bool missing;           // pages that are not there come when they are touched: not zero
+    struct ram_filler *filler;     // NULL: none
     bool file_mapped;          // pages that are not there are a file's, not zero (migrate/lazy.h)
     struct ram_hinter *hinter; // NULL: none; set before the VM starts
 };

@@ -244,12 +244,27 @@ static int checkpoints_go_on(struct session *s, const char *path, bool continues
     return session_checkpoints(s, continues ? dirname(whole) : NULL, err);
 }
 
+static int restore_load(struct session *s, const char *path, struct snapshot_report *report,
+                        struct error *err)
+{
+    const struct vm_options *o = s->options;
+    struct snapshot_load_params params = {.path = path,
+                                          .mode = o->map    ? LAZY_MAP
+                                                  : o->lazy ? LAZY_FAULT
+                                                            : LAZY_NONE};
+    lazy_params_default(&params.lazy, path);
+    if (o->map && o->lazy)
+        return error_set(err, -EINVAL, "--lazy or --map, not both");
+    return snapshot_load_as(&params, &s->hooks, &s->vm, &s->lazy, report, err);
+}
+
 int arrival_restore(struct session *s, const char *path, bool continues, struct error *err)
 {
     session_hooks(s, &s->hooks);
     struct snapshot_report report;
+    uint64_t start = time_ns();
     s->restored = true;
-    int ret = snapshot_load(path, &s->hooks, &s->vm, &report, err);
+    int ret = restore_load(s, path, &report, err);
     if (!ret && s->board.vmgenid) // the file may be restored many times
         ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
     if (!ret)
@@ -257,6 +272,8 @@ int arrival_restore(struct session *s, const char *path, bool continues, struct 
     if (ret)
         return ret;
     vm_resume(s->vm);
+    log_write(&s->vm->log, LOG_DEBUG, "restored from %s in %llu us", path,
+              (unsigned long long)(time_ns() - start) / 1000);
     session_arrived(s);
     ret = session_serve(s, err);
     if (!ret && s->migrate) {

@@ -8,7 +8,7 @@
 
 #include "devices/virtio_console.h"
 
-enum { OPTIONS_MAX = 40, CONFIG_FILE_MAX = 1024 * 1024 };
+enum { OPTIONS_MAX = 48, CONFIG_FILE_MAX = 1024 * 1024 };
 
 struct option_row {
     const char *name;
@@ -149,6 +149,8 @@ SWITCH(ucall)
 SWITCH(debug_exit)
 SWITCH(control)
 SWITCH(vmgenid)
+SWITCH(lazy)
+SWITCH(map)
 #undef SWITCH
 
 static int set_transport(struct vm_options *o, const char *value, struct error *err)
@@ -293,6 +295,14 @@ static const struct option_row rows[] = {
      set_nothing, TEXT(checkpoints)},
     {"newest", 0, FOR_RESTORE, false, "DIR", "restore the newest whole checkpoint in DIR",
      set_nothing, TEXT(newest)},
+    {"lazy", 0, FOR_RESTORE, false, NULL,
+     "start at once: pages are read, checked and unpacked when they are touched; what was touched "
+     "first is kept in FILE.ws and fetched ahead the next time",
+     set_lazy, 0},
+    {"map", 0, FOR_RESTORE, false, NULL,
+     "start at once: map FILE (of the mapped layout); VMs share its pages until they write; "
+     "unchecked (ferry snapshot verify)",
+     set_map, 0},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},
     {"stop-timeout", 0, FOR_ALL, false, "SECONDS",

@@ -11,6 +11,7 @@
 #include "devices/platform.h"
 #include "devices/ucall.h"
 #include "devices/virtio_pci.h"
+#include "migrate/lazy.h"
 #include "migrate/snapshot.h"
 #include "vmm/cli/api.h"
 #include "vmm/cli/arrival.h"
@@ -227,6 +228,11 @@ void session_vm_drop(struct session *s)
         migrate_commands_vm(s->migrate, NULL);
     if (s->checkpoints)
         checkpoint_commands_vm(s->checkpoints, NULL);
+    if (s->lazy) { // serves the devices' last requests, too
+        vm_pause(s->vm, NULL);
+        lazy_free(s->lazy);
+        s->lazy = NULL;
+    }
     vm_destroy(s->vm);
     s->vm = NULL;
     s->board = (struct board) {0};
@@ -403,8 +409,7 @@ static int rollback_check(const char *path, struct error *err)
 static int rollback_load(struct session *s, const char *path, bool runs, struct error *err)
 {
     struct snapshot_report report;
-    usage_stop(&s->usage);
-    session_vm_drop(s);
+    session_vm_drop(s); // s->usage goes on with the VM that comes
     session_hooks(s, &s->hooks);
     s->restored = true;
     int ret = snapshot_load(path, &s->hooks, &s->vm, &report, err);

@@ -15,6 +15,7 @@
 #include "vmm/vm.h"
 
 struct api;
+struct lazy;
 struct snapshot_report;
 
 struct session {
@@ -35,6 +36,7 @@ struct session {
     bool restored; // the guest came from a file, though options->kernel may be set
     bool lost;     // it could not be built again
     struct migrate_hooks hooks;
+    struct lazy *lazy;       // a guest that was restored before its memory was there
     struct arrival *arrival; // `ferry receive`: the guest that comes in, NULL otherwise
     struct session_socket {  // of the API, between session_listen and session_serve
         int fd;
