@@ -42,11 +42,13 @@ struct args {
 static int parse(int argc, char **argv, const char *options, int least, int most, struct args *args,
                  struct error *err)
 {
-    static const struct option longs[] = {
-        {"json", no_argument, NULL, 'j'},           {"diff", no_argument, NULL, 'd'},
-        {"parent", required_argument, NULL, 'p'},   {"layout", required_argument, NULL, 'l'},
-        {"compress", required_argument, NULL, 'c'}, {"output", required_argument, NULL, 'o'},
-        {"help", no_argument, NULL, 'h'},           {0}};
+    static const struct option longs[] = {{"json", no_argument, NULL, 'j'},
+                                          {"diff", no_argument, NULL, 'd'},
+                                          {"parent", required_argument, NULL, 'p'},
+                                          {"layout", required_argument, NULL, 'l'},
+                                          {"compress", required_argument, NULL, 'c'},
+                                          {"help", no_argument, NULL, 'h'},
+                                          {0}};
     *args = (struct args) {0};
     opterr = 0;
     optind = 0;
