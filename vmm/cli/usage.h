@@ -24,7 +24,8 @@ struct usage {
     uint32_t permille, peak_permille; // of one CPU, in the last period and in the busiest
 };
 
-int usage_start(struct usage *u, struct vm *vm, struct error *err); // loop's thread
+// Loop's thread. Again for a guest that is rolled back: the VM is another one then.
+int usage_start(struct usage *u, struct vm *vm, struct error *err);
 void usage_stop(struct usage *u);
 // Adds uptime, CPU, idle time, resident memory.
 void usage_show(struct usage *u, json_t *out);
