@@ -5,8 +5,10 @@
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 
 #include "migrate/snapshot.h"
@@ -238,6 +240,20 @@ START_TEST(test_diff_is_exact)
         ck_assert(!memcmp(ram_page(&copy->vm->ram, 12000), far, 2 * PAGE_SIZE));
         bare_end(copy);
         free(copy);
+        // What the balloon gives back is zero here, and so in the next diff.
+        uint64_t given, gpa = ram_page_gpa(&g.bare->vm->ram, 12000);
+        OK(ram_discard(&g.bare->vm->ram, gpa, PAGE_SIZE, &given, &err));
+        params.path = in_dir("d");
+        params.parent = in_dir("c");
+        OK(save(&g, &params, &report, &err));
+        ck_assert_uint_eq(report.data_pages, 0);
+        ck_assert_uint_eq(report.zero_pages, 1);
+        params.parent = NULL;
+        copy = restored(&g, params.path);
+        ck_assert_uint_eq(*(uint8_t *)ram_page(&copy->vm->ram, 12000), 0);
+        bare_end(copy);
+        free(copy);
+        OK(snapfile_remove(in_dir("d"), &err));
         memset(far, 7, 2 * PAGE_SIZE);
         OK(snapfile_remove(in_dir("c"), &err));
         OK(snapfile_remove(in_dir("b"), &err));
@@ -336,6 +352,95 @@ START_TEST(test_failures)
 }
 END_TEST
 
+// The disk fills up at any byte: the older file stays, nothing else does, the guest goes on.
+START_TEST(test_no_room)
+{
+    struct guest g = {0};
+    struct snapshot_report report, first;
+    struct snapshot_params params;
+    dir_make();
+    signal(SIGXFSZ, SIG_IGN);
+    guest_boot(&g, 1, 32 * MiB, 256, 0, 0);
+    guest_touches_all(&g);
+    snapshot_params_default(&params, in_dir("a"));
+    params.compress = SNAPFILE_NONE;
+    OK(save(&g, &params, &first, &err));
+    for (unsigned i = 0; i < 8; i++) {
+        struct rlimit limit = {first.file_bytes * i / 8, RLIM_INFINITY};
+        struct error full = {0};
+        ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+        ck_assert_int_eq(save(&g, &params, &report, &full), -EFBIG);
+        limit.rlim_cur = RLIM_INFINITY;
+        ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
+        ck_assert_ptr_nonnull(strstr(full.text, "File too large"));
+        guest_check(&g);
+    }
+    OK(snapshot_verify(params.path, &report, &err));
+    ck_assert(!memcmp(report.id, first.id, sizeof(first.id)));
+    restore_check(&g, params.path);
+    guest_end(&g);
+    ck_assert_int_eq(unlink(params.path), 0);
+    ck_assert_int_eq(rmdir(dir), 0); // no temporary file
+}
+END_TEST
+
+// The same file with a machine that shows its guest every feature of a CPUID leaf.
+static void rewrite_features(const char *from, const char *to)
+{
+    struct snapfile *f;
+    struct snapfile_writer *w;
+    size_t len;
+    OK(snapfile_open(&f, from, &err));
+    const struct snapfile_params p = {.layout = SNAPFILE_PACKED, .pages = snapfile_info(f)->pages};
+    OK(snapfile_create(&w, to, &p, &err));
+    const void *state = snapfile_section(f, SNAPFILE_STATE, &len);
+    OK(snapfile_set_section(w, SNAPFILE_STATE, state, len, &err));
+    const void *old = snapfile_section(f, SNAPFILE_MACHINE, &len);
+    uint8_t *meta = malloc(len);
+    struct wire_machine head;
+    unsigned changed = 0;
+    memcpy(meta, old, len);
+    memcpy(&head, meta, sizeof(head));
+    uint8_t *entries = meta + sizeof(head) + head.nr_regions * sizeof(struct wire_region);
+    for (uint32_t i = 0; i < head.nr_cpuid; i++) {
+        struct kvm_cpuid_entry2 e;
+        memcpy(&e, entries + i * sizeof(e), sizeof(e));
+        if (e.function != 7 || e.index)
+            continue;
+        e.ebx = e.ecx = e.edx = UINT32_MAX;
+        memcpy(entries + i * sizeof(e), &e, sizeof(e));
+        changed++;
+    }
+    ck_assert_uint_eq(changed, 1);
+    OK(snapfile_set_section(w, SNAPFILE_MACHINE, meta, len, &err));
+    OK(snapfile_commit(w, NULL, &err));
+    snapfile_close(f);
+    free(meta);
+}
+
+START_TEST(test_lacking_feature)
+{
+    struct guest g = {0};
+    struct host host = {.guest = &g};
+    struct migrate_hooks hooks = hooks_of(&host);
+    struct snapshot_report report;
+    struct snapshot_params params;
+    struct vm *vm;
+    struct error why = {0};
+    dir_make();
+    guest_boot(&g, 1, 16 * MiB, 64, 0, 0);
+    snapshot_params_default(&params, in_dir("a"));
+    OK(save(&g, &params, &report, &err));
+    rewrite_features(in_dir("a"), in_dir("b"));
+    ck_assert_int_lt(snapshot_load(in_dir("b"), &hooks, &vm, &report, &why), 0);
+    printf("%s\n", why.text);
+    ck_assert_msg(strstr(why.text, "CPU") != NULL, "%s", why.text);
+    ck_assert_ptr_null(host.bare);
+    guest_end(&g);
+    dir_remove();
+}
+END_TEST
+
 static void add_tests(TCase *tc)
 {
     tcase_add_test(tc, test_snapshot);
@@ -344,6 +449,8 @@ static void add_tests(TCase *tc)
     tcase_add_test(tc, test_diff_is_exact);
     tcase_add_test(tc, test_damage);
     tcase_add_test(tc, test_failures);
+    tcase_add_test(tc, test_no_room);
+    tcase_add_test(tc, test_lacking_feature);
 }
 
 int main(void)
