@@ -150,6 +150,7 @@ static const struct schema_field snapshot_fields[] = {
     {"parent", SCHEMA_STRING, .min = 1}, // a diff of this one; without: of the last snapshot
     {"layout", SCHEMA_STRING, .choices = layouts},
     {"compress", SCHEMA_STRING, .choices = compressions},
+    {"disks", SCHEMA_BOOL}, // the disks' overlays as well, as they are at that instant
     {NULL},
 };
 
@@ -344,6 +345,7 @@ static void put_snapshot(struct control_request *req, json_t *args, void *contex
     snapshot_params_default(&p, json_string_value(json_object_get(args, "path")));
     p.parent = json_string_value(json_object_get(args, "parent"));
     p.diff = p.parent || json_is_true(json_object_get(args, "diff"));
+    p.disks = json_is_true(json_object_get(args, "disks"));
     p.log = p.diff; // where there is one diff, there may be more
     p.layout = says(args, "layout", "mapped") ? SNAPFILE_MAPPED : SNAPFILE_PACKED;
     if (p.layout == SNAPFILE_MAPPED && !says(args, "compress", "lz4"))

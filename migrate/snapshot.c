@@ -6,6 +6,7 @@
 
 #include "migrate/bitmap.h"
 #include "migrate/capture.h"
+#include "migrate/disks.h"
 #include "migrate/machine.h"
 #include "migrate/pages.h"
 #include "vmm/stream.h"
@@ -73,6 +74,7 @@ struct save {
     bool log_started;         // by this snapshot
     uint64_t *todo;           // pages to look at; NULL: all
     uint8_t *old;             // SNAPFILE_CHUNK_PAGES pages of the parent
+    char *json, *disks;       // with params->disks: their texts; the section
     uint64_t done, report_at; // progress of a running guest's: pages; time
 };
 
@@ -138,6 +140,14 @@ static int parent_prepare(struct save *s, const char **parent, struct error *err
                   : error_set(err, -ENOMEM, "no memory for a snapshot");
 }
 
+static int disks_begin(struct save *s, struct error *err)
+{
+    if (!s->hooks->disks)
+        return error_set(err, -EOPNOTSUPP, "a snapshot with disks: they are not known here");
+    int ret = s->hooks->disks(s->hooks->context, s->vm, &s->json, err);
+    return ret ? ret : disks_check(s->json, err);
+}
+
 static int machine_section(struct save *s, struct error *err)
 {
     struct machine machine;
@@ -147,6 +157,8 @@ static int machine_section(struct save *s, struct error *err)
     if (ret)
         return ret;
     ret = machine_encode(&machine, &meta, &len, err);
+    if (!ret && s->params->disks)
+        ret = disks_begin(s, err);
     machine_free(&machine);
     return ret ? ret : snapfile_set_section(s->w, SNAPFILE_MACHINE, meta, len, err);
 }
@@ -202,6 +214,8 @@ static int pages_choose(struct save *s, struct error *err)
 static int save_instant(struct save *s, struct error *err)
 {
     int ret = state_section(s, err);
+    if (!ret && s->json) // the state has been saved: overlays are whole, nobody writes to them
+        ret = disks_freeze(s->json, s->params->path, &s->disks, err);
     return ret ? ret : pages_choose(s, err);
 }
 
@@ -374,7 +388,12 @@ static int save_end(struct save *s, struct error *err)
 {
     struct snapfile_report file;
     struct snapshot_track *t = s->params->track;
-    int ret = snapfile_commit(s->w, &file, err);
+    int ret = disks_sync(s->disks, s->params->path, err);
+    if (!ret && s->disks)
+        ret = snapfile_set_section(s->w, SNAPFILE_DISKS, s->disks, strlen(s->disks), err);
+    if (ret)
+        return ret;
+    ret = snapfile_commit(s->w, &file, err);
     s->w = NULL;
     if (ret)
         return ret;
@@ -404,6 +423,10 @@ int snapshot_save(struct vm *vm, const struct snapshot_params *params,
     if (!ret)
         ret = save_end(&s, err);
     snapfile_abort(s.w);
+    if (ret)
+        disks_drop(s.disks, params->path);
+    free(s.disks);
+    free(s.json);
     snapfile_close(s.parent);
     free(s.todo);
     free(s.old);
@@ -518,6 +541,18 @@ int snapshot_load(const char *path, const struct migrate_hooks *hooks, struct vm
     return snapshot_load_as(&params, hooks, vm, &lazy, report, err);
 }
 
+static int load_disks(const struct snapfile *f, const struct snapshot_load_params *params,
+                      const struct migrate_hooks *hooks, struct error *err)
+{
+    size_t len;
+    autofree char *texts = NULL;
+    const void *section = snapfile_section(f, SNAPFILE_DISKS, &len);
+    if (!section || !params->name || !hooks->use_disks)
+        return 0;
+    int ret = disks_thaw(section, len, params->path, params->name, &texts, err);
+    return ret ? ret : hooks->use_disks(hooks->context, texts, err);
+}
+
 int snapshot_load_as(const struct snapshot_load_params *params, const struct migrate_hooks *hooks,
                      struct vm **vm, struct lazy **lazy, struct snapshot_report *report,
                      struct error *err)
@@ -533,6 +568,8 @@ int snapshot_load_as(const struct snapshot_load_params *params, const struct mig
         return ret;
     report_fill(f, report);
     ret = machine_take(f, params->path, &machine, err);
+    if (!ret)
+        ret = load_disks(f, params, hooks, err);
     if (!ret)
         ret = machine_build(&machine, hooks, vm, err);
     if (ret)

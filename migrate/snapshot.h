@@ -41,6 +41,9 @@ struct snapshot_params {
     struct snapshot_track *track; // may be NULL
     bool log;                     // record writes from this instant on, for the next diff
     unsigned workers;             // as in snapfile_params
+    // Copies the disks' overlays at the instant, too (migrate/disks.h); refused where a disk is
+    // written without one. Otherwise the disks stay as they go on being.
+    bool disks;
 };
 // Full, packed, LZ4.
 void snapshot_params_default(struct snapshot_params *params, const char *path);
@@ -77,6 +80,7 @@ struct snapshot_load_params {
     const char *path;
     enum lazy_mode mode;
     struct lazy_params lazy; // LAZY_FAULT: record_ms, prefetch, fill
+    const char *name; // the new VM's, for its own copies of frozen overlays; NULL: the old disks
 };
 
 // As snapshot_load, with LAZY_FAULT or LAZY_MAP without its memory: headers, indexes, machine and

@@ -251,7 +251,8 @@ static int restore_load(struct session *s, const char *path, struct snapshot_rep
     struct snapshot_load_params params = {.path = path,
                                           .mode = o->map    ? LAZY_MAP
                                                   : o->lazy ? LAZY_FAULT
-                                                            : LAZY_NONE};
+                                                            : LAZY_NONE,
+                                          .name = o->disks ? o->name : NULL};
     lazy_params_default(&params.lazy, path);
     if (o->map && o->lazy)
         return error_set(err, -EINVAL, "--lazy or --map, not both");

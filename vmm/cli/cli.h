@@ -31,6 +31,7 @@ int cli_events(int argc, char **argv);
 int cli_console(int argc, char **argv);
 int cli_set(int argc, char **argv);
 int cli_snapshot(int argc, char **argv);
+int cli_clone(int argc, char **argv);
 int cli_restore(int argc, char **argv);
 int cli_migrate(int argc, char **argv);
 int cli_receive(int argc, char **argv);

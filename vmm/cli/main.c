@@ -22,6 +22,7 @@ static const struct cli_command commands[] = {
     {"events", cli_events, "what happens to a VM, a line each"},
     {"set", cli_set, "change a device of a running VM"},
     {"snapshot", cli_snapshot, "save a running VM to a file; list, check, merge such files"},
+    {"clone", cli_clone, "make copies of a running VM that share its memory"},
     {"checkpoint", cli_checkpoint, "save a guest now and then, as often as pays"},
     {"rollback", cli_rollback, "take a guest back to a checkpoint"},
     {"restore", cli_restore, "start a VM from a snapshot file"},

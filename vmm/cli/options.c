@@ -151,6 +151,7 @@ SWITCH(control)
 SWITCH(vmgenid)
 SWITCH(lazy)
 SWITCH(map)
+SWITCH(disks)
 #undef SWITCH
 
 static int set_transport(struct vm_options *o, const char *value, struct error *err)
@@ -303,6 +304,11 @@ static const struct option_row rows[] = {
      "start at once: map FILE (of the mapped layout); VMs share its pages until they write; "
      "unchecked (ferry snapshot verify)",
      set_map, 0},
+    {"disks", 0, FOR_RESTORE, false, NULL,
+     "use the disks that FILE names, with a copy of each overlay that was saved with it "
+     "(FILE.diskN."
+     "NAME); it is trusted to name the right files",
+     set_disks, 0},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},
     {"stop-timeout", 0, FOR_ALL, false, "SECONDS",

@@ -37,6 +37,7 @@ struct vm_options {
     bool pci;                // transport of the virtio devices
     bool console_given;      // by an option, not by default
     bool dry_run, mark, ucall, debug_exit, control, vmgenid;
+    bool disks;     // restore: those of the snapshot
     bool lazy, map; // restore: memory comes when it is touched; is the file's until it is written
 };
 

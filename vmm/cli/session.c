@@ -260,10 +260,47 @@ static void destroy_vm(void *context, struct vm *vm)
     session_vm_drop(context);
 }
 
+static int disks(void *context, struct vm *vm, char **texts, struct error *err)
+{
+    struct session *s = context;
+    json_t *all = options_json(s->options), *list = json_object_get(all, "disk");
+    *texts = list ? json_dumps(list, JSON_COMPACT) : strdup("[]");
+    json_decref(all);
+    return *texts ? 0 : error_set(err, -ENOMEM, "no memory for the list of disks");
+}
+
+// Disks that the user has named are meant.
+static int use_disks(void *context, const char *texts, struct error *err)
+{
+    struct vm_options *o = ((struct session *)context)->options;
+    json_t *list = json_loads(texts, 0, NULL), *text;
+    size_t i;
+    int ret = 0;
+    json_array_foreach(list, i, text)
+    {
+        if (!ret)
+            ret = options_set(o, FOR_RESTORE, "disk", json_string_value(text), err);
+    }
+    json_decref(list);
+    return ret;
+}
+
+static bool has_disks(const struct vm_options *o)
+{
+    bool any = false;
+    for (unsigned i = 0; i < o->nr_devices; i++)
+        any |= !strcmp(o->devices[i].kind->name, "disk");
+    return any;
+}
+
 void session_hooks(struct session *s, struct migrate_hooks *hooks)
 {
-    *hooks = (struct migrate_hooks) {
-        .context = s, .describe = describe, .create_vm = create_vm, .destroy_vm = destroy_vm};
+    *hooks = (struct migrate_hooks) {.context = s,
+                                     .describe = describe,
+                                     .create_vm = create_vm,
+                                     .destroy_vm = destroy_vm,
+                                     .disks = disks,
+                                     .use_disks = has_disks(s->options) ? NULL : use_disks};
 }
 
 int session_default_name(struct vm_options *o, struct error *err)
