@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "migrate/checkpoint.h"
+#include "migrate/disks.h"
 #include "migrate/snapshot.h"
 #include "vmm/vm.h"
 
@@ -149,6 +150,7 @@ static int save(void *context, const char *path, const char *parent,
     params.track = &cc->track;
     params.log = cc->log;
     params.diff = parent;
+    params.disks = cc->hooks->disks;
     if (parent) {
         int ret = parent_path(path, parent, before, err);
         if (ret)
@@ -186,11 +188,23 @@ static void stop(struct checkpoint_commands *cc)
     cc->body = NULL;
 }
 
+// A guest that goes back must find its disks as they were.
+static int disks_are_fit(struct checkpoint_commands *cc, struct error *err)
+{
+    autofree char *texts = NULL;
+    int ret = cc->hooks->disks ? cc->hooks->disks(cc->hooks->context, cc->vm, &texts, err) : 0;
+    if (!ret && texts)
+        ret = disks_check(texts, err);
+    return ret ? error_prefix(err, "checkpoints") : 0;
+}
+
 int checkpoint_commands_start(struct checkpoint_commands *cc, json_t *body, struct error *err)
 {
     struct checkpoint_params params;
     int ret =
         cc->vm ? params_take(body, &params, err) : error_set(err, -EPERM, "there is no guest yet");
+    if (!ret)
+        ret = disks_are_fit(cc, err);
     if (ret)
         return ret;
     stop(cc); // it may be the same directory

@@ -127,6 +127,51 @@ static int32_t parent_find(const struct checkpoint_item *items, const struct che
     return -1;
 }
 
+// Its frozen overlays (migrate/disks.h) go with it; what a guest made of one, FILE.diskN.NAME, may
+// be in use.
+static bool file_remove(const char *path)
+{
+    if (snapfile_remove(path, NULL))
+        return false;
+    char disk[PATH_MAX];
+    for (unsigned i = 0; i < CHECKPOINT_DISKS; i++)
+        if ((size_t)snprintf(disk, sizeof(disk), "%s.disk%u", path, i) < sizeof(disk))
+            unlink(disk);
+    return true;
+}
+
+// "checkpoint-000007.snap.disk0", of a checkpoint that is not there.
+static bool is_orphan(const struct checkpoint_dir *dir, const char *name)
+{
+    const char *tail = strstr(name, ".snap.disk");
+    char of[CHECKPOINT_NAME_MAX];
+    uint32_t number;
+    size_t len = tail ? (size_t)(tail - name) + 5 : sizeof(of);
+    if (len >= sizeof(of) || !tail[10] || tail[10 + strspn(tail + 10, "0123456789")])
+        return false;
+    memcpy(of, name, len);
+    of[len] = 0;
+    if (!name_parse(of, &number))
+        return false;
+    for (unsigned i = 0; i < dir->nr; i++)
+        if (dir->files[i].number == number)
+            return false;
+    return true;
+}
+
+// What a process that was killed had no time to remove.
+static void orphans_remove(const struct checkpoint_dir *dir)
+{
+    char path[PATH_MAX];
+    struct dirent *entry;
+    DIR *stream = opendir(dir->path);
+    while (stream && (entry = readdir(stream)))
+        if (is_orphan(dir, entry->d_name) && !path_make(dir, entry->d_name, path, NULL))
+            unlink(path);
+    if (stream)
+        closedir(stream);
+}
+
 unsigned checkpoint_dir_prune(const struct checkpoint_dir *dir,
                               const struct checkpoint_settings *settings, int64_t now)
 {
@@ -134,6 +179,7 @@ unsigned checkpoint_dir_prune(const struct checkpoint_dir *dir,
     unsigned nr = 0, removed = 0;
     if (!items)
         return 0;
+    orphans_remove(dir);
     for (unsigned i = 0; i < dir->nr; i++) { // what is damaged is left for somebody to look at
         const struct checkpoint_file *file = &dir->files[i];
         if (!file->readable)
@@ -148,7 +194,7 @@ unsigned checkpoint_dir_prune(const struct checkpoint_dir *dir,
         char name[CHECKPOINT_NAME_MAX], path[PATH_MAX];
         name_make(items[i - 1].number, name);
         if (!items[i - 1].keep && !path_make(dir, name, path, NULL))
-            removed += !snapfile_remove(path, NULL);
+            removed += file_remove(path);
     }
     return removed;
 }

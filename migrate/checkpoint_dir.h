@@ -16,6 +16,7 @@ enum {
     CHECKPOINT_NUMBER_MAX = 999999999,
     CHECKPOINT_NAME_MAX = 32,
     CHECKPOINT_FILES_MAX = 65536, // in one directory
+    CHECKPOINT_DISKS = 32,        // of a VM, at most
 };
 
 struct checkpoint_file {
@@ -40,8 +41,8 @@ int checkpoint_dir_file(const struct checkpoint_dir *dir, const struct checkpoin
 // Where the next one goes. PATH_MAX bytes.
 int checkpoint_dir_next(const struct checkpoint_dir *dir, char *path, struct error *err);
 
-// Removes what the settings do not keep, newest first; what cannot be removed stays. Counts what
-// was removed.
+// Removes what the settings do not keep, newest first, and frozen disks of no checkpoint: not while
+// one is being made. What cannot be removed stays. Counts the checkpoints that were removed.
 unsigned checkpoint_dir_prune(const struct checkpoint_dir *dir,
                               const struct checkpoint_settings *settings, int64_t now);
 

@@ -11,9 +11,11 @@ import suite_api
 import suite_boot
 import suite_io
 import suite_migrate
+import suite_snapshot
 from vmms import Ferry, Qemu
 
-SUITES = {"boot": suite_boot, "api": suite_api, "io": suite_io, "migrate": suite_migrate}
+SUITES = {"boot": suite_boot, "api": suite_api, "io": suite_io, "migrate": suite_migrate,
+          "snapshot": suite_snapshot}
 
 
 def versions():

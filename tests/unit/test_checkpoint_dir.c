@@ -91,6 +91,13 @@ static void other(const char *name)
     fclose(fopen(path, "w"));
 }
 
+static bool exists(const char *name)
+{
+    char path[PATH_MAX];
+    snprintf(path, sizeof(path), "%s/%s", base, name);
+    return !access(path, F_OK);
+}
+
 START_TEST(names_and_numbers)
 {
     struct checkpoint_dir dir;
@@ -142,9 +149,22 @@ START_TEST(whole_chains_go)
     s.keep = 2;
     for (unsigned i = 1; i <= 8; i++)
         make(i, i % 3 == 1 ? 0 : i - 1); // 1-3, 4-6, 7-8
+    static const char *const stay[] = {"checkpoint-000008.snap.disk0",
+                                       "checkpoint-000001.snap.disk0.vm", "snap.disk0",
+                                       "checkpoint-000099.snap.disk"},
+                             *const go[] = {"checkpoint-000002.snap.disk3",
+                                            "checkpoint-000099.snap.disk0"};
+    for (unsigned i = 0; i < ARRAY_SIZE(stay); i++)
+        other(stay[i]);
+    for (unsigned i = 0; i < ARRAY_SIZE(go); i++)
+        other(go[i]);
     directory(&dir);
     ck_assert_uint_eq(checkpoint_dir_prune(&dir, &s, time(NULL)), 6);
     checkpoint_dir_free(&dir);
+    for (unsigned i = 0; i < ARRAY_SIZE(stay); i++)
+        ck_assert(exists(stay[i]));
+    for (unsigned i = 0; i < ARRAY_SIZE(go); i++)
+        ck_assert(!exists(go[i]));
     make(9, 8);
     make(10, 0);
     directory(&dir);

@@ -259,8 +259,24 @@ static int restore_load(struct session *s, const char *path, struct snapshot_rep
     return snapshot_load_as(&params, &s->hooks, &s->vm, &s->lazy, report, err);
 }
 
+// Disks go back with the guest, whatever they were when it was first run.
+static int disks_go_back(struct session *s, const char *path, struct error *err)
+{
+    struct snapfile *file;
+    int ret = snapfile_open(&file, path, err);
+    if (ret)
+        return ret;
+    session_disks_forget(s, file);
+    snapfile_close(file);
+    s->options->disks = true;
+    return 0;
+}
+
 int arrival_restore(struct session *s, const char *path, bool continues, struct error *err)
 {
+    int before = continues ? disks_go_back(s, path, err) : 0;
+    if (before)
+        return before;
     session_hooks(s, &s->hooks);
     struct snapshot_report report;
     uint64_t start = time_ns();

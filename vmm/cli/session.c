@@ -433,23 +433,28 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
     return 0;
 }
 
-// What can be known without giving up the guest that is there.
-static int rollback_check(const char *path, struct error *err)
+void session_disks_forget(struct session *s, const struct snapfile *file)
 {
-    struct snapfile *file;
-    int ret = snapfile_open(&file, path, err);
-    if (!ret)
-        snapfile_close(file);
-    return ret;
+    struct vm_options *o = s->options;
+    size_t len;
+    if (!snapfile_section(file, SNAPFILE_DISKS, &len))
+        return;
+    for (unsigned i = o->nr_devices; i > 0; i--)
+        if (!strcmp(o->devices[i - 1].kind->name, "disk"))
+            options_remove_device(o, i - 1);
 }
 
-static int rollback_load(struct session *s, const char *path, bool runs, struct error *err)
+static int rollback_load(struct session *s, const struct snapfile *file, const char *path,
+                         bool runs, struct error *err)
 {
     struct snapshot_report report;
+    struct lazy *lazy;
+    const struct snapshot_load_params params = {.path = path, .name = s->options->name};
     session_vm_drop(s); // s->usage goes on with the VM that comes
+    session_disks_forget(s, file);
     session_hooks(s, &s->hooks);
     s->restored = true;
-    int ret = snapshot_load(path, &s->hooks, &s->vm, &report, err);
+    int ret = snapshot_load_as(&params, &s->hooks, &s->vm, &lazy, &report, err);
     if (!ret && s->board.vmgenid)
         ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
     if (ret) {
@@ -467,7 +472,8 @@ static int rollback_load(struct session *s, const char *path, bool runs, struct 
 
 int session_rollback(struct session *s, const char *path, struct error *err)
 {
-    int ret = rollback_check(path, err);
+    struct snapfile *file; // what can be known without giving up the guest that is there
+    int ret = snapfile_open(&file, path, err);
     if (ret)
         return ret;
     json_t *body = json_incref(checkpoint_commands_body(s->checkpoints));
@@ -478,8 +484,9 @@ int session_rollback(struct session *s, const char *path, struct error *err)
         ret = vm_pause(s->vm, err); // from here on no vCPU says that it has stopped
     if (!ret) {
         s->vm->on_stop = NULL;
-        ret = rollback_load(s, path, runs, err);
+        ret = rollback_load(s, file, path, runs, err);
     }
+    snapfile_close(file);
     if (!s->lost && body && checkpoint_commands_start(s->checkpoints, body, err))
         log_write(&s->vm->log, LOG_ERROR, "no more checkpoints: %s", err->text);
     json_decref(body);

@@ -80,6 +80,8 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
 // Begins the checkpoints that --checkpoints asks for. `from` (may be NULL): the directory the guest
 // came from; what was asked for there last counts then.
 int session_checkpoints(struct session *s, const char *from, struct error *err);
+// The options' disks, once a snapshot brings the state that they had at its instant.
+void session_disks_forget(struct session *s, const struct snapfile *file);
 // The running or paused guest is replaced by the one in the file, which goes on if this one ran.
 // An error with s->lost set: there is no guest any more, and the loop ends.
 int session_rollback(struct session *s, const char *path, struct error *err);
