@@ -51,7 +51,7 @@ _ferry()
             case $word:$command in
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
             *:snapshot) choices="create ls verify merge rm $(_ferry_vms)" ;;
-            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:migrate) choices=$(_ferry_vms) ;;
+            *:clone | *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:migrate) choices=$(_ferry_vms) ;;
             esac
             ;;
         esac

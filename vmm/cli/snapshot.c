@@ -16,7 +16,7 @@
 
 static const char usage[] =
     "ferry snapshot [create] NAME FILE [--diff] [--parent FILE] [--layout packed|mapped]\n"
-    "                      [--compress lz4|none] [--json]\n"
+    "                      [--compress lz4|none] [--disks] [--json]\n"
     "       ferry snapshot ls [DIR] [--json]\n"
     "       ferry snapshot verify FILE [--json]\n"
     "       ferry snapshot merge FILE -o OUT [--layout packed|mapped] [--compress lz4|none] "
@@ -25,6 +25,8 @@ static const char usage[] =
     "create  saves a VM to FILE. --diff: only what changed since its last snapshot, or since\n"
     "        --parent, a snapshot of this VM in the same directory.\n"
     "        --layout mapped: uncompressed, each page at its place, to be mapped by a restore.\n"
+    "        --disks: the overlays as they are at that instant, too, in FILE.disk0, ... (for\n"
+    "        `ferry restore FILE --disks`).\n"
     "ls      the snapshots of a directory, children below their parents.\n"
     "verify  reads FILE and its parents and checks every byte.\n"
     "merge   makes one full snapshot of FILE and its parents.\n"
@@ -32,7 +34,7 @@ static const char usage[] =
     "example: ferry snapshot web web.1; ferry snapshot web web.2 --diff; ferry restore web.2";
 
 struct args {
-    bool json, diff;
+    bool json, diff, disks;
     const char *parent, *out, *layout, *compress;
     char *word[2];
     int words;
@@ -42,13 +44,11 @@ struct args {
 static int parse(int argc, char **argv, const char *options, int least, int most, struct args *args,
                  struct error *err)
 {
-    static const struct option longs[] = {{"json", no_argument, NULL, 'j'},
-                                          {"diff", no_argument, NULL, 'd'},
-                                          {"parent", required_argument, NULL, 'p'},
-                                          {"layout", required_argument, NULL, 'l'},
-                                          {"compress", required_argument, NULL, 'c'},
-                                          {"help", no_argument, NULL, 'h'},
-                                          {0}};
+    static const struct option longs[] = {
+        {"json", no_argument, NULL, 'j'},           {"diff", no_argument, NULL, 'd'},
+        {"parent", required_argument, NULL, 'p'},   {"layout", required_argument, NULL, 'l'},
+        {"compress", required_argument, NULL, 'c'}, {"disks", no_argument, NULL, 'D'},
+        {"help", no_argument, NULL, 'h'},           {0}};
     *args = (struct args) {0};
     opterr = 0;
     optind = 0;
@@ -65,6 +65,7 @@ static int parse(int argc, char **argv, const char *options, int least, int most
                              argv[optind - 1]);
         args->json |= c == 'j';
         args->diff |= c == 'd' || c == 'p';
+        args->disks |= c == 'D';
         args->parent = c == 'p' ? optarg : args->parent;
         args->layout = c == 'l' ? optarg : args->layout;
         args->compress = c == 'c' ? optarg : args->compress;
@@ -121,7 +122,7 @@ static int create(int argc, char **argv, struct error *err)
     struct snapshot_params form;
     char path[108];
     json_t *result = NULL;
-    int ret = parse(argc, argv, "jdplc", 2, 2, &args, err);
+    int ret = parse(argc, argv, "jdplcD", 2, 2, &args, err);
     if (ret)
         return ret;
     ret = form_take(&args, &form, err);
@@ -132,6 +133,8 @@ static int create(int argc, char **argv, struct error *err)
     json_t *request = json_pack("{s:o}", "path", whole_path(args.word[1]));
     if (args.diff)
         json_object_set_new(request, "diff", json_true());
+    if (args.disks)
+        json_object_set_new(request, "disks", json_true());
     if (args.parent)
         json_object_set_new(request, "parent", whole_path(args.parent));
     if (args.layout)
