@@ -19,13 +19,14 @@ struct outgoing {
     struct wire_record record;
     enum owner_source owner;
     bool was_running; // the guest ran before the switch
-    bool logging;     // the dirty log is ours
-    uint64_t *todo;   // pages still to send
+    bool logging;     // `dirty` is started
+    struct ram_dirty dirty;
+    uint64_t *todo; // pages still to send
     struct page_batch *batch;
     struct page_presence presence;
     _Atomic uint64_t *hints; // NULL unless the guest is giving some
-    uint64_t bandwidth; // estimate, bytes/s
-    uint64_t rtt_ns;    // measured in the handshake
+    uint64_t bandwidth;      // estimate, bytes/s
+    uint64_t rtt_ns;         // measured in the handshake
     struct stream_mem state;
     struct postcopy_source *postcopy; // NULL unless the switch is a post-copy
 };

@@ -182,7 +182,7 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
         return ret;
     uint64_t bytes = out->main.wire.out - before, took = time_ns() - start;
     bandwidth_update(out, bytes, took);
-    ret = ram_dirty_sync(&out->vm->ram, out->todo, NULL, err);
+    ret = ram_dirty_sync(&out->vm->ram, &out->dirty, out->todo, NULL, err);
     *dirty = bitmap_count(out->todo, out->vm->ram.pages);
     FERRY_PROBE4(migration_round, out->report->rounds, bytes, took, *dirty);
     return ret;
@@ -194,7 +194,7 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
     bitmap_fill(out->todo, 0, out->vm->ram.pages, true);
     if (out->params->mode == MIGRATE_POSTCOPY)
         return 0;
-    int ret = ram_dirty_start(&out->vm->ram, err);
+    int ret = ram_dirty_start(&out->vm->ram, &out->dirty, err);
     out->logging = !ret;
     if (!ret)
         hints_begin(out);

@@ -15,10 +15,11 @@ import suite_boot
 import suite_io
 import suite_migrate
 import suite_sched
+import suite_snapshot
 from vmms import Ferry, Qemu
 
 SUITES = {"boot": suite_boot, "api": suite_api, "io": suite_io, "migrate": suite_migrate,
-          "sched": suite_sched}
+          "snapshot": suite_snapshot, "sched": suite_sched}
 
 
 def versions():

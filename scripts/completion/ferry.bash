@@ -53,6 +53,8 @@ _ferry()
         --net) choices="tap= tap-fd= user" ;;
         --on-reboot) choices="stop reset" ;;
         --mode) choices="precopy postcopy hybrid" ;;
+        --layout) choices="packed mapped" ;;
+        --compress) choices="lz4 none" ;;
         --on-stall) choices="continue cancel switch postcopy" ;;
         *)
             case $word:$command in
@@ -63,7 +65,8 @@ _ferry()
                 [ "$COMP_CWORD" -gt 2 ] ||
                     choices=$("$ferry" sched --help 2>/dev/null | sed -n 's/^  \([a-z]\{2,\}\)  *.*/\1/p')
                 ;;
-            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:reset | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
+            *:snapshot) choices="create ls verify merge rm $(_ferry_vms)" ;;
+            *:clone | *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:reset | *:stop | *:migrate) choices=$(_ferry_vms) ;;
             esac
             ;;
         esac

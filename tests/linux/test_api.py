@@ -364,11 +364,15 @@ class Life(ApiTest):
         self.assertEqual("Paused", self.good(api, "GET", "/", status=200)["state"])
         self.good(api, "PATCH", "/vm", {"state": "Resumed"})
         self.bad(api, "PATCH", "/vm", {"state": "Resumed"}, "not paused but running")
+        self.good(api, "PATCH", "/vm", {"state": "Paused"})
+        diff = {"snapshot_path": snap + ".1", "mem_file_path": memory, "snapshot_type": "Diff"}
+        self.good(api, "PUT", "/snapshot/create", diff)
+        self.bad(api, "PUT", "/snapshot/create", {**diff, "snapshot_path": snap}, "snap.1")
         self.good(api, "PUT", "/stop", {})
         self.assertEnds(vm, lab.STOPPED)
 
         second, api = self.waiting()
-        load = {"snapshot_path": snap, "resume_vm": True,
+        load = {"snapshot_path": snap + ".1", "resume_vm": True, "enable_diff_snapshots": True,
                 "mem_backend": {"backend_type": "File", "backend_path": memory}}
         self.bad(api, "PUT", "/snapshot/load", {**load, "snapshot_path": "/nowhere"}, "/nowhere")
         self.assertEqual("Not started", self.good(api, "GET", "/", status=200)["state"])
@@ -377,6 +381,11 @@ class Life(ApiTest):
             self.assertIsNone(second.child.poll(), second.errors())  # until it has run
         self.assertEqual("Running", self.good(api, "GET", "/", status=200)["state"])
         self.assertIn("disk0", self.good(api, "GET", "/info", status=200)["devices"])
+        self.good(api, "PATCH", "/vm", {"state": "Paused"})
+        self.good(api, "PUT", "/snapshot/create", {**diff, "snapshot_path": snap + ".2"})
+        report = self.assertStatus(self.lab.ferry("snapshot", "verify", snap + ".2", "--json"),
+                                   lab.OK).json()
+        self.assertEqual(("diff", 3), (report["kind"], report["files"]))
         self.good(api, "PUT", "/stop", {})
         self.assertEnds(second, lab.STOPPED)
 

@@ -531,8 +531,13 @@ static void put_snapshot_create(struct control_request *req, json_t *args, void 
         return;
     }
     control_silence(req);
-    migrate_commands_snapshot(api->session->migrate,
-                              json_string_value(json_object_get(args, "snapshot_path")), req);
+    struct snapshot_params params;
+    const char *type = json_string_value(json_object_get(args, "snapshot_type"));
+    snapshot_params_default(&params, json_string_value(json_object_get(args, "snapshot_path")));
+    params.diff = params.log = type && !strcmp(type, "Diff");
+    json_t *machine = json_object_get(api->config, "machine-config");
+    params.log |= json_is_true(json_object_get(machine, "track_dirty_pages"));
+    migrate_commands_snapshot(api->session->migrate, &params, req);
 }
 
 static const char *memory_path(json_t *args)
@@ -554,6 +559,12 @@ static int snapshot_take(struct api *api, json_t *args, struct error *err)
     if (!ret)
         ret = session_load(s, json_string_value(json_object_get(args, "snapshot_path")), &report,
                            err);
+    bool track = json_is_true(json_object_get(args, "track_dirty_pages")) ||
+                 json_is_true(json_object_get(args, "enable_diff_snapshots"));
+    if (!ret && s->migrate)
+        ret = migrate_commands_base(s->migrate,
+                                    json_string_value(json_object_get(args, "snapshot_path")),
+                                    report.id, track, err);
     if (!ret && json_is_true(json_object_get(args, "resume_vm"))) {
         life_move(&s->life, LIFE_RUNNING, NULL);
         vm_resume(s->vm);
@@ -598,7 +609,7 @@ static const struct schema_field patch_stats_fields[] = {
     {"stats_polling_interval_s", SCHEMA_INTEGER, .required = true, .max = 24 * 3600}, {NULL}};
 static const struct schema_field any_fields[] = {{NULL}}; // no field, but a body may be there
 static const struct schema_field hinting_fields[] = {{"acknowledge_on_stop", SCHEMA_BOOL}, {NULL}};
-static const char *const snapshot_types[] = {"Full", NULL};
+static const char *const snapshot_types[] = {"Full", "Diff", NULL};
 static const struct schema_field create_fields[] = {
     {"snapshot_path", SCHEMA_STRING, .required = true, .min = 1},
     {"mem_file_path", SCHEMA_STRING, .min = 1},

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Commands that talk to a running VM: info, set, pause, resume, stop, snapshot.
+// Commands that talk to a running VM: info, set, pause, resume, stop.
 #include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
@@ -54,7 +54,7 @@ static int parse(int argc, char **argv, const char *usage, int wanted, bool more
     return 0;
 }
 
-static void print_members(json_t *object)
+void cli_print_members(json_t *object)
 {
     const char *key;
     json_t *value;
@@ -83,7 +83,7 @@ static int call(const char *method, const char *route, json_t *request,
         json_decref(empty);
         printf("\n");
     } else if (result) {
-        print_members(result);
+        cli_print_members(result);
     }
     json_decref(result);
     return EXIT_OK;
@@ -160,24 +160,6 @@ int cli_reset(int argc, char **argv)
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
     return call("PUT", "/reset", NULL, &args);
-}
-
-int cli_snapshot(int argc, char **argv)
-{
-    struct client_args args;
-    struct error err;
-    int ret = parse(argc, argv,
-                    "ferry snapshot NAME FILE [--json]\n\n"
-                    "Writes the whole guest to a file, from which `ferry restore` starts it.\n"
-                    "example: ferry snapshot web /var/lib/ferry/web.snap",
-                    2, false, &args, &err);
-    if (ret)
-        return ret > 0 ? EXIT_OK : cli_fail(&err);
-    // The VM's working directory is not ours.
-    autofree char *cwd = args.positional[1][0] == '/' ? NULL : getcwd(NULL, 0);
-    char path[4096];
-    snprintf(path, sizeof(path), "%s%s%s", cwd ? cwd : "", cwd ? "/" : "", args.positional[1]);
-    return call("PUT", "/snapshot/file", json_pack("{s:s}", "path", path), &args);
 }
 
 int cli_set(int argc, char **argv)

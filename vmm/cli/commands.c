@@ -247,6 +247,15 @@ static void get_events(struct control_request *req, json_t *args, void *context)
     control_subscribe(s->control, req);
 }
 
+static void put_rollback(struct control_request *req, json_t *args, void *context)
+{
+    struct error err;
+    if (session_rollback(context, json_string_value(json_object_get(args, "path")), &err))
+        control_reply_error(req, &err);
+    else
+        control_reply_ok(req, NULL);
+}
+
 static const char *const vm_states[] = {"Paused", "Resumed", NULL};
 static const struct schema_field vm_fields[] = {
     {"state", SCHEMA_STRING, .required = true, .choices = vm_states}, {NULL}};
@@ -255,6 +264,8 @@ static const struct schema_field stop_fields[] = {
     {"timeout_s", SCHEMA_INTEGER, .min = 1, .max = STOP_TIMEOUT_MAX_S},
     {NULL},
 };
+static const struct schema_field rollback_fields[] = {
+    {"path", SCHEMA_STRING, .required = true, .min = 1}, {NULL}};
 static const struct schema_field devices_fields[] = {{"settings", SCHEMA_OBJECT, .required = true},
                                                      {NULL}};
 
@@ -280,6 +291,8 @@ static const struct control_route routes[] = {
      get_sched},
     {"PATCH", "/sched", "change that, within a slice", BUILT, sched_fields, patch_sched},
     {"PATCH", "/vm", "pause or resume", LIVE, vm_fields, patch_vm},
+    {"PUT", "/rollback", "the guest becomes the one in that file",
+     LIVE | LIFE_BIT(LIFE_SNAPSHOTTING), rollback_fields, put_rollback},
     {"PUT", "/stop", "end the VM; {\"powerbutton\": true} asks the guest first",
      BUILT | LIFE_BIT(LIFE_CREATED) | LIFE_BIT(LIFE_STOPPING), stop_fields, put_stop},
     {"PUT", "/reset", "start the guest again from its kernel, at once", LIVE, NULL, put_reset},

@@ -12,9 +12,8 @@
 
 static void log_end(struct hinting *h)
 {
-    if (h->logging && ram_dirty_stop(&h->vm->ram, NULL))
+    if (h->vm && ram_dirty_stop(&h->vm->ram, &h->dirty, NULL))
         log_write(&h->vm->log, LOG_WARN, "hinting: the dirty log cannot be stopped");
-    h->logging = false;
 }
 
 // Runs of pages that were hinted and are clean: neighbours in one call.
@@ -44,7 +43,7 @@ static int reclaim(struct hinting *h, struct error *err)
         return error_set(err, -ENOMEM, "no memory for a dirty bitmap");
     int ret = vm_pause(vm, err);
     if (!ret)
-        ret = ram_dirty_sync(&vm->ram, dirty, NULL, err);
+        ret = ram_dirty_sync(&vm->ram, &h->dirty, dirty, NULL, err);
     if (!ret)
         ret = pages_give(h, dirty, err);
     log_end(h);
@@ -75,10 +74,9 @@ static void look(struct loop_timer *timer)
 static int begin(struct hinting *h, struct error *err)
 {
     struct ram *ram = &h->vm->ram;
-    int ret = ram_dirty_start(ram, err);
+    int ret = ram_dirty_start(ram, &h->dirty, err);
     if (ret)
         return ret;
-    h->logging = true;
     h->asks = ram->hinter->start(ram->hinter, h->hinted);
     if (!h->asks) {
         log_end(h);

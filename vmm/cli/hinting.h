@@ -13,6 +13,7 @@
 
 #include "vmm/error.h"
 #include "vmm/loop.h"
+#include "vmm/ram.h"
 
 struct vm;
 
@@ -20,8 +21,8 @@ struct hinting {
     struct vm *vm; // NULL before the first run
     struct loop_timer timer;
     _Atomic uint64_t *hinted; // a bit for each page
-    bool asks;    // the balloon writes to `hinted`; the guest holds the pages until the end
-    bool logging; // the dirty log is ours
+    bool asks; // the balloon writes to `hinted`; the guest holds the pages until the end
+    struct ram_dirty dirty; // what the guest has written since its hints began
     bool acknowledge;
     uint64_t seen, news_ns; // progress, and when it last changed
 };

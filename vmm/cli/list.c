@@ -13,10 +13,9 @@
 #include "vmm/util.h"
 
 enum {
-    ASK_MS = 2000,   // how long a VM may take to say how it is
-    GHOST_S = 3600,  // idle for longer: nobody needs it
-    OVER_MEMORY = 4, // more than so many times the memory it uses,
-    DURATION = 24,
+    ASK_MS = 2000,    // how long a VM may take to say how it is
+    GHOST_S = 3600,   // idle for longer: nobody needs it
+    OVER_MEMORY = 4,  // more than so many times the memory it uses,
     OVER_MIN_S = 600, // for a VM that had this long to use it
 };
 
@@ -86,23 +85,23 @@ static const char *text(json_t *object, const char *key)
     return json_string_value(json_object_get(object, key)) ?: "?";
 }
 
-static void duration(json_int_t s, char out[DURATION])
+void cli_duration(int64_t s, char out[CLI_DURATION])
 {
     if (s < 120)
-        snprintf(out, DURATION, "%llds", (long long)s);
+        snprintf(out, CLI_DURATION, "%llds", (long long)s);
     else if (s < 7200)
-        snprintf(out, DURATION, "%lldm", (long long)s / 60);
+        snprintf(out, CLI_DURATION, "%lldm", (long long)s / 60);
     else if (s < 48 * 3600)
-        snprintf(out, DURATION, "%lldh", (long long)s / 3600);
+        snprintf(out, CLI_DURATION, "%lldh", (long long)s / 3600);
     else
-        snprintf(out, DURATION, "%lldd", (long long)s / 86400);
+        snprintf(out, CLI_DURATION, "%lldd", (long long)s / 86400);
 }
 
 static void row_print(json_t *info)
 {
-    char up[DURATION], idle[DURATION];
-    duration(number(info, "uptime_s"), up);
-    duration(number(info, "idle_s"), idle);
+    char up[CLI_DURATION], idle[CLI_DURATION];
+    cli_duration(number(info, "uptime_s"), up);
+    cli_duration(number(info, "idle_s"), idle);
     printf("%-20s %-12s %8lld %5zu %7lld %9lld %5lld.%lld %6s %6s\n", text(info, "name"),
            text(info, "state"), (long long)number(info, "pid"),
            json_array_size(json_object_get(info, "vcpus")),
@@ -132,7 +131,7 @@ static json_t *finding(const char *kind, json_t *info, json_int_t bytes, const c
 
 static void sprawl_of(const struct registry_entry *e, json_t *info, json_t *findings)
 {
-    char span[DURATION], command[96];
+    char span[CLI_DURATION], command[96];
     json_int_t memory = number(info, "memory_bytes"), used = number(info, "resident_bytes");
     bool lives = !strcmp(text(info, "state"), "running") || !strcmp(text(info, "state"), "paused");
     if (e->fate == REGISTRY_DEAD) {
@@ -147,7 +146,7 @@ static void sprawl_of(const struct registry_entry *e, json_t *info, json_t *find
                                                 "ferry rm %s"));
         json_decref(files);
     } else if (lives && number(info, "idle_s") >= GHOST_S) {
-        duration(number(info, "idle_s"), span);
+        cli_duration(number(info, "idle_s"), span);
         json_array_append_new(findings, finding("ghost", info, used, "idle for %s", span,
                                                 "ferry stop %s --powerbutton"));
     } else if (lives && number(info, "uptime_s") >= OVER_MIN_S && used * OVER_MEMORY < memory) {

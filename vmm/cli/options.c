@@ -166,6 +166,9 @@ SWITCH(ucall)
 SWITCH(debug_exit)
 SWITCH(control)
 SWITCH(vmgenid)
+SWITCH(lazy)
+SWITCH(map)
+SWITCH(disks)
 #undef SWITCH
 
 static int set_transport(struct vm_options *o, const char *value, struct error *err)
@@ -332,6 +335,25 @@ static const struct option_row rows[] = {
     {"metrics-listen", 0, FOR_ALL, false, "ADDRESS",
      "[tcp:][HOST:]PORT where Prometheus gets /metrics, and nobody anything else (HOST: 127.0.0.1)",
      set_nothing, TEXT(metrics_listen)},
+    {"checkpoints", 0, FOR_RUN | FOR_RESTORE, false, "DIR[,...]",
+     "save the guest to DIR now and then, go on from there if this process dies: DIR"
+     "[,mtbf=SPAN|,interval=SPAN][,keep=N][,hourly=N][,restarts=N]",
+     set_nothing, TEXT(checkpoints)},
+    {"newest", 0, FOR_RESTORE, false, "DIR", "restore the newest whole checkpoint in DIR",
+     set_nothing, TEXT(newest)},
+    {"lazy", 0, FOR_RESTORE, false, NULL,
+     "start at once: pages are read, checked and unpacked when they are touched; what was touched "
+     "first is kept in FILE.ws and fetched ahead the next time",
+     set_lazy, 0},
+    {"map", 0, FOR_RESTORE, false, NULL,
+     "start at once: map FILE (of the mapped layout); VMs share its pages until they write; "
+     "unchecked (ferry snapshot verify)",
+     set_map, 0},
+    {"disks", 0, FOR_RESTORE, false, NULL,
+     "use the disks that FILE names, with a copy of each overlay that was saved with it "
+     "(FILE.diskN."
+     "NAME); it is trusted to name the right files",
+     set_disks, 0},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},
     {"stop-timeout", 0, FOR_ALL, false, "SECONDS",

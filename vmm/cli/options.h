@@ -33,6 +33,7 @@ struct vm_options {
     struct console_config console;
     char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
     char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file, *metrics_listen;
+    char *checkpoints, *newest;
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
     struct jail_config jail;
@@ -42,6 +43,8 @@ struct vm_options {
     bool pci;                 // transport of the virtio devices
     bool console_given;       // by an option, not by default
     bool dry_run, mark, ucall, debug_exit, control, vmgenid, reboots;
+    bool disks;     // restore: those of the snapshot
+    bool lazy, map; // restore: memory comes when it is touched; is the file's until it is written
 };
 
 void options_init(struct vm_options *o);

@@ -5,6 +5,7 @@
 
 #include "devices/board.h"
 #include "devices/virtio_mmio.h"
+#include "migrate/checkpoint_commands.h"
 #include "migrate/commands.h"
 #include "sched/vm.h"
 #include "vmm/cli/options.h"
@@ -15,6 +16,7 @@
 #include "vmm/vm.h"
 
 struct api;
+struct lazy;
 struct snapshot_report;
 
 struct session {
@@ -33,7 +35,11 @@ struct session {
     bool confined;   // session_confine has been
     struct api *api;
     struct migrate_commands *migrate;
+    struct checkpoint_commands *checkpoints;
+    bool restored; // the guest came from a file, though options->kernel may be set
+    bool lost;     // it could not be built again
     struct migrate_hooks hooks;
+    struct lazy *lazy;       // a guest that was restored before its memory was there
     struct arrival *arrival; // `ferry receive`: the guest that comes in, NULL otherwise
     struct session_socket {  // of the API, between session_listen and session_serve
         int fd;
@@ -85,6 +91,14 @@ void session_destroy(struct session *s);
 // Builds the VM that a snapshot file holds; it is paused then.
 int session_load(struct session *s, const char *path, struct snapshot_report *report,
                  struct error *err);
+// Begins the checkpoints that --checkpoints asks for. `from` (may be NULL): the directory the guest
+// came from; what was asked for there last counts then.
+int session_checkpoints(struct session *s, const char *from, struct error *err);
+// The options' disks, once a snapshot brings the state that they had at its instant.
+void session_disks_forget(struct session *s, const struct snapfile *file);
+// The running or paused guest is replaced by the one in the file, which goes on if this one ran.
+// An error with s->lost set: there is no guest any more, and the loop ends.
+int session_rollback(struct session *s, const char *path, struct error *err);
 json_t *session_info(struct session *s);                        // what GET /info says
 int session_commands_add(struct session *s, struct error *err); // vmm/cli/commands.c
 
