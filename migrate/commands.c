@@ -65,6 +65,24 @@ static json_t *json_progress(const struct migrate_progress *p)
     return object;
 }
 
+// How long the guest waited for what it asked for; `histogram` has [from us, count] pairs.
+static json_t *json_latency(const struct wire_faults *f)
+{
+    const struct count counts[] = {
+        {"p50", wire_latency_percentile(f, 50)},
+        {"p90", wire_latency_percentile(f, 90)},
+        {"p99", wire_latency_percentile(f, 99)},
+        {"max", f->max_ns / 1000},
+    };
+    json_t *object = json_counts(counts, ARRAY_SIZE(counts)), *histogram = json_array();
+    for (unsigned i = 0; i < WIRE_LATENCY_BUCKETS; i++)
+        if (f->count[i])
+            json_array_append_new(histogram, json_pack("[I,I]", (json_int_t)wire_latency_us(i),
+                                                       (json_int_t)f->count[i]));
+    json_object_set_new(object, "histogram", histogram);
+    return object;
+}
+
 static json_t *json_report(const struct migrate_report *r)
 {
     const struct count counts[] = {
@@ -98,6 +116,8 @@ static json_t *json_report(const struct migrate_report *r)
                         json_string(r->owner == SOURCE_GONE    ? "destination"
                                     : r->owner == SOURCE_DOUBT ? "in doubt"
                                                                : "source"));
+    if (r->requests)
+        json_object_set_new(object, "latency_us", json_latency(&r->latency));
     json_object_set_new(object, "downtime_us", json_counts(parts, ARRAY_SIZE(parts)));
     return object;
 }
@@ -117,6 +137,7 @@ static json_t *json_snapshot(const char *path, const struct snapshot_report *r)
 // --- arguments
 
 static const char *const modes[] = {"precopy", "postcopy", "hybrid", NULL};
+static const char *const prepagings[] = {"none", "push", "forward", "bubble", "multi-bubble", NULL};
 static const char *const stalls[] = {"continue", "cancel", "switch", "postcopy", NULL};
 enum { DOWNTIME_MAX_MS = 3600 * 1000, ROUNDS_MAX = 1000 * 1000 };
 
@@ -124,6 +145,7 @@ static const struct schema_field migrate_fields[] = {
     {"to", SCHEMA_STRING, .required = true, .min = 1},
     {"mode", SCHEMA_STRING, .choices = modes},
     {"on_stall", SCHEMA_STRING, .choices = stalls},
+    {"prepaging", SCHEMA_STRING, .choices = prepagings},
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},
@@ -147,7 +169,8 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
     json_t *mode = json_object_get(args, "mode"), *stall = json_object_get(args, "on_stall"),
            *downtime = json_object_get(args, "downtime_ms"),
            *bandwidth = json_object_get(args, "bandwidth"),
-           *rounds = json_object_get(args, "max_rounds");
+           *rounds = json_object_get(args, "max_rounds"),
+           *prepaging = json_object_get(args, "prepaging");
     p->to = json_string_value(json_object_get(args, "to"));
     if (json_is_integer(downtime))
         p->downtime_ns = (uint64_t)json_integer_value(downtime) * 1000000;
@@ -158,6 +181,8 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
     int ret = json_is_string(mode) ? migrate_mode_parse(json_string_value(mode), &p->mode, err) : 0;
     if (!ret && json_is_string(stall))
         ret = migrate_stall_parse(json_string_value(stall), &p->on_stall, err);
+    if (!ret && json_is_string(prepaging))
+        ret = prepage_parse(json_string_value(prepaging), &p->prepaging, err);
     return ret;
 }
 

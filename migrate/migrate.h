@@ -8,7 +8,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "migrate/history.h"
 #include "migrate/owner.h"
+#include "migrate/prepage.h"
 #include "migrate/wire.h"
 #include "vmm/error.h"
 
@@ -48,6 +50,7 @@ struct migrate_params {
     uint64_t bandwidth;   // bytes/s, 0 = as fast as it goes
     uint32_t max_rounds;
     enum migrate_stall on_stall;
+    enum prepage_kind prepaging;       // post-copy: what is sent before it is asked for
     unsigned handshake_ms, idle_ms;    // time-outs
     unsigned ask_ms;                   // how long to ask a destination that did not answer COMMIT
     const struct migrate_hooks *hooks; // only `describe` is used
@@ -84,6 +87,7 @@ struct migrate_report {
     uint64_t pushed_pages, demand_pages; // post-copy, part of data_pages
     uint64_t discarded_pages;            // post-copy: stale at the destination when it started
     uint64_t faults, requests;           // post-copy, the destination's figures
+    struct wire_faults latency;          // of the requests, the destination's figures
     uint64_t state_bytes, wire_bytes;
     uint64_t total_ns;
     uint64_t postcopy_ns; // from RUNNING to COMPLETE
@@ -113,6 +117,7 @@ struct migration {
     // Called (if not NULL) in the migrating thread at each change of phase and each round.
     void (*on_progress)(const struct migrate_progress *progress, void *arg);
     void *on_progress_arg;
+    struct history history; // kept when the caller starts it
 };
 int migration_init(struct migration *m, struct error *err);
 void migration_free(struct migration *m);

@@ -26,6 +26,7 @@ void migrate_params_default(struct migrate_params *params)
         .downtime_ns = 300000000,
         .max_rounds = 30,
         .on_stall = STALL_CONTINUE,
+        .prepaging = PREPAGE_MULTI,
         .handshake_ms = CHANNEL_HANDSHAKE_MS,
         .idle_ms = CHANNEL_IDLE_MS,
         .ask_ms = 30 * 1000,
@@ -75,6 +76,7 @@ int migration_init(struct migration *m, struct error *err)
     if (m->cancel_fd < 0)
         return error_errno(err, "eventfd");
     pthread_mutex_init(&m->lock, NULL);
+    history_init(&m->history);
     return 0;
 }
 
@@ -84,6 +86,7 @@ void migration_free(struct migration *m)
         close(m->cancel_fd);
     m->cancel_fd = -1;
     pthread_mutex_destroy(&m->lock);
+    history_free(&m->history);
 }
 
 void migration_cancel(struct migration *m)
@@ -136,11 +139,10 @@ static int say_hello(struct outgoing *out, struct channel *c, enum wire_connecti
     if (ret)
         return ret;
     out->rtt_ns = time_ns() - start;
-    unsigned version;
     if (memcmp(answer.id, hello.id, WIRE_ID_LEN) || answer.kind != kind)
         return error_set(err, -EPROTO, "%s: answers for another migration", c->name);
-    return wire_version_choose(WIRE_OLDEST, WIRE_VERSION, answer.version, answer.version, &version,
-                               err);
+    return wire_version_choose(WIRE_OLDEST, WIRE_VERSION, answer.version, answer.version,
+                               &out->version, err);
 }
 
 static bool may_postcopy(const struct migrate_params *p)

@@ -24,8 +24,9 @@ struct outgoing {
     struct page_batch *batch;
     struct page_presence presence;
     _Atomic uint64_t *hints; // NULL unless the guest is giving some
-    uint64_t bandwidth; // estimate, bytes/s
-    uint64_t rtt_ns;    // measured in the handshake
+    unsigned version;        // of the format, agreed on
+    uint64_t bandwidth;      // estimate, bytes/s
+    uint64_t rtt_ns;         // measured in the handshake
     struct stream_mem state;
     struct postcopy_source *postcopy; // NULL unless the switch is a post-copy
 };
@@ -46,6 +47,8 @@ void precopy_hints_end(struct outgoing *out);
 
 // Tells the destination that its copies of the pages in `todo` are stale.
 int postcopy_discard(struct outgoing *out, struct error *err);
+// Starts to serve page requests for what `todo` has.
+int postcopy_serve(struct outgoing *out, struct error *err);
 // The guest is paused and `todo` has what the destination lacks: says so (DISCARD) and starts to
 // serve its page requests.
 int postcopy_begin(struct outgoing *out, struct error *err);

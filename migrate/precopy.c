@@ -184,6 +184,7 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
     bandwidth_update(out, bytes, took);
     ret = ram_dirty_sync(&out->vm->ram, out->todo, NULL, err);
     *dirty = bitmap_count(out->todo, out->vm->ram.pages);
+    history_add(&out->m->history, HISTORY_ROUND, bytes, *dirty * PAGE_SIZE, took);
     FERRY_PROBE4(migration_round, out->report->rounds, bytes, took, *dirty);
     return ret;
 }

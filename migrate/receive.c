@@ -36,6 +36,7 @@ struct receive {
     struct channel demand; // fd -1 until the door let it in
 
     struct channel main;
+    unsigned version; // of the format, agreed on
     struct wire_record record;
     struct machine machine;
     struct vm *vm;
@@ -118,16 +119,16 @@ static void answer_query(struct receive *r, struct channel *c, const struct wire
     pthread_mutex_unlock(&r->lock);
 }
 
-static int answer_hello(struct channel *c, const struct wire_hello *hello, struct error *err)
+static int answer_hello(struct channel *c, const struct wire_hello *hello, unsigned *version,
+                        struct error *err)
 {
     struct wire_hello mine;
-    unsigned version;
-    int ret = wire_version_choose(WIRE_OLDEST, WIRE_VERSION, hello->oldest, hello->version,
-                                  &version, err);
+    int ret =
+        wire_version_choose(WIRE_OLDEST, WIRE_VERSION, hello->oldest, hello->version, version, err);
     if (ret)
         return ret;
     wire_hello_fill(&mine, hello->kind, hello->id);
-    mine.version = mine.oldest = (uint16_t)version;
+    mine.version = mine.oldest = (uint16_t)*version;
     return wire_put(&c->wire, WIRE_HELLO, 0, &mine, sizeof(mine), NULL, 0, err);
 }
 
@@ -139,7 +140,8 @@ static bool let_demand_in(struct receive *r, struct channel *c, const struct wir
                   r->machine.flags & WIRE_MACHINE_POSTCOPY &&
                   !memcmp(hello->id, r->report->id, WIRE_ID_LEN);
     pthread_mutex_unlock(&r->lock);
-    if (!wanted || answer_hello(c, hello, NULL))
+    unsigned version;
+    if (!wanted || answer_hello(c, hello, &version, NULL))
         return false;
     pthread_mutex_lock(&r->lock);
     channel_init(&r->demand, take_fd(&c->fd), r->cancel_fd, r->params.idle_ms, c->name);
@@ -218,7 +220,7 @@ static int first_hello(struct receive *r, struct error *err)
     }
     if (hello.kind != WIRE_MAIN)
         return error_set(err, -EPROTO, "a migration must begin with its main connection");
-    return answer_hello(&r->main, &hello, err);
+    return answer_hello(&r->main, &hello, &r->version, err);
 }
 
 static int accept_migration(struct receive *r, struct error *err)
@@ -452,9 +454,12 @@ static int take_pushed(struct receive *r, struct error *err)
         r->acknowledged = true; // pages are pushed once RUNNING has come
         if (r->record.header.type == WIRE_END)
             break;
-        ret = r->record.header.type == WIRE_PAGES
-                  ? postcopy_dest_place(r->postcopy, &r->main.wire, &r->record, r->buffer, err)
-                  : wire_unexpected(&r->main.wire, &r->record, "pages or end", err);
+        if (r->record.header.type == WIRE_PAGES)
+            ret = postcopy_dest_place(r->postcopy, &r->main.wire, &r->record, r->buffer, err);
+        else if (r->record.header.type == WIRE_ROUND)
+            ret = echo_round(r, err);
+        else
+            ret = wire_unexpected(&r->main.wire, &r->record, "pages or end", err);
         if (ret)
             return ret;
     }
@@ -462,6 +467,13 @@ static int take_pushed(struct receive *r, struct error *err)
     if (ret)
         return ret;
     postcopy_dest_counts(r->postcopy, &r->report->faults, &r->report->requested);
+    if (r->version >= 2) {
+        struct wire_faults latency;
+        postcopy_dest_latency(r->postcopy, &latency);
+        ret = wire_put(&r->main.wire, WIRE_FAULTS, 0, &latency, sizeof(latency), NULL, 0, err);
+        if (ret)
+            return ret;
+    }
     struct wire_times times = {.load_ns = r->report->load_ns,
                                .resume_ns = r->report->resume_ns,
                                .faults = r->report->faults,

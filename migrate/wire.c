@@ -51,11 +51,42 @@ static const struct wire_limit limits[WIRE_TYPES] = {
     [WIRE_BYE] = {"bye", 0, 0, 0},
     [WIRE_ABORT] = {"abort", 0, WIRE_TEXT_MAX, 0},
     [WIRE_ANSWER] = FIXED("answer", struct wire_answer),
+    [WIRE_FAULTS] = FIXED("faults", struct wire_faults),
 };
 
 const char *wire_type_name(unsigned type)
 {
     return type < WIRE_TYPES && limits[type].name ? limits[type].name : "unknown";
+}
+
+// --- latencies
+
+unsigned wire_latency_bucket(uint64_t ns)
+{
+    uint64_t us = ns / 1000;
+    if (us < 4)
+        return (unsigned)us;
+    unsigned octave = 63 - (unsigned)__builtin_clzll(us);
+    unsigned bucket = 4 * (octave - 1) + (unsigned)(us >> (octave - 2) & 3);
+    return bucket < WIRE_LATENCY_BUCKETS ? bucket : WIRE_LATENCY_BUCKETS - 1;
+}
+
+uint64_t wire_latency_us(unsigned bucket)
+{
+    return bucket < 4 ? bucket : (4ull + bucket % 4) << (bucket / 4 - 1);
+}
+
+uint64_t wire_latency_percentile(const struct wire_faults *faults, double percent)
+{
+    uint64_t all = 0, sum = 0;
+    for (unsigned i = 0; i < WIRE_LATENCY_BUCKETS; i++)
+        all += faults->count[i];
+    for (unsigned i = 0; i < WIRE_LATENCY_BUCKETS; i++) {
+        sum += faults->count[i];
+        if (all && (double)sum * 100 >= percent * (double)all)
+            return wire_latency_us(i + 1);
+    }
+    return 0;
 }
 
 // --- endpoints

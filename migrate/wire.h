@@ -25,15 +25,14 @@
 //     | COMMIT -------------------------------------------------> | = guest runs =
 //     | <------------------------------------------------- RUNNING|
 //     |   post-copy only:                                         |
-//     | PAGES ... (pushed) -------------------------------------> |
-//     |   demand: <------------------------------------------ WANT|
-//     |   demand: PAGES ----------------------------------------> |
-//     | END ----------------------------------------------------> |
-//     | <------------------------------------------------ COMPLETE|
-//     | BYE ----------------------------------------------------> |
-//     |                                                           |
-//     | ABORT(text): either side, at any time before COMMIT       |
-//     |   query connection, when RUNNING did not come:            |
+//     | PAGES ROUND ... (pushed) -------------------------------> |
+//     | <--------------------------------------------------- ROUND| for each record, when it is
+//     placed |   demand: <------------------------------------------ WANT| |   demand: PAGES
+//     ----------------------------------------> | | END
+//     ----------------------------------------------------> | |
+//     <----------------------------------------- FAULTS COMPLETE| | BYE
+//     ----------------------------------------------------> | | | | ABORT(text): either side, at
+//     any time before COMMIT       | |   query connection, when RUNNING did not come:            |
 //     | HELLO(query, id) ---------------------------------------> |
 //     | <------------------------------------- ANSWER(yes|no|...) |
 //
@@ -49,8 +48,9 @@
 #include "vmm/util.h"
 
 // A side speaks every version in [WIRE_OLDEST, WIRE_VERSION]: the current and the previous one.
-// Version 1 is the first, so there is no previous one yet.
-enum { WIRE_VERSION = 1, WIRE_OLDEST = 1 };
+// Version 2: ROUND is echoed after COMMIT as well, FAULTS comes before COMPLETE, and a post-copy
+// that broke off goes on over new connections (RECOVER).
+enum { WIRE_VERSION = 2, WIRE_OLDEST = 1 };
 
 enum wire_type {
     WIRE_HELLO = 1,
@@ -70,6 +70,7 @@ enum wire_type {
     WIRE_BYE,
     WIRE_ABORT,
     WIRE_ANSWER,
+    WIRE_FAULTS,
     WIRE_TYPES,
 };
 
@@ -164,6 +165,14 @@ struct wire_times { // PREPARED, RUNNING, COMPLETE: the destination's figures
     uint64_t requested; // pages asked for
 };
 
+// Bucket i of latencies: up to 4 us exactly, then four buckets an octave (wire_latency_bucket).
+enum { WIRE_LATENCY_BUCKETS = 64 };
+
+struct wire_faults { // how long the guest waited for pages it asked for, the destination's clock
+    uint64_t count[WIRE_LATENCY_BUCKETS];
+    uint64_t total_ns, max_ns;
+};
+
 struct wire_commit {
     uint8_t id[WIRE_ID_LEN];
 };
@@ -227,6 +236,12 @@ int wire_unexpected(const struct wire *w, const struct wire_record *record, cons
                     struct error *err);
 
 const char *wire_type_name(unsigned type);
+
+unsigned wire_latency_bucket(uint64_t ns);
+// The least latency of the bucket, us.
+uint64_t wire_latency_us(unsigned bucket);
+// What `percent` of all latencies stay below, us; 0 without any.
+uint64_t wire_latency_percentile(const struct wire_faults *faults, double percent);
 
 // --- pure parts
 

@@ -20,6 +20,7 @@ static const char migrate_usage[] =
     "      --bandwidth SIZE   bytes a second at most, e.g. 100M\n"
     "      --max-rounds N     pre-copy rounds before --on-stall applies\n"
     "      --on-stall WHAT    continue, cancel, switch (pause longer), postcopy\n"
+    "      --prepaging HOW    post-copy: none, push, forward, bubble, multi-bubble (default)\n"
     "  -j, --json             the report as JSON\n"
     "  -q, --quiet            no progress\n\n"
     "With NAME alone:\n"
@@ -59,6 +60,9 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
     case 's':
         json_object_set_new(a->request, "on_stall", json_string(optarg));
         return 0;
+    case 'p':
+        json_object_set_new(a->request, "prepaging", json_string(optarg));
+        return 0;
     case 'd':
         return put_number(a->request, "downtime-ms", optarg, 1, err);
     case 'b':
@@ -92,6 +96,7 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
                                           {"bandwidth", required_argument, NULL, 'b'},
                                           {"max-rounds", required_argument, NULL, 'r'},
                                           {"on-stall", required_argument, NULL, 's'},
+                                          {"prepaging", required_argument, NULL, 'p'},
                                           {"json", no_argument, NULL, 'j'},
                                           {"quiet", no_argument, NULL, 'q'},
                                           {"help", no_argument, NULL, 'h'},
