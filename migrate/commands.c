@@ -53,8 +53,10 @@ static json_t *json_progress(const struct migrate_progress *p)
         {"round", p->round},
         {"total_bytes", p->total_bytes},
         {"sent_bytes", p->sent_bytes},
+        {"round_bytes", p->round_bytes},
         {"remaining_bytes", p->remaining_bytes},
         {"dirty_bytes", p->dirty_bytes},
+        {"dirty_rate", p->dirty_rate},
         {"bandwidth", p->bandwidth},
     };
     json_t *object = json_counts(counts, ARRAY_SIZE(counts));
@@ -62,6 +64,8 @@ static json_t *json_progress(const struct migrate_progress *p)
     if (p->expected_downtime_ns && p->expected_downtime_ns != UINT64_MAX)
         json_object_set_new(object, "expected_downtime_us",
                             json_count(p->expected_downtime_ns / 1000));
+    if (p->time_left_ns != UINT64_MAX)
+        json_object_set_new(object, "time_left_us", json_count(p->time_left_ns / 1000));
     return object;
 }
 
@@ -92,6 +96,7 @@ static json_t *json_report(const struct migrate_report *r)
         {"pushed_pages", r->pushed_pages},
         {"demand_pages", r->demand_pages},
         {"discarded_pages", r->discarded_pages},
+        {"recoveries", r->recoveries},
         {"faults", r->faults},
         {"requests", r->requests},
         {"state_bytes", r->state_bytes},
@@ -113,9 +118,10 @@ static json_t *json_report(const struct migrate_report *r)
     json_object_set_new(object, "id", json_string(id));
     json_object_set_new(object, "mode", json_string(migrate_mode_name(r->mode)));
     json_object_set_new(object, "owner",
-                        json_string(r->owner == SOURCE_GONE    ? "destination"
-                                    : r->owner == SOURCE_DOUBT ? "in doubt"
-                                                               : "source"));
+                        json_string(r->owner == SOURCE_GONE      ? "destination"
+                                    : r->owner == SOURCE_SEVERED ? "destination, lacking pages"
+                                    : r->owner == SOURCE_DOUBT   ? "in doubt"
+                                                                 : "source"));
     if (r->requests)
         json_object_set_new(object, "latency_us", json_latency(&r->latency));
     json_object_set_new(object, "downtime_us", json_counts(parts, ARRAY_SIZE(parts)));
@@ -149,6 +155,11 @@ static const struct schema_field migrate_fields[] = {
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},
+    {NULL},
+};
+
+static const struct schema_field recover_fields[] = {
+    {"to", SCHEMA_STRING, .required = true, .min = 1},
     {NULL},
 };
 
@@ -199,7 +210,7 @@ static void on_progress(const struct migrate_progress *progress, void *arg)
 // Under the lock. The guest is, or may be, another host's.
 static bool not_ours(const struct migrate_commands *mc)
 {
-    return mc->have_report && (mc->report.owner == SOURCE_GONE || mc->report.owner == SOURCE_DOUBT);
+    return mc->have_report && mc->report.owner >= SOURCE_COMMITTING;
 }
 
 static void finish(struct migrate_commands *mc, int ret, const struct error *err, json_t *result)
@@ -237,6 +248,21 @@ static void *migrate_main(void *arg)
     return NULL;
 }
 
+static void *recover_main(void *arg)
+{
+    struct migrate_commands *mc = arg;
+    struct migrate_report report = mc->report; // nobody else writes it while this works
+    struct error err = {0};
+    int ret = migrate_recover(mc->vm, &mc->params, &mc->m, &report, &err);
+    pthread_mutex_lock(&mc->lock);
+    mc->report = report;
+    pthread_mutex_unlock(&mc->lock);
+    finish(mc, ret, &err, json_report(&report));
+    if (!ret)
+        vm_request_stop(mc->vm, VM_STOP_MIGRATED, 0, "to %s", mc->target);
+    return NULL;
+}
+
 static void *snapshot_main(void *arg)
 {
     struct migrate_commands *mc = arg;
@@ -247,14 +273,18 @@ static void *snapshot_main(void *arg)
     return NULL;
 }
 
-static int may_start(struct migrate_commands *mc, struct error *err)
+static int may_start(struct migrate_commands *mc, bool recover, struct error *err)
 {
     if (mc->working)
         return error_set(err, -EBUSY, "VM %s: a migration or snapshot is under way", mc->vm->name);
+    if (recover)
+        return mc->have_report && mc->report.owner == SOURCE_SEVERED
+                   ? 0
+                   : error_set(err, -EPROTO, "VM %s: no post-copy has broken off", mc->vm->name);
     if (not_ours(mc))
         return error_set(err, -EBUSY, "VM %s: the guest %s: %s", mc->vm->name,
-                         mc->report.owner == SOURCE_GONE ? "belongs to another host"
-                                                         : "may run on another host",
+                         mc->report.owner != SOURCE_DOUBT ? "belongs to another host"
+                                                          : "may run on another host",
                          mc->last.text);
     if (vm_stopped(mc->vm))
         return error_set(err, -ESHUTDOWN, "VM %s has stopped", mc->vm->name);
@@ -262,10 +292,10 @@ static int may_start(struct migrate_commands *mc, struct error *err)
 }
 
 // Starts `fn` in the worker thread; it answers `req`. On error nothing has happened.
-static int prepare(struct migrate_commands *mc, const char *target, struct error *err)
+static int prepare(struct migrate_commands *mc, const char *target, bool recover, struct error *err)
 {
     pthread_mutex_lock(&mc->lock);
-    int ret = may_start(mc, err);
+    int ret = may_start(mc, recover, err);
     pthread_t old = mc->thread;
     bool join = !ret && mc->started;
     pthread_mutex_unlock(&mc->lock);
@@ -286,8 +316,9 @@ static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)
                  const char *target, const struct migrate_params *params,
                  struct control_request *req, struct error *err)
 {
-    int ret = prepare(mc, target, err);
-    if (!ret)
+    bool recover = fn == recover_main;
+    int ret = prepare(mc, target, recover, err);
+    if (!ret && !recover) // which is migrating still
         ret = life_move(mc->life, state, err);
     if (ret)
         return ret;
@@ -298,12 +329,13 @@ static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)
     mc->params.to = mc->target;
     mc->req = req;
     mc->working = true;
-    mc->have_report = false;
+    mc->have_report = recover;
     ret = pthread_create(&mc->thread, NULL, fn, mc);
     mc->started = !ret;
     if (ret) {
         mc->working = false;
-        life_return(mc->life);
+        if (!recover)
+            life_return(mc->life);
         return error_set(err, -ret, "cannot start a thread: %s", strerror(ret));
     }
     return 0;
@@ -321,6 +353,31 @@ static void put_migration(struct control_request *req, json_t *args, void *conte
         ret = start(mc, LIFE_MIGRATING, migrate_main, params.to, &params, req, &err);
     if (ret)
         control_reply_error(req, &err);
+}
+
+static void put_recover(struct control_request *req, json_t *args, void *context)
+{
+    struct migrate_commands *mc = context;
+    struct migrate_params params = mc->params; // of the migration that broke off
+    struct error err;
+    params.to = json_string_value(json_object_get(args, "to"));
+    int ret = start(mc, LIFE_MIGRATING, recover_main, params.to, &params, req, &err);
+    if (ret)
+        control_reply_error(req, &err);
+}
+
+static void put_pause(struct control_request *req, json_t *args, void *context)
+{
+    struct migrate_commands *mc = context;
+    struct error err;
+    pthread_mutex_lock(&mc->lock);
+    int ret = mc->working ? migration_sever(&mc->m, &err)
+                          : error_set(&err, -ENOENT, "no migration is under way");
+    pthread_mutex_unlock(&mc->lock);
+    if (ret)
+        control_reply_error(req, &err);
+    else
+        control_reply_ok(req, NULL);
 }
 
 void migrate_commands_snapshot(struct migrate_commands *mc, const char *path,
@@ -410,6 +467,11 @@ static const struct control_route routes[] = {
      steer_fields, patch_migration},
     {"DELETE", "/migration", "give up the migration or snapshot under way", 0, NULL,
      delete_migration},
+    {"PUT", "/migration/pause",
+     "break the links of a post-copy: both sides stop and keep everything, until recover",
+     LIFE_BIT(LIFE_MIGRATING), NULL, put_pause},
+    {"PUT", "/migration/recover", "go on with a post-copy whose links broke; progress as events",
+     LIFE_BIT(LIFE_MIGRATING), recover_fields, put_recover},
     {"PUT", "/migration/force-resume",
      "in doubt: let the guest go on here, it does not run elsewhere", LIFE_BIT(LIFE_MIGRATING),
      NULL, put_force_resume},

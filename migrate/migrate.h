@@ -27,6 +27,8 @@ struct migrate_hooks {
     void (*destroy_vm)(void *context, struct vm *vm);
     // Destination, may be NULL: the guest is this host's now and runs (or stays paused, if it was).
     void (*arrived)(void *context, struct vm *vm);
+    // Destination, may be NULL: post-copy broke off, the guest is paused (why), or goes on (NULL).
+    void (*severed)(void *context, struct vm *vm, const struct error *why);
 };
 
 enum migrate_mode {
@@ -88,6 +90,7 @@ struct migrate_report {
     uint64_t discarded_pages;            // post-copy: stale at the destination when it started
     uint64_t faults, requests;           // post-copy, the destination's figures
     struct wire_faults latency;          // of the requests, the destination's figures
+    uint32_t recoveries;                 // of a post-copy whose link broke
     uint64_t state_bytes, wire_bytes;
     uint64_t total_ns;
     uint64_t postcopy_ns; // from RUNNING to COMPLETE
@@ -100,18 +103,22 @@ struct migrate_progress {
     uint32_t round;
     uint64_t total_bytes;          // guest memory
     uint64_t sent_bytes;           // page data
-    uint64_t remaining_bytes;      // of this round
+    uint64_t round_bytes;          // what this round, or post-copy, began with
+    uint64_t remaining_bytes;      // of it
     uint64_t dirty_bytes;          // written by the guest during the last round
-    uint64_t bandwidth;            // bytes/s
+    uint64_t dirty_rate;           // the same, bytes/s
+    uint64_t bandwidth;            // bytes/s, now
     uint64_t expected_downtime_ns; // UINT64_MAX = not known
+    uint64_t time_left_ns;         // until everything is sent if the guest goes on like this, same
 };
 
 // A migration under way, for whoever watches and steers it from another thread.
 struct migration {
     pthread_mutex_t lock; // guards progress
     struct migrate_progress progress;
-    atomic_bool cancelled;
+    atomic_bool cancelled, severed;
     int cancel_fd;              // eventfd, readable once cancelled
+    int sever_fd;               // eventfd, readable once severed
     _Atomic uint64_t bandwidth; // live values of the parameters
     _Atomic uint64_t downtime_ns;
     // Called (if not NULL) in the migrating thread at each change of phase and each round.
@@ -123,6 +130,9 @@ int migration_init(struct migration *m, struct error *err);
 void migration_free(struct migration *m);
 // Any thread. Before COMMIT the guest goes on here; later it has no effect.
 void migration_cancel(struct migration *m);
+// Any thread. Breaks the links of a post-copy: both sides stop and keep what they have, until
+// migrate_recover. -EBUSY in other phases.
+int migration_sever(struct migration *m, struct error *err);
 void migration_get(struct migration *m, struct migrate_progress *progress);
 
 // Moves the guest away; blocks until it is decided, so call it in a thread of its own.
@@ -131,10 +141,15 @@ void migration_get(struct migration *m, struct migrate_progress *progress);
 //   error, report->owner RUNNING: the guest goes on here (in the state it was in before).
 //   error, report->owner DOUBT: COMMIT was sent and nobody could be asked what became of it; the
 //     guest stays paused until migrate_force_resume.
-//   error, report->owner GONE: the link broke during post-copy; the guest is the destination's and
-//     waits there for pages; this VM stays paused with them.
+//   error, report->owner SEVERED: the link broke during post-copy; the guest is the destination's
+//     and waits there for pages; this VM stays paused with them until migrate_recover.
 int migrate_out(struct vm *vm, const struct migrate_params *params, struct migration *m,
                 struct migrate_report *report, struct error *err);
+
+// Continues a post-copy that broke off (report->owner SEVERED): connects to params->to, hears what
+// is missing there and sends it. Results as from migrate_out; any number of times.
+int migrate_recover(struct vm *vm, const struct migrate_params *params, struct migration *m,
+                    struct migrate_report *report, struct error *err);
 
 // A human vouches that the guest does not run at the destination. -EPROTO unless owner is DOUBT.
 int migrate_force_resume(struct vm *vm, struct migrate_report *report, struct error *err);

@@ -27,10 +27,14 @@ struct outgoing {
     unsigned version;        // of the format, agreed on
     uint64_t bandwidth;      // estimate, bytes/s
     uint64_t rtt_ns;         // measured in the handshake
+    uint64_t round_start_ns, round_start_bytes; // of the wire; round_bytes are to be sent
+    uint64_t round_bytes, dirty_rate;
     struct stream_mem state;
     struct postcopy_source *postcopy; // NULL unless the switch is a post-copy
 };
 
+// A round begins: `bytes` of guest memory are to be sent.
+void outgoing_round(struct outgoing *out, uint64_t bytes);
 void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t remaining);
 // Error -ECANCELED when the user has cancelled.
 int outgoing_check_cancel(struct outgoing *out, struct error *err);

@@ -348,6 +348,18 @@ static int guard(struct postcopy_dest *pd, struct error *err)
     }
 }
 
+static int threads_start(struct postcopy_dest *pd, struct error *err)
+{
+    pd->demand->timeout_ms = 0; // the guest may need nothing for long
+    int ret = pthread_create(&pd->fault_thread, NULL, fault_main, pd);
+    pd->fault_started = !ret;
+    if (!ret) {
+        ret = pthread_create(&pd->demand_thread, NULL, demand_main, pd);
+        pd->demand_started = !ret;
+    }
+    return ret ? error_set(err, -ret, "post-copy: cannot start a thread") : 0;
+}
+
 static int dest_start(struct postcopy_dest *pd, struct error *err)
 {
     pd->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -356,16 +368,37 @@ static int dest_start(struct postcopy_dest *pd, struct error *err)
     int ret = userfault_open(&pd->uffd, err);
     if (!ret)
         ret = guard(pd, err);
-    if (ret)
-        return ret;
-    pd->demand->timeout_ms = 0; // the guest may need nothing for long
-    ret = pthread_create(&pd->fault_thread, NULL, fault_main, pd);
-    pd->fault_started = !ret;
-    if (!ret) {
-        ret = pthread_create(&pd->demand_thread, NULL, demand_main, pd);
-        pd->demand_started = !ret;
+    return ret ? ret : threads_start(pd, err);
+}
+
+static int ask_again(struct postcopy_dest *pd, struct error *err)
+{
+    struct {
+        struct wire_want head;
+        uint64_t pages[WIRE_WANT_MAX];
+    } want;
+    uint64_t page = 0, pages = pd->ram->pages;
+    for (;;) {
+        want.head = (struct wire_want) {0};
+        while (want.head.nr < WIRE_WANT_MAX &&
+               (page = bitmap_find(pd->asked, pages, page, true)) < pages)
+            want.pages[want.head.nr++] = page++;
+        if (!want.head.nr)
+            return 0;
+        int ret = wire_put(&pd->demand->wire, WIRE_WANT, 0, &want,
+                           sizeof(want.head) + want.head.nr * sizeof(want.pages[0]), NULL, 0, err);
+        if (ret)
+            return ret;
     }
-    return ret ? error_set(err, -ret, "post-copy: cannot start a thread") : 0;
+}
+
+int postcopy_dest_resume(struct postcopy_dest *pd, struct error *err)
+{
+    eventfd_t drained;
+    eventfd_read(pd->stop_fd, &drained);
+    pd->failure = 0; // no thread looks at it now
+    int ret = ask_again(pd, err);
+    return ret ? ret : threads_start(pd, err);
 }
 
 int postcopy_dest_create(struct postcopy_dest **out, struct ram *ram, const uint64_t *valid,
@@ -434,6 +467,16 @@ uint64_t postcopy_dest_missing(struct postcopy_dest *pd)
     uint64_t missing = pd->missing;
     pthread_mutex_unlock(&pd->lock);
     return missing;
+}
+
+void postcopy_dest_lacks(struct postcopy_dest *pd, uint64_t *missing)
+{
+    pthread_mutex_lock(&pd->lock);
+    for (size_t i = 0; i < ram_bitmap_words(pd->ram); i++)
+        missing[i] = ~pd->have[i];
+    if (pd->ram->pages % 64) // no bits beyond the last page
+        missing[pd->ram->pages / 64] &= (1ull << pd->ram->pages % 64) - 1;
+    pthread_mutex_unlock(&pd->lock);
 }
 
 void postcopy_dest_counts(struct postcopy_dest *pd, uint64_t *faults, uint64_t *requested)

@@ -32,8 +32,9 @@ struct postcopy_source {
     struct page_batch *batch; // of the demand thread
     uint64_t demanded;        // pages sent on request
     uint64_t demanded_zero;
-    bool ended;  // the thread has been joined
-    int failure; // of the thread; read after it has ended
+    atomic_bool finished; // COMPLETE has come
+    bool ended;           // the thread has been joined
+    int failure;          // of the thread; read after it has ended
     struct error err;
 
     // The pusher's.
@@ -101,7 +102,8 @@ static void *demand_main(void *arg)
     wire_record_free(&record);
     ps->failure = ret;
     // While pages are owed, a dead demand connection is a dead migration: the pusher must notice.
-    if (ret != -ENODATA)
+    // The destination closes it only after it has read the main one's end.
+    if (!atomic_load(&ps->finished))
         channel_shutdown(&out->main);
     return NULL;
 }
@@ -252,7 +254,8 @@ static int push_batch(struct postcopy_source *ps, struct page_batch *batch, stru
 static void wait_quiet(struct postcopy_source *ps)
 {
     pthread_mutex_lock(&ps->lock);
-    for (bool quiet = false; !quiet && ps->order.kind == PREPAGE_NONE;) {
+    for (bool quiet = false;
+         !quiet && ps->order.kind == PREPAGE_NONE && !atomic_load(&ps->out->m->severed);) {
         struct timespec end = time_deadline(QUIET_NS / 1000000);
         uint64_t before = ps->requests;
         int late = 0;
@@ -282,6 +285,7 @@ static int wait_complete(struct postcopy_source *ps, struct error *err)
             wire_fixed(&out->record, &out->report->latency, sizeof(out->report->latency));
             break;
         case WIRE_COMPLETE:
+            atomic_store(&ps->finished, true);
             return 0;
         default:
             return wire_unexpected(&out->main.wire, &out->record, "complete", err);
@@ -294,8 +298,12 @@ static int push_all(struct outgoing *out, struct error *err)
     struct postcopy_source *ps = out->postcopy;
     uint64_t report_at = 0;
     int ret = 0;
+    outgoing_round(out, bitmap_count(out->todo, out->vm->ram.pages) * PAGE_SIZE);
+    outgoing_progress(out, MIGRATE_PUSHING, out->round_bytes);
     wait_quiet(ps);
     do {
+        if (atomic_load(&out->m->severed))
+            return error_set(err, -ECANCELED, "paused by the user");
         page_batch_reset(out->batch, &out->vm->ram);
         claim(ps, out->batch);
         if (out->batch->nr_runs)
@@ -332,7 +340,7 @@ int postcopy_push(struct outgoing *out, struct error *err)
     channel_shutdown(&out->demand);
     pthread_join(ps->thread, NULL);
     ps->ended = true;
-    if (ps->failure != -ENODATA) {
+    if (ps->failure && ps->failure != -ENODATA) {
         *err = ps->err;
         ret = ps->failure;
     }

@@ -81,7 +81,6 @@ static enum switchover_verdict decide(struct outgoing *out, uint64_t dirty_pages
     pthread_mutex_lock(&out->m->lock);
     out->m->progress.expected_downtime_ns = expected;
     out->m->progress.dirty_bytes = in.remaining;
-    out->m->progress.bandwidth = out->bandwidth;
     pthread_mutex_unlock(&out->m->lock);
     return verdict;
 }
@@ -173,6 +172,7 @@ void precopy_hints_end(struct outgoing *out)
 static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
 {
     uint64_t start = time_ns(), before = out->main.wire.out;
+    outgoing_round(out, bitmap_count(out->todo, out->vm->ram.pages) * PAGE_SIZE);
     int ret = precopy_pass(out, err);
     out->report->rounds++;
     if (!ret)
@@ -184,6 +184,7 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
     bandwidth_update(out, bytes, took);
     ret = ram_dirty_sync(&out->vm->ram, out->todo, NULL, err);
     *dirty = bitmap_count(out->todo, out->vm->ram.pages);
+    out->dirty_rate = switchover_bandwidth(0, *dirty * PAGE_SIZE, time_ns() - start);
     history_add(&out->m->history, HISTORY_ROUND, bytes, *dirty * PAGE_SIZE, took);
     FERRY_PROBE4(migration_round, out->report->rounds, bytes, took, *dirty);
     return ret;

@@ -242,7 +242,7 @@ int wire_hello_parse(const struct wire_record *record, struct wire_hello *hello,
     wire_fixed(record, hello, sizeof(*hello));
     if (memcmp(hello->magic, WIRE_MAGIC, sizeof(hello->magic)))
         return error_set(err, -EPROTO, "not a ferry migration: wrong magic in the hello record");
-    if (hello->kind < WIRE_MAIN || hello->kind > WIRE_QUERY)
+    if (hello->kind < WIRE_MAIN || hello->kind > WIRE_RECOVER)
         return error_set(err, -EPROTO, "hello record: connection kind %u is not known",
                          hello->kind);
     if (hello->oldest > hello->version)

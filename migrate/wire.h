@@ -25,14 +25,22 @@
 //     | COMMIT -------------------------------------------------> | = guest runs =
 //     | <------------------------------------------------- RUNNING|
 //     |   post-copy only:                                         |
-//     | PAGES ROUND ... (pushed) -------------------------------> |
-//     | <--------------------------------------------------- ROUND| for each record, when it is
-//     placed |   demand: <------------------------------------------ WANT| |   demand: PAGES
-//     ----------------------------------------> | | END
-//     ----------------------------------------------------> | |
-//     <----------------------------------------- FAULTS COMPLETE| | BYE
-//     ----------------------------------------------------> | | | | ABORT(text): either side, at
-//     any time before COMMIT       | |   query connection, when RUNNING did not come:            |
+//     | PAGES, ROUND ... (pushed) ------------------------------> |
+//     | <----------------------- ROUND for each, when it is placed|
+//     |   demand: <------------------------------------------ WANT|
+//     |   demand: PAGES ----------------------------------------> |
+//     | END ----------------------------------------------------> |
+//     | <---------------------------------------- FAULTS, COMPLETE|
+//     | BYE ----------------------------------------------------> |
+//     |                                                           |
+//     |   post-copy broke off, over new connections:              |
+//     | HELLO(recover, id) -------------------------------------> |
+//     | <------------------------------ HELLO, DISCARD ..., READY |
+//     |   demand: HELLO(demand, id) ----------------------------> | = guest runs again =
+//     | PAGES ... as before                                       |
+//     |                                                           |
+//     | ABORT(text): either side, at any time before COMMIT       |
+//     |   query connection, when RUNNING did not come:            |
 //     | HELLO(query, id) ---------------------------------------> |
 //     | <------------------------------------- ANSWER(yes|no|...) |
 //
@@ -94,7 +102,7 @@ struct wire_header {
     uint32_t meta_len, data_len, crc;
 };
 
-enum wire_connection { WIRE_MAIN = 1, WIRE_DEMAND, WIRE_QUERY };
+enum wire_connection { WIRE_MAIN = 1, WIRE_DEMAND, WIRE_QUERY, WIRE_RECOVER };
 
 struct wire_hello {
     char magic[8];
@@ -141,7 +149,9 @@ struct wire_round { // echoed when everything before it has been dealt with
     uint64_t data_pages; // sent so far
 };
 
-struct wire_discard { // then u64 words[]: a set bit = this page is not valid at the destination
+// Then u64 words[]: a set bit = this page is not valid at the destination. From the destination,
+// when it recovers: all that it lacks.
+struct wire_discard {
     uint64_t first;   // page index, a multiple of 64
     uint64_t pages;
 };

@@ -49,7 +49,8 @@ _ferry()
         *)
             case $word:$command in
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
-            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:snapshot | *:migrate) choices=$(_ferry_vms) ;;
+            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:snapshot) choices=$(_ferry_vms) ;;
+            *:migrate) choices="$(_ferry_vms) status cancel set pause recover force-resume" ;;
             esac
             ;;
         esac

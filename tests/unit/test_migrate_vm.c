@@ -330,7 +330,8 @@ START_TEST(test_sweep)
     enum { PAGES = 16384 };
     struct guest g = {0};
     guest_boot(&g, 1, 160 * MiB, PAGES, 64 * MiB, 0);
-    for (unsigned kind = 0; kind < PREPAGE_KINDS; kind++) {
+    // A busy machine may hold up the pusher for longer than the guest: then once more.
+    for (unsigned kind = 0, tries = 0; kind < PREPAGE_KINDS;) {
         struct migrate_report report;
         guest_touches_all(&g);
         g.prepaging = kind;
@@ -342,10 +343,12 @@ START_TEST(test_sweep)
                (unsigned long long)report.requests,
                (unsigned long long)wire_latency_percentile(&report.latency, 50),
                (unsigned long long)wire_latency_percentile(&report.latency, 99));
-        if (kind == PREPAGE_BUBBLE || kind == PREPAGE_MULTI)
-            ck_assert_msg(share <= 4, "%s: %f %% of the pages were faults over the network",
-                          prepage_name(kind), share);
         guest_check(&g);
+        bool good = share <= 4 || (kind != PREPAGE_BUBBLE && kind != PREPAGE_MULTI);
+        ck_assert_msg(good || tries < 3, "%s: %f %% of the pages were faults over the network",
+                      prepage_name(kind), share);
+        tries = good ? 0 : tries + 1;
+        kind += good;
     }
     guest_end(&g);
 }
@@ -769,7 +772,7 @@ START_TEST(test_doubt)
     move_over(&g, MIGRATE_PRECOPY, &relay, &result);
     ck_assert_int_eq(result.report.owner, SOURCE_DOUBT);
     ck_assert_int_eq(result.ret, -EOWNERDEAD);
-    ck_assert_ptr_nonnull(strstr(result.err.text, "--force-resume"));
+    ck_assert_ptr_nonnull(strstr(result.err.text, "force-resume"));
     ck_assert(vm_paused(g.bare->vm));
     ck_assert_ptr_nonnull(result.arrival.vm);
     ck_assert(!vm_paused(result.arrival.vm));
@@ -799,7 +802,8 @@ START_TEST(test_postcopy_broken)
         move_over(&g, MIGRATE_POSTCOPY, &relay, &result);
         ck_assert(connection || (relay.cut && result.ret < 0 && result.arrival.ret < 0));
         printf("post-copy broken: %s | %s\n", result.err.text, result.arrival.err.text);
-        ck_assert_int_eq(result.report.owner, SOURCE_GONE);
+        ck_assert(result.report.owner == SOURCE_SEVERED ||
+                  (connection && result.report.owner == SOURCE_GONE));
         ck_assert_ptr_nonnull(result.arrival.vm);
         ck_assert(vm_paused(g.bare->vm));
         if (result.arrival.ret) {
@@ -812,6 +816,125 @@ START_TEST(test_postcopy_broken)
         free(result.arrival.host.bare);
         guest_end(&g);
     }
+}
+END_TEST
+
+// The link breaks again and again during post-copy: on the connection with pushed pages, on that
+// with demanded ones, before anything has come, or because the user wants it. Each time both sides
+// stand still and keep what they have; each time the guest goes on.
+static void recover_once(struct guest *g, struct arrival *a, struct migrate_report *report,
+                         struct relay *relay, bool last)
+{
+    struct migration m;
+    struct error why = {0};
+    relay_start(relay, a->address);
+    struct migrate_params p = params_for(a, MIGRATE_POSTCOPY);
+    p.to = relay->address;
+    OK(migration_init(&m, &err));
+    int ret = migrate_recover(g->bare->vm, &p, &m, report, &why);
+    migration_free(&m);
+    relay_end(relay);
+    ck_assert_msg(last == !ret, "recovery %u, cut %u at %llu: %s", report->recoveries,
+                  relay->connection, (unsigned long long)relay->to_dest,
+                  ret ? why.text : "the cut had no effect");
+    ck_assert_int_eq(report->owner, last ? SOURCE_GONE : SOURCE_SEVERED);
+    ck_assert(vm_paused(g->bare->vm));
+}
+
+START_TEST(test_postcopy_recovery)
+{
+    enum { CUTS = 10, PAGES = 16384 };
+    struct guest g = {0};
+    struct arrival a;
+    struct migration m;
+    struct migrate_report report;
+    struct error why = {0};
+    // What says which pages are missing comes from the destination; what follows goes there.
+    struct relay relay = {.to_dest = 2000000, .to_source = UINT64_MAX};
+    guest_boot(&g, 2, 96 * MiB, PAGES, 0, 0);
+    guest_touches_all(&g);
+    arrival_start(&a, &g);
+    relay_start(&relay, a.address);
+    struct migrate_params p = params_for(&a, MIGRATE_POSTCOPY);
+    p.to = relay.address;
+    OK(migration_init(&m, &err));
+    int ret = migrate_out(g.bare->vm, &p, &m, &report, &why);
+    migration_free(&m);
+    relay_end(&relay);
+    ck_assert_int_lt(ret, 0);
+    ck_assert_msg(report.owner == SOURCE_SEVERED, "%s", why.text);
+    ck_assert_ptr_nonnull(strstr(why.text, "ferry migrate recover"));
+    for (unsigned cut = 1; cut < CUTS; cut++) {
+        relay = (struct relay) {.to_dest = UINT64_MAX, .to_source = UINT64_MAX};
+        switch (cut % 4) {
+        case 0: // before the list of missing pages is through
+            relay.to_source = 60;
+            break;
+        case 1:
+            relay.connection = 1; // demanded pages
+            relay.to_dest = 200;
+            break;
+        default:
+            relay.to_dest = 1000 + 600000 * cut;
+        }
+        recover_once(&g, &a, &report, &relay, false);
+    }
+    relay = (struct relay) {.to_dest = UINT64_MAX, .to_source = UINT64_MAX};
+    recover_once(&g, &a, &report, &relay, true);
+    ck_assert_uint_eq(report.recoveries, CUTS);
+    ck_assert_int_eq(arrival_join(&a), 0);
+    ck_assert_int_eq(a.report.owner, DEST_RUNNING);
+    ck_assert_uint_eq(a.report.missing_pages, 0);
+    printf("cut %u times: pushed %llu demand %llu of %u pages\n", CUTS,
+           (unsigned long long)report.pushed_pages, (unsigned long long)report.demand_pages, PAGES);
+    guest_end(&g);
+    g.bare = a.host.bare;
+    guest_check(&g);
+    ck_assert_int_eq(migrate_recover(g.bare->vm, &p, &m, &report, NULL), -EPROTO);
+    guest_end(&g);
+}
+END_TEST
+
+static void *sever_later(void *arg)
+{
+    struct migration *m = arg;
+    while (migration_sever(m, NULL)) // until pages are pushed
+        usleep(1000);
+    return NULL;
+}
+
+// The user pauses the post-copy, and recovers it.
+START_TEST(test_postcopy_paused)
+{
+    struct guest g = {0};
+    struct arrival a;
+    struct migration m;
+    struct migrate_report report;
+    struct error why = {0};
+    pthread_t thread;
+    guest_boot(&g, 1, 64 * MiB, 8192, 0, 0);
+    guest_touches_all(&g);
+    g.prepaging = PREPAGE_NONE; // takes at least a second
+    arrival_start(&a, &g);
+    struct migrate_params p = params_for(&a, MIGRATE_POSTCOPY);
+    p.prepaging = PREPAGE_NONE;
+    OK(migration_init(&m, &err));
+    ck_assert_int_eq(migration_sever(&m, NULL), -EBUSY);
+    ck_assert_int_eq(pthread_create(&thread, NULL, sever_later, &m), 0);
+    int ret = migrate_out(g.bare->vm, &p, &m, &report, &why);
+    pthread_join(thread, NULL);
+    migration_free(&m);
+    ck_assert_int_lt(ret, 0);
+    ck_assert_int_eq(report.owner, SOURCE_SEVERED);
+    ck_assert_ptr_nonnull(strstr(why.text, "paused by the user"));
+    OK(migration_init(&m, &err));
+    OK(migrate_recover(g.bare->vm, &p, &m, &report, &err));
+    migration_free(&m);
+    ck_assert_int_eq(arrival_join(&a), 0);
+    guest_end(&g);
+    g.bare = a.host.bare;
+    guest_check(&g);
+    guest_end(&g);
 }
 END_TEST
 
@@ -963,6 +1086,8 @@ static void add_tests(TCase *tc)
     tcase_add_test(tc, test_cut_at_the_switch);
     tcase_add_test(tc, test_doubt);
     tcase_add_test(tc, test_postcopy_broken);
+    tcase_add_test(tc, test_postcopy_recovery);
+    tcase_add_test(tc, test_postcopy_paused);
     tcase_add_test(tc, test_snapshot);
     tcase_add_test(tc, test_snapshot_damage);
     tcase_add_test(tc, test_snapshot_failures);

@@ -23,18 +23,34 @@ static const char migrate_usage[] =
     "      --prepaging HOW    post-copy: none, push, forward, bubble, multi-bubble (default)\n"
     "  -j, --json             the report as JSON\n"
     "  -q, --quiet            no progress\n\n"
-    "With NAME alone:\n"
-    "      --status           the migration under way, or how the last one ended\n"
-    "      --cancel           end it; the guest goes on here\n"
-    "      --force-resume     the hand-over was never answered: run the guest here (you know that "
-    "it\n"
-    "                         does not run there)\n\n"
+    "ferry migrate status NAME         the migration under way, or how the last one ended\n"
+    "ferry migrate cancel NAME         end it; the guest goes on here\n"
+    "ferry migrate set NAME OPTIONS    change --downtime-ms and --bandwidth while it works\n"
+    "ferry migrate pause NAME          post-copy: break the link; both sides stand still\n"
+    "ferry migrate recover NAME tcp:HOST:PORT\n"
+    "                                  post-copy whose link broke: go on over a new one\n"
+    "ferry migrate force-resume NAME   the hand-over was never answered: run the guest here (you\n"
+    "                                  know that it does not run there)\n\n"
     "example: ferry migrate web tcp:10.0.0.2:7000 --downtime-ms 30";
+
+// What comes before NAME. Without: the migration itself.
+static const struct migrate_verb {
+    const char *word, *method, *route;
+    bool target; // needs tcp:HOST:PORT after NAME
+} verbs[] = {
+    {"status", "GET", "/migration", false},
+    {"cancel", "DELETE", "/migration", false},
+    {"set", "PATCH", "/migration", false},
+    {"pause", "PUT", "/migration/pause", false},
+    {"recover", "PUT", "/migration/recover", true},
+    {"force-resume", "PUT", "/migration/force-resume", false},
+};
+static const struct migrate_verb migrate_verb = {NULL, "PUT", "/migration", true};
 
 struct migrate_args {
     json_t *request;
     bool json, quiet;
-    const char *method, *route;
+    const struct migrate_verb *verb;
 };
 
 static int put_number(json_t *request, const char *key, const char *text, uint64_t unit,
@@ -75,14 +91,12 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
     case 'q':
         a->quiet = true;
         return 0;
-    case 1:
-        a->method = "GET";
-        return 0;
+    case 1: // as options, as they were before there were verbs
     case 2:
-        a->method = "DELETE";
+        a->verb = &verbs[c - 1];
         return 0;
     case 3:
-        a->route = "/migration/force-resume";
+        a->verb = &verbs[ARRAY_SIZE(verbs) - 1];
         return 0;
     default:
         return error_set(err, -EINVAL, "unknown option (ferry migrate --help)");
@@ -119,13 +133,24 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
         if (ret)
             return ret;
     }
-    int wanted = !strcmp(a->method, "PUT") && !strcmp(a->route, "/migration") ? 2 : 1;
-    if (argc - optind != wanted)
+    for (unsigned i = 0; i < ARRAY_SIZE(verbs) && optind < argc; i++)
+        if (!a->verb && !strcmp(argv[optind], verbs[i].word))
+            a->verb = &verbs[i];
+    if (a->verb && optind < argc && !strcmp(argv[optind], a->verb->word))
+        optind++;
+    if (!a->verb)
+        a->verb = &migrate_verb;
+    if (argc - optind != (a->verb->target ? 2 : 1))
         return error_set(err, -EINVAL, "expected NAME%s (ferry migrate --help)",
-                         wanted == 2 ? " and tcp:HOST:PORT" : "");
-    if (wanted == 2)
+                         a->verb->target ? " and tcp:HOST:PORT" : "");
+    if (a->verb->target)
         json_object_set_new(a->request, "to", json_string(argv[optind + 1]));
     return 0;
+}
+
+static json_int_t event_number(json_t *event, const char *key)
+{
+    return json_integer_value(json_object_get(event, key));
 }
 
 static void show_progress(json_t *event, void *arg)
@@ -133,13 +158,20 @@ static void show_progress(json_t *event, void *arg)
     const struct migrate_args *a = arg;
     if (a->quiet || a->json)
         return;
-    json_int_t sent = json_integer_value(json_object_get(event, "sent_bytes"));
-    json_int_t left = json_integer_value(json_object_get(event, "remaining_bytes"));
-    json_int_t rate = json_integer_value(json_object_get(event, "bandwidth"));
-    fprintf(stderr, "%-10s round %2lld  sent %6lld MiB  left %6lld MiB  %5lld MiB/s\n",
+    json_int_t all = event_number(event, "round_bytes"),
+               left = event_number(event, "remaining_bytes");
+    fprintf(stderr, "%-10s round %2lld %3lld %%  left %6lld MiB  %6.1f MiB/s  dirty %6.1f MiB/s",
             json_string_value(json_object_get(event, "phase")) ?: "?",
-            (long long)json_integer_value(json_object_get(event, "round")), (long long)(sent >> 20),
-            (long long)(left >> 20), (long long)(rate >> 20));
+            (long long)event_number(event, "round"),
+            (long long)(all > 0 && left <= all ? (all - left) * 100 / all : 0),
+            (long long)(left >> 20), (double)event_number(event, "bandwidth") / (1 << 20),
+            (double)event_number(event, "dirty_rate") / (1 << 20));
+    if (json_object_get(event, "expected_downtime_us"))
+        fprintf(stderr, "  downtime %.1f ms",
+                (double)event_number(event, "expected_downtime_us") / 1000);
+    if (json_object_get(event, "time_left_us"))
+        fprintf(stderr, "  %.1f s to go", (double)event_number(event, "time_left_us") / 1e6);
+    fputc('\n', stderr);
 }
 
 static void print_report(json_t *report, int indent)
@@ -161,7 +193,7 @@ static void print_report(json_t *report, int indent)
 
 int cli_migrate(int argc, char **argv)
 {
-    struct migrate_args args = {.request = json_object(), .method = "PUT", .route = "/migration"};
+    struct migrate_args args = {.request = json_object()};
     struct error err = {0};
     char path[108];
     json_t *report = NULL;
@@ -169,7 +201,7 @@ int cli_migrate(int argc, char **argv)
     if (!ret)
         ret = control_path(argv[optind], path, sizeof(path), &err);
     if (!ret)
-        ret = control_call(path, args.method, args.route,
+        ret = control_call(path, args.verb->method, args.verb->route,
                            json_object_size(args.request) ? args.request : NULL, &report,
                            show_progress, &args, &err);
     json_decref(args.request);
