@@ -93,6 +93,10 @@ static json_t *json_report(const struct migrate_report *r)
         {"rounds", r->rounds},
         {"data_pages", r->data_pages},
         {"zero_pages", r->zero_pages},
+        {"lz4_pages", r->lz4_pages},
+        {"lz4_bytes", r->lz4_bytes},
+        {"delta_pages", r->delta_pages},
+        {"delta_bytes", r->delta_bytes},
         {"pushed_pages", r->pushed_pages},
         {"demand_pages", r->demand_pages},
         {"discarded_pages", r->discarded_pages},
@@ -144,6 +148,7 @@ static json_t *json_snapshot(const char *path, const struct snapshot_report *r)
 
 static const char *const modes[] = {"precopy", "postcopy", "hybrid", NULL};
 static const char *const prepagings[] = {"none", "push", "forward", "bubble", "multi-bubble", NULL};
+static const char *const compressions[] = {"auto", "always", "none", NULL};
 static const char *const stalls[] = {"continue", "cancel", "switch", "postcopy", NULL};
 enum { DOWNTIME_MAX_MS = 3600 * 1000, ROUNDS_MAX = 1000 * 1000 };
 
@@ -152,6 +157,8 @@ static const struct schema_field migrate_fields[] = {
     {"mode", SCHEMA_STRING, .choices = modes},
     {"on_stall", SCHEMA_STRING, .choices = stalls},
     {"prepaging", SCHEMA_STRING, .choices = prepagings},
+    {"compress", SCHEMA_STRING, .choices = compressions},
+    {"delta_cache", SCHEMA_INTEGER}, // bytes
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},
@@ -181,17 +188,23 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
            *downtime = json_object_get(args, "downtime_ms"),
            *bandwidth = json_object_get(args, "bandwidth"),
            *rounds = json_object_get(args, "max_rounds"),
-           *prepaging = json_object_get(args, "prepaging");
+           *prepaging = json_object_get(args, "prepaging"),
+           *compress = json_object_get(args, "compress"),
+           *delta_cache = json_object_get(args, "delta_cache");
     p->to = json_string_value(json_object_get(args, "to"));
     if (json_is_integer(downtime))
         p->downtime_ns = (uint64_t)json_integer_value(downtime) * 1000000;
     if (json_is_integer(bandwidth))
         p->bandwidth = (uint64_t)json_integer_value(bandwidth);
+    if (json_is_integer(delta_cache))
+        p->delta_cache = (uint64_t)json_integer_value(delta_cache);
     if (json_is_integer(rounds))
         p->max_rounds = (uint32_t)json_integer_value(rounds);
     int ret = json_is_string(mode) ? migrate_mode_parse(json_string_value(mode), &p->mode, err) : 0;
     if (!ret && json_is_string(stall))
         ret = migrate_stall_parse(json_string_value(stall), &p->on_stall, err);
+    if (!ret && json_is_string(compress))
+        ret = pack_when_parse(json_string_value(compress), &p->compress, err);
     if (!ret && json_is_string(prepaging))
         ret = prepage_parse(json_string_value(prepaging), &p->prepaging, err);
     return ret;

@@ -10,6 +10,7 @@
 
 #include "migrate/history.h"
 #include "migrate/owner.h"
+#include "migrate/pack.h"
 #include "migrate/prepage.h"
 #include "migrate/wire.h"
 #include "vmm/error.h"
@@ -53,6 +54,8 @@ struct migrate_params {
     uint32_t max_rounds;
     enum migrate_stall on_stall;
     enum prepage_kind prepaging;       // post-copy: what is sent before it is asked for
+    enum pack_when compress;           // pre-copy
+    uint64_t delta_cache;              // bytes of copies for what changes only a little; 0 = none
     unsigned handshake_ms, idle_ms;    // time-outs
     unsigned ask_ms;                   // how long to ask a destination that did not answer COMMIT
     const struct migrate_hooks *hooks; // only `describe` is used
@@ -86,6 +89,8 @@ struct migrate_report {
     enum migrate_mode mode; // what it became: a stalled pre-copy may end as MIGRATE_HYBRID
     uint32_t rounds;
     uint64_t data_pages, zero_pages;     // sent
+    uint64_t lz4_pages, lz4_bytes;       // part of data_pages, and what became of them
+    uint64_t delta_pages, delta_bytes;   // the same for pages sent as changes
     uint64_t pushed_pages, demand_pages; // post-copy, part of data_pages
     uint64_t discarded_pages;            // post-copy: stale at the destination when it started
     uint64_t faults, requests;           // post-copy, the destination's figures

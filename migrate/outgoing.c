@@ -28,6 +28,8 @@ void migrate_params_default(struct migrate_params *params)
         .max_rounds = 30,
         .on_stall = STALL_CONTINUE,
         .prepaging = PREPAGE_MULTI,
+        .compress = PACK_AUTO,
+        .delta_cache = 64 * MiB,
         .handshake_ms = CHANNEL_HANDSHAKE_MS,
         .idle_ms = CHANNEL_IDLE_MS,
         .ask_ms = 30 * 1000,
@@ -435,6 +437,11 @@ static void outgoing_release(struct outgoing *out)
 {
     postcopy_end(out);
     precopy_hints_end(out);
+    out->report->lz4_pages += out->packer.lz4_pages;
+    out->report->lz4_bytes += out->packer.lz4_bytes;
+    out->report->delta_pages += out->packer.delta_pages;
+    out->report->delta_bytes += out->packer.delta_bytes;
+    packer_free(&out->packer);
     out->report->wire_bytes += out->main.wire.out + out->demand.wire.out;
     channel_close(&out->main);
     channel_close(&out->demand);

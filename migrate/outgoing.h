@@ -22,11 +22,13 @@ struct outgoing {
     bool logging;     // the dirty log is ours
     uint64_t *todo;   // pages still to send
     struct page_batch *batch;
+    struct packer packer;
+    uint64_t write_bytes, write_ns; // lately: what writing to the link costs
     struct page_presence presence;
-    _Atomic uint64_t *hints; // NULL unless the guest is giving some
-    unsigned version;        // of the format, agreed on
-    uint64_t bandwidth;      // estimate, bytes/s
-    uint64_t rtt_ns;         // measured in the handshake
+    _Atomic uint64_t *hints;                    // NULL unless the guest is giving some
+    unsigned version;                           // of the format, agreed on
+    uint64_t bandwidth;                         // estimate, bytes/s
+    uint64_t rtt_ns;                            // measured in the handshake
     uint64_t round_start_ns, round_start_bytes; // of the wire; round_bytes are to be sent
     uint64_t round_bytes, dirty_rate;
     struct stream_mem state;

@@ -35,6 +35,30 @@ static unsigned batch_pages(const struct outgoing *out)
     return pages < WIRE_BATCH_PAGES / 2 ? (unsigned)pages : WIRE_BATCH_PAGES / 2;
 }
 
+// What the link takes when it is written to: without a limit and with a fast peer little more than
+// copying into the socket.
+static uint64_t write_bandwidth(const struct outgoing *out)
+{
+    return out->write_ns ? switchover_bandwidth(0, out->write_bytes, out->write_ns) : 0;
+}
+
+static int put_batch(struct outgoing *out, struct error *err)
+{
+    uint64_t start = time_ns(), before = out->main.wire.out;
+    int ret = page_batch_put(out->batch, &out->main.wire, 0, err);
+    if (!ret)
+        ret = packer_put(&out->packer, &out->main.wire, err);
+    if (out->write_bytes > 64 * MiB) {
+        out->write_bytes /= 2;
+        out->write_ns /= 2;
+    }
+    out->write_bytes += out->main.wire.out - before;
+    out->write_ns += time_ns() - start;
+    out->report->data_pages += out->batch->nr_data + out->packer.nr;
+    out->report->zero_pages += out->batch->nr_zero;
+    return ret;
+}
+
 int precopy_pass(struct outgoing *out, struct error *err)
 {
     struct ram *ram = &out->vm->ram;
@@ -45,13 +69,13 @@ int precopy_pass(struct outgoing *out, struct error *err)
         if (ret)
             return ret;
         page_batch_reset(out->batch, ram);
+        packer_begin(&out->packer, write_bandwidth(out));
+        out->batch->packer = &out->packer;
         page_batch_take(out->batch, out->todo, &cursor, batch_pages(out), &out->presence);
-        ret = page_batch_put(out->batch, &out->main.wire, 0, err);
+        ret = put_batch(out, err);
         if (ret)
             return ret;
-        out->report->data_pages += out->batch->nr_data;
-        out->report->zero_pages += out->batch->nr_zero;
-        remaining -= out->batch->nr_data + out->batch->nr_zero;
+        remaining -= out->batch->nr_data + out->batch->nr_zero + out->packer.nr;
         if (out->owner == SOURCE_RUNNING && time_ns() >= report_at) {
             outgoing_progress(out, MIGRATE_ROUNDS, remaining * PAGE_SIZE);
             report_at = time_ns() + 200000000;
@@ -175,6 +199,7 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
     outgoing_round(out, bitmap_count(out->todo, out->vm->ram.pages) * PAGE_SIZE);
     int ret = precopy_pass(out, err);
     out->report->rounds++;
+    out->packer.again = true;
     if (!ret)
         ret = precopy_flush(out, err);
     precopy_hints_end(out);
@@ -196,6 +221,9 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
     bitmap_fill(out->todo, 0, out->vm->ram.pages, true);
     if (out->params->mode == MIGRATE_POSTCOPY)
         return 0;
+    bool old = out->version < 2; // who does not know PACKED
+    packer_init(&out->packer, &out->vm->ram, old ? PACK_NEVER : out->params->compress,
+                out->params->delta_cache);
     int ret = ram_dirty_start(&out->vm->ram, err);
     out->logging = !ret;
     if (!ret)

@@ -351,6 +351,17 @@ static int take_discard(struct receive *r, struct error *err)
     return ret;
 }
 
+static int take_packed(struct receive *r, struct error *err)
+{
+    if (r->version < 2)
+        return wire_unexpected(&r->main.wire, &r->record, "pages", err);
+    if (!r->buffer)
+        r->buffer = malloc(WIRE_BATCH_PAGES * PAGE_SIZE);
+    if (!r->buffer)
+        return error_set(err, -ENOMEM, "no memory to unpack pages");
+    return page_intake_packed(&r->intake, &r->main.wire, &r->record, r->buffer, err);
+}
+
 // Everything up to PREPARE, which is left in r->record.
 static int take_memory(struct receive *r, struct error *err)
 {
@@ -361,6 +372,9 @@ static int take_memory(struct receive *r, struct error *err)
         switch (r->record.header.type) {
         case WIRE_PAGES:
             ret = page_intake_record(&r->intake, &r->main.wire, &r->record, err);
+            break;
+        case WIRE_PACKED:
+            ret = take_packed(r, err);
             break;
         case WIRE_ROUND:
             ret = echo_round(r, err);

@@ -12,6 +12,8 @@
 _Static_assert(sizeof(struct wire_header) == WIRE_HEADER_LEN, "header has no padding");
 _Static_assert(sizeof(struct wire_hello) == 32 && sizeof(struct wire_machine) == 32, "no padding");
 _Static_assert(sizeof(struct wire_run) == 16 && sizeof(struct wire_pages) == 16, "no padding");
+_Static_assert(sizeof(struct wire_packed_page) == 16 && sizeof(struct wire_packed) == 8,
+               "no padding");
 _Static_assert(sizeof(struct kvm_cpuid_entry2) == 40, "CPUID entries travel as KVM has them");
 
 // What a record of each type may be, checked before anything is allocated or read.
@@ -51,6 +53,10 @@ static const struct wire_limit limits[WIRE_TYPES] = {
     [WIRE_BYE] = {"bye", 0, 0, 0},
     [WIRE_ABORT] = {"abort", 0, WIRE_TEXT_MAX, 0},
     [WIRE_ANSWER] = FIXED("answer", struct wire_answer),
+    [WIRE_PACKED] = {"packed", sizeof(struct wire_packed) + sizeof(struct wire_packed_page),
+                     sizeof(struct wire_packed) +
+                         WIRE_BATCH_PAGES * sizeof(struct wire_packed_page),
+                     WIRE_BATCH_PAGES *PAGE_SIZE},
     [WIRE_FAULTS] = FIXED("faults", struct wire_faults),
 };
 
@@ -410,6 +416,33 @@ int wire_pages_parse(const struct wire_record *record, uint64_t ram_pages,
     if (data != head->nr_data)
         return error_set(err, -EPROTO, "pages record: runs have %llu pages of data, header says %u",
                          (unsigned long long)data, head->nr_data);
+    return 0;
+}
+
+int wire_packed_parse(const struct wire_record *record, uint64_t ram_pages,
+                      struct wire_packed_page *entries, unsigned *nr, struct error *err)
+{
+    struct wire_packed head;
+    uint64_t len = 0;
+    wire_fixed(record, &head, sizeof(head));
+    if (!head.nr || head.nr > WIRE_BATCH_PAGES || head.reserved ||
+        record->header.meta_len != sizeof(head) + head.nr * sizeof(*entries))
+        return error_set(err, -EPROTO, "packed record: %u pages in %u bytes", head.nr,
+                         record->header.meta_len);
+    memcpy(entries, record->meta + sizeof(head), head.nr * sizeof(*entries));
+    for (unsigned i = 0; i < head.nr; i++) {
+        const struct wire_packed_page *e = &entries[i];
+        if (e->page >= ram_pages || e->kind > WIRE_PACKED_DELTA || !e->len || e->len > PAGE_SIZE ||
+            (e->kind == WIRE_PACKED_RAW && e->len != PAGE_SIZE))
+            return error_set(err, -EPROTO, "packed record: page %llu of %llu, kind %u, %u bytes",
+                             (unsigned long long)e->page, (unsigned long long)ram_pages, e->kind,
+                             e->len);
+        len += e->len;
+    }
+    if (len != record->header.data_len)
+        return error_set(err, -EPROTO, "packed record: %u bytes of data, its pages have %llu",
+                         record->header.data_len, (unsigned long long)len);
+    *nr = head.nr;
     return 0;
 }
 

@@ -57,7 +57,7 @@
 
 // A side speaks every version in [WIRE_OLDEST, WIRE_VERSION]: the current and the previous one.
 // Version 2: ROUND is echoed after COMMIT as well, FAULTS comes before COMPLETE, and a post-copy
-// that broke off goes on over new connections (RECOVER).
+// that broke off goes on over new connections (RECOVER); PACKED carries pages in fewer bytes.
 enum { WIRE_VERSION = 2, WIRE_OLDEST = 1 };
 
 enum wire_type {
@@ -79,6 +79,7 @@ enum wire_type {
     WIRE_ABORT,
     WIRE_ANSWER,
     WIRE_FAULTS,
+    WIRE_PACKED,
     WIRE_TYPES,
 };
 
@@ -141,6 +142,23 @@ struct wire_run {   // runs are in ascending order and do not overlap
     uint64_t first; // page index
     uint32_t count; // pages, >= 1
     uint32_t kind;  // enum wire_run_kind
+};
+
+enum wire_packed_kind {
+    WIRE_PACKED_RAW,   // 4096 bytes
+    WIRE_PACKED_LZ4,   // an LZ4 block
+    WIRE_PACKED_DELTA, // an LZ4 block of the page XOR what came of it last
+};
+
+struct wire_packed_page {
+    uint64_t page;
+    uint16_t len, kind; // 1 to 4096 bytes of data; enum wire_packed_kind
+    uint32_t sum;       // of the page
+};
+
+struct wire_packed { // then wire_packed_page[nr]; data has theirs, one after the other
+    uint32_t nr;     // 1 to WIRE_BATCH_PAGES
+    uint32_t reserved;
 };
 
 struct wire_round { // echoed when everything before it has been dealt with
@@ -295,6 +313,10 @@ int wire_pages_parse(const struct wire_record *record, uint64_t ram_pages,
                      struct wire_pages_view *view, struct error *err);
 struct wire_run wire_pages_run(const struct wire_pages_view *view, unsigned index);
 uint32_t wire_pages_sum(const struct wire_pages_view *view, unsigned index);
+
+// Copies the entries out (room for WIRE_BATCH_PAGES): pages exist, lengths add up to the data's.
+int wire_packed_parse(const struct wire_record *record, uint64_t ram_pages,
+                      struct wire_packed_page *entries, unsigned *nr, struct error *err);
 
 // ORs the record's bits into `stale` (a bitmap of ram_pages bits).
 int wire_discard_parse(const struct wire_record *record, uint64_t ram_pages, uint64_t *stale,

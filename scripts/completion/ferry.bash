@@ -44,6 +44,7 @@ _ferry()
         --transport) choices="mmio pci" ;;
         --net) choices="tap= tap-fd= user" ;;
         --mode) choices="precopy postcopy hybrid" ;;
+        --compress) choices="auto always none" ;;
         --prepaging) choices="none push forward bubble multi-bubble" ;;
         --on-stall) choices="continue cancel switch postcopy" ;;
         *)

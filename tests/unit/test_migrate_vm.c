@@ -463,6 +463,45 @@ START_TEST(test_abort_before_commit)
 }
 END_TEST
 
+// The guest adds one to a byte of each page: what is sent again is a few bytes of each.
+START_TEST(test_deltas)
+{
+    struct guest g = {0};
+    guest_boot(&g, 2, 64 * MiB, 8192, 0, 0);
+    guest_touches_all(&g);
+    for (unsigned i = 0; i < 2; i++) {
+        struct arrival a;
+        struct migration m;
+        struct migrate_report report;
+        arrival_start(&a, &g);
+        struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
+        p.downtime_ns = 0;
+        p.max_rounds = 4;
+        p.on_stall = STALL_SWITCH;
+        p.compress = i ? PACK_ALWAYS : PACK_NEVER;
+        OK(migration_init(&m, &err));
+        OK(migrate_out(g.bare->vm, &p, &m, &report, &err));
+        migration_free(&m);
+        ck_assert_int_eq(arrival_join(&a), 0);
+        guest_end(&g);
+        g.bare = a.host.bare;
+        guest_check(&g);
+        printf("%s: %llu pages of data, %llu by lz4 in %llu bytes, %llu deltas in %llu bytes, "
+               "%llu bytes in all\n",
+               i ? "packed" : "plain", (unsigned long long)report.data_pages,
+               (unsigned long long)report.lz4_pages, (unsigned long long)report.lz4_bytes,
+               (unsigned long long)report.delta_pages, (unsigned long long)report.delta_bytes,
+               (unsigned long long)report.wire_bytes);
+        ck_assert_int_eq(report.lz4_pages > 8000, i);
+        ck_assert_int_eq(report.delta_pages > 1000, i);
+        ck_assert_uint_le(report.delta_bytes, report.delta_pages * 100);
+        if (i)
+            ck_assert_uint_lt(report.wire_bytes, report.data_pages * PAGE_SIZE / 10);
+    }
+    guest_end(&g);
+}
+END_TEST
+
 // A slow link and a limit out of reach: rounds go on until somebody releases them.
 START_TEST(test_not_converging)
 {
@@ -1080,6 +1119,7 @@ static void add_tests(TCase *tc)
     tcase_add_test(tc, test_sweep);
     tcase_add_test(tc, test_paused_guest);
     tcase_add_test(tc, test_abort_before_commit);
+    tcase_add_test(tc, test_deltas);
     tcase_add_test(tc, test_not_converging);
     tcase_add_test(tc, test_stall_policy);
     tcase_add_test(tc, test_cut_anywhere);

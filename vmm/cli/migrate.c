@@ -20,6 +20,8 @@ static const char migrate_usage[] =
     "      --bandwidth SIZE   bytes a second at most, e.g. 100M\n"
     "      --max-rounds N     pre-copy rounds before --on-stall applies\n"
     "      --on-stall WHAT    continue, cancel, switch (pause longer), postcopy\n"
+    "      --compress WHEN    pre-copy: auto (default: while it pays), always, none\n"
+    "      --delta-cache SIZE copies of sent pages, for those that change little (default 64M)\n"
     "      --prepaging HOW    post-copy: none, push, forward, bubble, multi-bubble (default)\n"
     "  -j, --json             the report as JSON\n"
     "  -q, --quiet            no progress\n\n"
@@ -76,6 +78,11 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
     case 's':
         json_object_set_new(a->request, "on_stall", json_string(optarg));
         return 0;
+    case 'c':
+        json_object_set_new(a->request, "compress", json_string(optarg));
+        return 0;
+    case 'D':
+        return put_number(a->request, "delta-cache", optarg, 1, err);
     case 'p':
         json_object_set_new(a->request, "prepaging", json_string(optarg));
         return 0;
@@ -110,6 +117,8 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
                                           {"bandwidth", required_argument, NULL, 'b'},
                                           {"max-rounds", required_argument, NULL, 'r'},
                                           {"on-stall", required_argument, NULL, 's'},
+                                          {"compress", required_argument, NULL, 'c'},
+                                          {"delta-cache", required_argument, NULL, 'D'},
                                           {"prepaging", required_argument, NULL, 'p'},
                                           {"json", no_argument, NULL, 'j'},
                                           {"quiet", no_argument, NULL, 'q'},
