@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "vmm/probe.h"
+#include "vmm/ring.h"
 #include "vmm/util.h"
 
 enum { FILE_TOP, FILE_TOP_DIRECT, FILE_BASE, FILE_BASE_DIRECT }; // registered with the ring
@@ -519,12 +520,13 @@ int blk_engine_create(struct blk_engine *e, struct blk_image *top, struct blk_ov
                       unsigned depth, int event_fd, struct error *err)
 {
     // Room for the completions of all that can be in flight: they never overflow.
-    struct io_uring_params params = {.flags = IORING_SETUP_CQSIZE, .cq_entries = 2 * depth};
+    static const uint8_t ops[] = {IORING_OP_READV, IORING_OP_WRITEV, IORING_OP_FSYNC,
+                                  IORING_OP_FALLOCATE};
     e->top = top;
     e->overlay = overlay;
     e->shift = overlay ? overlay->data_offset : 0;
     e->event_fd = event_fd;
-    int ret = io_uring_queue_init_params(RING_ENTRIES, &e->ring, &params);
+    int ret = ring_create(&e->ring, RING_ENTRIES, 2 * depth);
     if (ret)
         return error_set(err, ret, "io_uring_setup: %s", strerror(-ret));
     e->ring_up = true;
@@ -539,7 +541,9 @@ int blk_engine_create(struct blk_engine *e, struct blk_image *top, struct blk_ov
     if (ret)
         return error_set(err, ret, "io_uring_register_files: %s", strerror(-ret));
     ret = io_uring_register_eventfd(&e->ring, event_fd);
-    return ret ? error_set(err, ret, "io_uring_register_eventfd: %s", strerror(-ret)) : 0;
+    if (ret)
+        return error_set(err, ret, "io_uring_register_eventfd: %s", strerror(-ret));
+    return ring_open(&e->ring, ops, ARRAY_SIZE(ops), true, err);
 }
 
 void blk_engine_destroy(struct blk_engine *e)

@@ -51,7 +51,8 @@ struct blk_request {
     struct blk_request *next; // the engine uses it from blk_start until `done`
     struct virtqueue_chain chain;
     unsigned queue;
-    uint32_t type; // as the driver named it
+    uint64_t taken_ns; // from its queue
+    uint32_t type;     // as the driver named it
     enum blk_op op;
     uint32_t from;      // where the data begins in its part of the chain
     unsigned nr_ranges; // read, write: 1; flush: 0

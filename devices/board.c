@@ -7,6 +7,7 @@
 #include "devices/platform.h"
 #include "devices/serial.h"
 #include "devices/ucall.h"
+#include "vmm/layout.h"
 #include "vmm/util.h"
 #include "vmm/vm.h"
 
@@ -17,6 +18,18 @@ static void console_command(void *arg, enum console_command command)
         power_button(power);
     else
         vm_request_stop(power->vm, VM_STOP_HOST, 0, "ended with the escape key of the console");
+}
+
+static int firmware_write(struct vm *vm, const struct board_config *config, struct board *board,
+                          struct error *err)
+{
+    const struct acpi_config acpi = {.cpus = vm->config.cpus,
+                                     .virtio = config->virtio,
+                                     .nr_virtio = config->nr_virtio,
+                                     .pci = config->pci,
+                                     .vmgenid = config->vmgenid};
+    int ret = acpi_build(&vm->ram, &acpi, &board->rsdp, err);
+    return ret ? ret : mptable_build(&vm->ram, vm->config.cpus, err);
 }
 
 int board_create(struct vm *vm, const struct board_config *config, struct board *board,
@@ -49,16 +62,24 @@ int board_create(struct vm *vm, const struct board_config *config, struct board 
 
     board->pci = pci ? pci_host_of(pci) : NULL;
 
-    const struct acpi_config acpi = {.cpus = vm->config.cpus,
-                                     .virtio = config->virtio,
-                                     .nr_virtio = config->nr_virtio,
-                                     .pci = config->pci,
-                                     .vmgenid = config->vmgenid};
     if (!ret)
-        ret = acpi_build(&vm->ram, &acpi, &board->rsdp, err);
-    if (!ret)
-        ret = mptable_build(&vm->ram, vm->config.cpus, err);
+        ret = firmware_write(vm, config, board, err);
     if (!ret && config->console)
         console_on_command(config->console, console_command, board->power);
+    return ret;
+}
+
+int board_reset(struct vm *vm, const struct board_config *config, struct board *board,
+                struct error *err)
+{
+    uint8_t id[VMGENID_LEN];
+    int ret = ram_read(&vm->ram, LAYOUT_VMGENID, id, sizeof(id));
+    if (ret)
+        return error_set(err, ret, "generation id: no guest RAM at 0x%x", LAYOUT_VMGENID);
+    ret = vm_reset(vm, err);
+    if (!ret)
+        ret = firmware_write(vm, config, board, err);
+    if (!ret && config->vmgenid)
+        ram_write(&vm->ram, LAYOUT_VMGENID, id, sizeof(id));
     return ret;
 }

@@ -44,3 +44,7 @@ struct board {
 // configuration as the one saved; its firmware tables are overwritten with the guest's memory.
 int board_create(struct vm *vm, const struct board_config *config, struct board *board,
                  struct error *err);
+// vm_reset, and firmware tables as board_create made them (with the same configuration); the
+// generation id stays.
+int board_reset(struct vm *vm, const struct board_config *config, struct board *board,
+                struct error *err);

@@ -2,7 +2,8 @@
 // User networking: frames go to passt(1) through a stream socket, each after its length (u32, big
 // endian). passt turns them into ordinary sockets of its own, which need no privilege; it drops
 // what it has, enters empty namespaces and a seccomp filter, and ends when the socket closes, so
-// that it does not outlive us whatever becomes of us.
+// that it does not outlive us whatever becomes of us. A starter begins and ends it, since our own
+// filters let no thread do that.
 #include "devices/net_backend.h"
 
 #include <arpa/inet.h>
@@ -15,9 +16,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <sys/wait.h>
 #include <unistd.h>
 
+#include "vmm/starter.h"
 #include "vmm/util.h"
 
 #define GATEWAY_MAC "52:55:0a:00:02:02"
@@ -34,7 +35,7 @@ struct net_user {
     struct net_backend b; // first
     struct net_user_config config;
     char *program;
-    pid_t pid;     // 0: none
+    struct starter *starter;
     int stderr_fd; // -1: none
     // What came: in[begin .. end). Frames are found here first, since their bounds are not known
     // before; one read brings many.
@@ -181,12 +182,7 @@ static void user_close(struct net_backend *b)
     if (b->fds[0] >= 0)
         close(b->fds[0]);
     b->fds[0] = -1;
-    if (u->pid) {
-        kill(u->pid, SIGKILL); // it has nothing to put in order
-        while (waitpid(u->pid, NULL, 0) < 0 && errno == EINTR)
-            ;
-        u->pid = 0;
-    }
+    starter_end(u->starter);
     stderr_read(u);
     if (u->stderr_fd >= 0)
         close(u->stderr_fd);
@@ -198,6 +194,7 @@ static void user_close(struct net_backend *b)
 static void user_free(struct net_backend *b)
 {
     struct net_user *u = user_of(b);
+    starter_destroy(u->starter);
     free(u->program);
     free(u->in);
     free(u->out);
@@ -282,8 +279,10 @@ static void arguments_make(struct arguments *a, const struct net_user *u)
     a->list[a->nr] = NULL;
 }
 
-static int program_start(struct net_user *u, int socket_fd, int stderr_fd, struct error *err)
+// In the starter's process. fds: its socket, its stderr.
+static int program_start(void *arg, const int fds[2], pid_t *pid, struct error *err)
 {
+    const struct net_user *u = arg;
     struct arguments a;
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attr;
@@ -294,8 +293,8 @@ static int program_start(struct net_user *u, int socket_fd, int stderr_fd, struc
     posix_spawn_file_actions_init(&actions);
     posix_spawn_file_actions_addopen(&actions, STDIN_FILENO, "/dev/null", O_RDWR, 0);
     posix_spawn_file_actions_adddup2(&actions, STDIN_FILENO, STDOUT_FILENO);
-    posix_spawn_file_actions_adddup2(&actions, stderr_fd, STDERR_FILENO);
-    posix_spawn_file_actions_adddup2(&actions, socket_fd, PASST_FD);
+    posix_spawn_file_actions_adddup2(&actions, fds[1], STDERR_FILENO);
+    posix_spawn_file_actions_adddup2(&actions, fds[0], PASST_FD);
     posix_spawn_file_actions_addclosefrom_np(&actions, PASST_FD + 1);
     posix_spawnattr_init(&attr);
     posix_spawnattr_setsigmask(&attr, &none);
@@ -304,12 +303,12 @@ static int program_start(struct net_user *u, int socket_fd, int stderr_fd, struc
     posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF |
                                         POSIX_SPAWN_SETPGROUP);
     const char *program = u->program ? u->program : "passt";
-    int ret = posix_spawnp(&u->pid, program, &actions, &attr, a.list, environ);
+    int ret = posix_spawnp(pid, program, &actions, &attr, a.list, environ);
     posix_spawnattr_destroy(&attr);
     posix_spawn_file_actions_destroy(&actions);
     if (!ret)
         return 0;
-    u->pid = 0;
+    *pid = 0;
     if (ret == ENOENT)
         return error_set(err, -ENOENT,
                          "user networking needs the program %s: install the package passt, or use "
@@ -430,7 +429,7 @@ static int process_open(struct net_user *u, struct error *err)
         return error_errno(err, "pipe");
     autoclose int their_stderr = pipe_ends[1];
     u->stderr_fd = pipe_ends[0];
-    return program_start(u, theirs, their_stderr, err);
+    return starter_start(u->starter, (const int[2]) {theirs, their_stderr}, err);
 }
 
 static int user_open(struct net_backend *b, struct error *err)
@@ -478,6 +477,11 @@ int net_user_new(struct net_backend **out, const struct net_user_config *config,
     if (!u->in || !u->out || (config->program && !u->program)) {
         user_free(&u->b);
         return error_set(err, -ENOMEM, "no memory for user networking");
+    }
+    int ret = starter_create(&u->starter, program_start, u, err);
+    if (ret) {
+        user_free(&u->b);
+        return ret;
     }
     *out = &u->b;
     return 0;

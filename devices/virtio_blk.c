@@ -49,6 +49,15 @@ static void request_answer(struct virtio_blk *b, struct blk_request *r, uint8_t 
     request_free(b, r);
 }
 
+static void latency_count(struct virtio_blk *b, const struct blk_request *r)
+{
+    unsigned kind = r->op == BLK_READ    ? BLK_LATENCY_READ
+                    : r->op == BLK_WRITE ? BLK_LATENCY_WRITE
+                    : r->op == BLK_FLUSH ? BLK_LATENCY_FLUSH
+                                         : BLK_LATENCY_DISCARD;
+    histogram_add(&b->latency[kind], time_ns() - r->taken_ns);
+}
+
 static void request_count(struct virtio_blk *b, const struct blk_request *r)
 {
     uint64_t bytes = r->nr_ranges ? r->ranges[0].len : 0;
@@ -73,6 +82,7 @@ void blk_request_done(struct blk_engine *e, struct blk_request *r, int error)
 {
     struct virtio_blk *b = container_of(e, struct virtio_blk, engine);
     bool unsupported = r->type == T_DISCARD && error == -EOPNOTSUPP;
+    latency_count(b, r);
     if (!error)
         request_count(b, r);
     else if (!unsupported)
@@ -344,6 +354,7 @@ static bool blk_run(struct virtio *v, unsigned queue)
         struct blk_request *r = b->free;
         b->free = r->next;
         r->queue = queue;
+        r->taken_ns = time_ns();
         all = request_run(b, r);
     }
     blk_answer(b);

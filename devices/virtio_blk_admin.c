@@ -29,6 +29,11 @@ void blk_show(struct device *dev, json_t *out)
     json_object_set_new(out, "read-only", json_boolean(b->config.read_only));
     for (size_t i = 0; i < ARRAY_SIZE(numbers); i++)
         json_object_set_new(out, numbers[i].name, json_integer((json_int_t)numbers[i].value));
+    static const char *const kinds[BLK_LATENCIES] = {"read", "write", "flush", "discard"};
+    json_t *latency = json_object();
+    for (unsigned i = 0; i < BLK_LATENCIES; i++)
+        json_object_set_new(latency, kinds[i], histogram_show(&b->latency[i]));
+    json_object_set_new(out, "latency", latency);
     rate_limit_show(&b->limit.config, out);
     pthread_mutex_unlock(&dev->lock);
 }

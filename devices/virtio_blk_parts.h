@@ -6,12 +6,15 @@
 
 #include "devices/blk_engine.h"
 #include "devices/virtio_blk.h"
+#include "vmm/histogram.h"
 #include "vmm/util.h"
 
 enum { BLK_QUEUE_SIZE = 256 };
 
 // Sectors of a discard or zeroes segment: what one request of zeroes can write.
 enum { BLK_RANGE_SECTORS = BLK_ZEROES / BLK_SECTOR * VQ_SEGMENTS_MAX };
+
+enum { BLK_LATENCY_READ, BLK_LATENCY_WRITE, BLK_LATENCY_FLUSH, BLK_LATENCY_DISCARD, BLK_LATENCIES };
 
 struct virtio_blk {
     struct virtio v; // first
@@ -33,6 +36,7 @@ struct virtio_blk {
     struct {
         uint64_t reads, writes, flushes, discards, read_bytes, written_bytes, errors;
     } count;
+    struct histogram latency[BLK_LATENCIES]; // from its queue until its answer, by what it was
 };
 
 static inline struct virtio_blk *blk_of(struct virtio *v)

@@ -250,6 +250,7 @@ static void *migrate_main(void *arg)
     struct migrate_commands *mc = arg;
     struct migrate_report report;
     struct error err = {0};
+    seccomp_enter_or_abort(SECCOMP_WORKER, mc->vm->config.seccomp);
     int ret = migrate_out(mc->vm, &mc->params, &mc->m, &report, &err);
     pthread_mutex_lock(&mc->lock);
     mc->report = report;
@@ -266,6 +267,7 @@ static void *recover_main(void *arg)
     struct migrate_commands *mc = arg;
     struct migrate_report report = mc->report; // nobody else writes it while this works
     struct error err = {0};
+    seccomp_enter_or_abort(SECCOMP_WORKER, mc->vm->config.seccomp);
     int ret = migrate_recover(mc->vm, &mc->params, &mc->m, &report, &err);
     pthread_mutex_lock(&mc->lock);
     mc->report = report;
@@ -281,6 +283,7 @@ static void *snapshot_main(void *arg)
     struct migrate_commands *mc = arg;
     struct snapshot_report report;
     struct error err = {0};
+    seccomp_enter_or_abort(SECCOMP_WORKER, mc->vm->config.seccomp);
     int ret = snapshot_save(mc->vm, mc->target, mc->hooks, &mc->m, &report, &err);
     finish(mc, ret, &err, json_snapshot(mc->target, &report));
     return NULL;

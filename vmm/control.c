@@ -20,6 +20,9 @@ struct control {
     struct life *life;
     struct http_server *server;
     bool closing;         // loop's thread: late requests are refused
+    pthread_mutex_t turn; // held while a route runs
+    bool loop_only;       // guarded by turn
+    struct histogram latency;
     atomic_uint queued;   // requests on their way to the loop's thread
     pthread_mutex_t lock; // guards routes and subscribers
     struct control_route *routes;
@@ -36,6 +39,7 @@ struct control_request {
     struct loop_call call;
     struct control_wish wish;
     bool stream, silent;
+    uint64_t start_ns;
 };
 
 // --- answers
@@ -194,16 +198,31 @@ static int state_check(const struct control_request *req, struct error *err)
                      route->path, life_name(state));
 }
 
+static void route_run(struct control_request *req)
+{
+    struct error err;
+    struct control *c = req->control;
+    uint64_t start = req->start_ns; // the route may free the request
+    if (state_check(req, &err))
+        control_reply_error(req, &err);
+    else
+        req->wish.route.fn(req, req->wish.args, req->wish.route.context);
+    histogram_add(&c->latency, time_ns() - start);
+}
+
 static void request_run(void *arg)
 {
     struct control_request *req = arg;
     struct control *c = req->control;
     struct error err;
-    int ret = c->closing ? error_set(&err, -ESHUTDOWN, "the VM has ended") : state_check(req, &err);
-    if (ret)
+    pthread_mutex_lock(&c->turn);
+    if (c->closing) {
+        error_set(&err, -ESHUTDOWN, "the VM has ended");
         control_reply_error(req, &err);
-    else
-        req->wish.route.fn(req, req->wish.args, req->wish.route.context);
+    } else {
+        route_run(req);
+    }
+    pthread_mutex_unlock(&c->turn);
     atomic_fetch_sub(&c->queued, 1);
 }
 
@@ -278,6 +297,17 @@ int control_parse(struct control *c, const char *method, const char *path, const
     return ret;
 }
 
+static bool ran_at_once(struct control *c, struct control_request *req)
+{
+    if (!req->wish.route.at_once || pthread_mutex_trylock(&c->turn))
+        return false;
+    bool now = !c->loop_only;
+    if (now)
+        route_run(req);
+    pthread_mutex_unlock(&c->turn);
+    return now;
+}
+
 static void request_arrived(struct http_exchange *x, void *arg)
 {
     struct control *c = arg;
@@ -289,6 +319,7 @@ static void request_arrived(struct http_exchange *x, void *arg)
     }
     req->control = c;
     req->x = x;
+    req->start_ns = time_ns();
     FERRY_PROBE3(api_begin, req, http_method(x), http_path(x));
     size_t len;
     const char *body = http_body(x, &len);
@@ -298,6 +329,8 @@ static void request_arrived(struct http_exchange *x, void *arg)
         return;
     }
     req->stream = http_wants_stream(x);
+    if (ran_at_once(c, req))
+        return;
     req->call = (struct loop_call) {request_run, req, NULL};
     atomic_fetch_add(&c->queued, 1);
     loop_call(c->loop, &req->call);
@@ -322,8 +355,9 @@ int control_create(struct control **out, struct loop *loop, struct life *life, s
     c->loop = loop;
     c->life = life;
     pthread_mutex_init(&c->lock, NULL);
-    static const struct control_route own = {"GET", "/openapi", "this description",
-                                             0,     NULL,       get_openapi};
+    pthread_mutex_init(&c->turn, NULL);
+    static const struct control_route own = {"GET", "/openapi",  "this description", 0,
+                                             NULL,  get_openapi, .at_once = true};
     int ret = control_add(c, &own, 1, c, err);
     if (!ret)
         ret = http_create(&c->server, request_arrived, c, err);
@@ -380,9 +414,26 @@ int control_take(struct control *c, int fd, const char *path, struct error *err)
     return http_add_listener(c->server, fd, err);
 }
 
+void control_confine(struct control *c, enum seccomp_mode mode)
+{
+    http_confine(c->server, mode);
+}
+
 int control_start(struct control *c, struct error *err)
 {
     return http_start(c->server, err);
+}
+
+const struct histogram *control_latency(const struct control *c)
+{
+    return &c->latency;
+}
+
+void control_loop_only(struct control *c)
+{
+    pthread_mutex_lock(&c->turn);
+    c->loop_only = true;
+    pthread_mutex_unlock(&c->turn);
 }
 
 void control_destroy(struct control *c)
@@ -391,6 +442,7 @@ void control_destroy(struct control *c)
         return;
     for (unsigned i = 0; i < c->nr_paths; i++)
         unlink(c->paths[i]);
+    control_loop_only(c);
     // What has arrived is answered while the server still works.
     c->closing = true;
     while (atomic_load(&c->queued) && !loop_turn(c->loop, true, NULL))
@@ -401,6 +453,7 @@ void control_destroy(struct control *c)
     while (atomic_load(&c->queued) && !loop_turn(c->loop, true, NULL))
         ;
     pthread_mutex_destroy(&c->lock);
+    pthread_mutex_destroy(&c->turn);
     free(c->routes);
     free(c);
 }

@@ -11,7 +11,9 @@
 //   200 application/x-ndjson              if the client accepts that: {"event": ...} lines, then
 //                                         {"ok": ...} or {"error": {"code":, "text":}}
 //
-// Bodies are parsed and checked in the server's thread, routes run in the loop's thread.
+// Bodies are parsed and checked in the server's thread, routes run in the loop's thread: one at a
+// time. A route that only looks (at_once) runs in the server's thread, unless another one runs just
+// then: two wake-ups less, and nothing the guest's I/O keeps waiting.
 #pragma once
 
 #include <jansson.h>
@@ -19,9 +21,11 @@
 #include <stdio.h>
 
 #include "vmm/error.h"
+#include "vmm/histogram.h"
 #include "vmm/life.h"
 #include "vmm/loop.h"
 #include "vmm/schema.h"
+#include "vmm/seccomp.h"
 
 struct control_request;
 
@@ -34,6 +38,7 @@ struct control_route {
     // thread. Each request gets exactly one control_reply_*. `args` is borrowed.
     void (*fn)(struct control_request *req, json_t *args, void *context);
     void *context; // given back to fn
+    bool at_once;  // fn needs no thread of its own, and answers before it returns
 };
 
 // What {id} was in the path; "" when the route has none.
@@ -62,7 +67,14 @@ void control_remove(struct control *control, const void *context);
 int control_listen(struct control *control, const char *path, struct error *err);
 // The same for a socket that was made before (http_listen); takes fd, also on error.
 int control_take(struct control *control, int fd, const char *path, struct error *err);
+// The filter of the server's thread (off unless set). Before control_start.
+void control_confine(struct control *control, enum seccomp_mode mode);
 int control_start(struct control *control, struct error *err);
+// How long requests took, from the whole request until their route had answered, or had begun what
+// will answer later.
+const struct histogram *control_latency(const struct control *control);
+// From here on every route runs in the loop's thread: what they look at is about to go.
+void control_loop_only(struct control *control);
 void control_destroy(struct control *control); // also removes the sockets
 
 // What the server's thread makes of a request before it goes to the loop: the route that takes it,

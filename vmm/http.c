@@ -39,7 +39,8 @@ struct mailbox {
     struct message *first, **tail;
     bool closed;
     int wake_fd;
-    atomic_uint refs; // the server's and each exchange's
+    _Atomic pthread_t server; // 0 until it runs
+    atomic_uint refs;         // the server's and each exchange's
 };
 
 struct http_exchange {
@@ -62,6 +63,7 @@ struct http_server {
     void *arg;
     pthread_t thread;
     bool started, stopping;
+    enum seccomp_mode seccomp;
     unsigned writing; // answers whose last byte is still to be sent
 };
 
@@ -87,8 +89,8 @@ static void exchange_free(struct http_exchange *x)
 static void client_left(struct evhttp_connection *conn, void *arg)
 {
     struct http_exchange *x = arg;
-    // libevent frees a request with its connection, but not one that it has taken off it because the
-    // client left in the middle of an answer: that one is ours.
+    // libevent frees a request with its connection, but not one that it has taken off it because
+    // the client left in the middle of an answer: that one is ours.
     if (!evhttp_request_get_connection(x->req))
         evhttp_request_free(x->req);
     x->req = NULL;
@@ -288,7 +290,11 @@ static void *server_main(void *arg)
     pthread_sigmask(SIG_BLOCK, &all, NULL);
     pthread_setname_np(pthread_self(), "http");
     thread_prompt();
+    atomic_store(&s->box->server, pthread_self());
+    tzset(); // opens files; the first Date header would
+    seccomp_enter_or_abort(SECCOMP_HTTP, s->seccomp);
     event_base_loop(s->base, EVLOOP_NO_EXIT_ON_EMPTY);
+    atomic_store(&s->box->server, 0); // another thread may get that name
     return NULL;
 }
 
@@ -305,6 +311,10 @@ static void message_post(struct http_exchange *x, int kind, int status, const ch
         .x = x, .kind = kind, .status = status, .type = type, .len = len, .has_body = body};
     if (len)
         memcpy(m->body, body, len);
+    if (kind == REPLY && atomic_load(&box->server) == pthread_self()) { // nothing went before it
+        message_handle(x->server, m);
+        return;
+    }
     pthread_mutex_lock(&box->lock);
     bool closed = box->closed;
     if (!closed) {
@@ -458,6 +468,11 @@ int http_add_listener(struct http_server *s, int fd, struct error *err)
         return 0;
     close(fd);
     return error_set(err, -ENOMEM, "the HTTP server cannot listen");
+}
+
+void http_confine(struct http_server *s, enum seccomp_mode mode)
+{
+    s->seccomp = mode;
 }
 
 int http_start(struct http_server *s, struct error *err)

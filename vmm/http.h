@@ -11,6 +11,7 @@
 #include <stddef.h>
 
 #include "vmm/error.h"
+#include "vmm/seccomp.h"
 
 enum {
     HTTP_BODY_MAX = 256 * 1024, // bytes; more is answered with 413
@@ -30,6 +31,8 @@ int http_listen(const char *path, int *fd, struct error *err);
 // Several listeners may share one server. Before http_start.
 int http_create(struct http_server **server, http_handler fn, void *arg, struct error *err);
 int http_add_listener(struct http_server *server, int fd, struct error *err); // takes fd
+// The mode of the thread's filter (off unless set). Before http_start.
+void http_confine(struct http_server *server, enum seccomp_mode mode);
 int http_start(struct http_server *server, struct error *err);
 // Sends what has been answered (a second at most), then ends the thread. Answers that come later
 // vanish. NULL is fine.

@@ -14,10 +14,12 @@ static const struct {
     [LIFE_CREATED] = {"created", B(LIFE_STARTING) | B(LIFE_STOPPED) | B(LIFE_FAILED)},
     [LIFE_STARTING] = {"starting", B(LIFE_CREATED) | B(LIFE_RUNNING) | B(LIFE_PAUSED) |
                                        B(LIFE_STOPPED) | B(LIFE_FAILED)},
-    [LIFE_RUNNING] = {"running", B(LIFE_PAUSED) | B(LIFE_MIGRATING) | B(LIFE_SNAPSHOTTING) |
-                                     B(LIFE_STOPPING) | B(LIFE_STOPPED) | B(LIFE_FAILED)},
-    [LIFE_PAUSED] = {"paused", B(LIFE_RUNNING) | B(LIFE_MIGRATING) | B(LIFE_SNAPSHOTTING) |
-                                   B(LIFE_STOPPING) | B(LIFE_STOPPED) | B(LIFE_FAILED)},
+    [LIFE_RUNNING] = {"running", B(LIFE_STARTING) | B(LIFE_PAUSED) | B(LIFE_MIGRATING) |
+                                     B(LIFE_SNAPSHOTTING) | B(LIFE_STOPPING) | B(LIFE_STOPPED) |
+                                     B(LIFE_FAILED)},
+    [LIFE_PAUSED] = {"paused", B(LIFE_STARTING) | B(LIFE_RUNNING) | B(LIFE_MIGRATING) |
+                                   B(LIFE_SNAPSHOTTING) | B(LIFE_STOPPING) | B(LIFE_STOPPED) |
+                                   B(LIFE_FAILED)},
     [LIFE_MIGRATING] = {"migrating", B(LIFE_RUNNING) | B(LIFE_PAUSED) | B(LIFE_STOPPING) |
                                          B(LIFE_STOPPED) | B(LIFE_FAILED)},
     [LIFE_SNAPSHOTTING] = {"snapshotting", B(LIFE_RUNNING) | B(LIFE_PAUSED) | B(LIFE_STOPPING) |

@@ -9,8 +9,8 @@
 #include "vmm/error.h"
 
 enum life_state {
-    LIFE_CREATED, // takes configuration; no guest yet
-    LIFE_STARTING,
+    LIFE_CREATED,  // takes configuration; no guest yet
+    LIFE_STARTING, // from created, or again after a reset
     LIFE_RUNNING,
     LIFE_PAUSED,
     LIFE_MIGRATING,

@@ -9,6 +9,7 @@
 #include <sys/timerfd.h>
 #include <unistd.h>
 
+#include "vmm/ring.h"
 #include "vmm/util.h"
 
 // Room for what thousands of watched sockets say at once. Without it the kernel ends their polls,
@@ -195,13 +196,19 @@ int loop_create(struct loop **out, struct error *err)
     struct loop *loop = calloc(1, sizeof(*loop));
     if (!loop)
         return error_set(err, -ENOMEM, "no memory for the event loop");
-    struct io_uring_params params = {.flags = IORING_SETUP_CQSIZE, .cq_entries = COMPLETIONS};
-    int ret = io_uring_queue_init_params(RING_ENTRIES, &loop->ring, &params);
+    static const uint8_t ops[] = {IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL};
+    int ret = ring_create(&loop->ring, RING_ENTRIES, COMPLETIONS);
     if (ret) {
         free(loop);
         return error_set(err, ret,
                          "event loop: io_uring_setup: %s (see /proc/sys/kernel/io_uring_disabled)",
                          strerror(-ret));
+    }
+    ret = ring_open(&loop->ring, ops, ARRAY_SIZE(ops), false, err);
+    if (ret) {
+        io_uring_queue_exit(&loop->ring);
+        free(loop);
+        return ret;
     }
     pthread_mutex_init(&loop->lock, NULL);
     loop->calls_tail = &loop->calls;

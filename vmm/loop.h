@@ -68,8 +68,9 @@ static inline bool loop_pending(const struct loop *loop)
     return io_uring_cq_ready(&loop->ring);
 }
 
-// A free SQE, tied to `op` (user_data set); submitted when control returns to the loop, or by
-// io_uring_submit. Loop thread only. NULL only when the ring is broken.
+// A free SQE for a poll or a cancel (the ring takes nothing else, see vmm/ring.h), tied to `op`
+// (user_data set); submitted when control returns to the loop, or by io_uring_submit. Loop thread
+// only. NULL only when the ring is broken.
 struct io_uring_sqe *loop_sqe(struct loop *loop, struct loop_op *op);
 
 // Any thread; runs `fn(arg)` in the loop's thread. `call` must live until then.

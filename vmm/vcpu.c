@@ -228,7 +228,8 @@ static void exit_other(struct vcpu *vcpu)
 
 static void exit_handle(struct vcpu *vcpu)
 {
-    atomic_fetch_add_explicit(&vcpu->exits, 1, memory_order_relaxed);
+    uint64_t before = atomic_fetch_add_explicit(&vcpu->exits, 1, memory_order_relaxed);
+    uint64_t start = before % VCPU_SAMPLE ? 0 : time_ns();
     FERRY_PROBE2(exit, vcpu->index, vcpu->run->exit_reason);
     if (vcpu->run->exit_reason == KVM_EXIT_IO)
         exit_io(vcpu);
@@ -236,6 +237,8 @@ static void exit_handle(struct vcpu *vcpu)
         exit_mmio(vcpu);
     else
         exit_other(vcpu);
+    if (start)
+        histogram_add(&vcpu->handling, time_ns() - start);
 }
 
 // --- the thread
@@ -247,7 +250,7 @@ static void set_immediate_exit(struct vcpu *vcpu, uint8_t value)
 
 static bool should_leave(const struct vm *vm)
 {
-    return atomic_load(&vm->pause) || atomic_load(&vm->quit);
+    return atomic_load(&vm->pause) || atomic_load(&vm->quit) || atomic_load(&vm->resetting);
 }
 
 // KVM finishes the access of the last exit (the value read, the next piece of a string or split
@@ -269,7 +272,7 @@ static void park(struct vcpu *vcpu)
     pthread_mutex_lock(&vm->lock);
     vm->parked++;
     pthread_cond_broadcast(&vm->changed);
-    while (atomic_load(&vm->pause) && !atomic_load(&vm->quit))
+    while ((atomic_load(&vm->pause) || atomic_load(&vm->resetting)) && !atomic_load(&vm->quit))
         pthread_cond_wait(&vm->changed, &vm->lock);
     vm->parked--;
     pthread_mutex_unlock(&vm->lock);
@@ -299,6 +302,7 @@ static void *vcpu_main(void *arg)
     sigemptyset(&kick);
     sigaddset(&kick, VCPU_SIGNAL);
     pthread_sigmask(SIG_UNBLOCK, &kick, NULL);
+    seccomp_enter_or_abort(SECCOMP_VCPU, vcpu->vm->config.seccomp);
     if (vcpu->vm->trace && vcpu->vm->sync_regs & KVM_SYNC_X86_REGS)
         vcpu->run->kvm_valid_regs = KVM_SYNC_X86_REGS;
 

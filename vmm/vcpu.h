@@ -9,7 +9,10 @@
 #include <stdint.h>
 
 #include "vmm/error.h"
+#include "vmm/histogram.h"
 #include "vmm/state.h"
+
+enum { VCPU_SAMPLE = 16 };
 
 struct vm;
 struct boot_entry;
@@ -22,8 +25,9 @@ struct vcpu {
     struct kvm_run *run;
     pthread_t thread;
     bool started;
-    struct vcpu_state *state; // what the state registry saves and loads (vmm/vcpu_state.c)
-    _Atomic uint64_t exits;   // to user space
+    struct vcpu_state *state;  // what the state registry saves and loads (vmm/vcpu_state.c)
+    _Atomic uint64_t exits;    // to user space
+    struct histogram handling; // of every VCPU_SAMPLE-th of them
 };
 
 // `cpuid`: what the guest sees on this vCPU.

@@ -298,7 +298,8 @@ static int vcpu_load(void *object, uint16_t version, struct error *err)
         return error_set(err, -EBADMSG, "MSR block of %u bytes, expected a multiple of %zu",
                          s->msrs_len, sizeof(s->msrs[0]));
     int ret = cpuid_check(s, err);
-    if (!ret && ioctl(s->vcpu->fd, KVM_SET_CPUID2, &s->cpuid))
+    // A vCPU that has run keeps its CPUID: KVM takes no other, nor always the same.
+    if (!ret && !s->vcpu->vm->in_reset && ioctl(s->vcpu->fd, KVM_SET_CPUID2, &s->cpuid))
         ret = error_errno(err, "KVM_SET_CPUID2");
     if (!ret)
         ret = tsc_load(s, err);

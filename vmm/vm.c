@@ -226,6 +226,7 @@ void vm_destroy(struct vm *vm)
     bus_free(&vm->pio);
     bus_free(&vm->mmio);
     trace_destroy(vm->trace);
+    stream_mem_free(&vm->power_on);
     if (vm->fd >= 0)
         close(vm->fd);
     if (vm->kvm_fd >= 0)
@@ -358,6 +359,14 @@ void vm_request_stop(struct vm *vm, enum vm_stop_kind kind, uint32_t value, cons
 {
     pthread_mutex_lock(&vm->lock);
     bool first = vm->phase != VM_STOPPED;
+    if (first && vm->on_reset && (kind == VM_STOP_RESET || kind == VM_STOP_TRIPLE_FAULT)) {
+        atomic_store(&vm->resetting, true);
+        for (unsigned i = 0; i < vm->nr_vcpus; i++)
+            vcpu_kick(&vm->vcpus[i]);
+        pthread_mutex_unlock(&vm->lock);
+        vm->on_reset(vm, vm->on_stop_arg);
+        return;
+    }
     if (first) {
         vm->stop.kind = kind;
         vm->stop.value = value;
@@ -406,12 +415,65 @@ int vm_save(struct vm *vm, struct stream *out, struct error *err)
 {
     if (!vm_paused(vm))
         return error_set(err, -EBUSY, "VM %s must be paused to be saved", vm->name);
+    if (atomic_load(&vm->resetting))
+        return error_set(err, -EBUSY, "VM %s is about to start again: its guest reboots", vm->name);
     return state_save(&vm->state, out, err);
 }
 
 int vm_load(struct vm *vm, struct stream *in, struct error *err)
 {
     return state_load(&vm->state, in, err);
+}
+
+// --- reset
+
+// The sections of vCPUs and interrupt controllers: all that were registered before any device's.
+static struct state_registry kernel_sections(const struct vm *vm)
+{
+    struct state_registry reg = vm->state;
+    for (reg.nr = 0; reg.nr < vm->state.nr; reg.nr++) {
+        const void *object = vm->state.entries[reg.nr].object;
+        bool device = false;
+        for (const struct device *d = vm->devices; d && !device; d = d->next)
+            device = d == object;
+        if (device)
+            break;
+    }
+    return reg;
+}
+
+int vm_power_on_keep(struct vm *vm, struct error *err)
+{
+    const struct state_registry reg = kernel_sections(vm);
+    stream_mem_free(&vm->power_on);
+    stream_mem_writer(&vm->power_on, "power-on state", STATE_BLOB_MAX);
+    return state_save(&reg, &vm->power_on.stream, err);
+}
+
+bool vm_power_on_kept(const struct vm *vm)
+{
+    return vm->power_on.len;
+}
+
+int vm_reset(struct vm *vm, struct error *err)
+{
+    const struct state_registry reg = kernel_sections(vm);
+    struct stream_mem kept;
+    if (!vm_paused(vm) || !vm_power_on_kept(vm))
+        return error_set(err, -EBUSY, "VM %s must be paused to be reset", vm->name);
+    for (struct device *d = vm->devices; d; d = d->next)
+        if (d->class->reset)
+            d->class->reset(d);
+    int ret = ram_drop(&vm->ram, 0, vm->ram.pages, err);
+    ram_for_each_region (&vm->ram, r)
+        ram_mark_dirty(&vm->ram, r->gpa, r->size);
+    stream_mem_reader(&kept, "power-on state", vm->power_on.data, vm->power_on.len);
+    vm->in_reset = true;
+    if (!ret)
+        ret = state_load(&reg, &kept.stream, err);
+    vm->in_reset = false;
+    atomic_store(&vm->resetting, false);
+    return ret;
 }
 
 // --- interrupts

@@ -17,6 +17,7 @@
 #include "vmm/log.h"
 #include "vmm/loop.h"
 #include "vmm/ram.h"
+#include "vmm/seccomp.h"
 #include "vmm/state.h"
 #include "vmm/trace.h"
 
@@ -30,6 +31,7 @@ struct vm_config {
     enum log_level log_level;
     enum log_format log_format;
     bool trace;
+    enum seccomp_mode seccomp; // of the threads; SECCOMP_OFF unless set
     const char *kvm_path; // NULL = /dev/kvm
 };
 
@@ -89,6 +91,12 @@ struct vm {
     // Called once, in the thread that caused the stop, without the lock; e.g. loop_stop.
     void (*on_stop)(struct vm *vm, void *arg);
     void *on_stop_arg;
+    // With this set a reboot or a triple fault is not the end: the vCPUs wait for vm_reset. Called
+    // in the vCPU's thread, without the lock; may be called again before vm_reset.
+    void (*on_reset)(struct vm *vm, void *arg);
+    atomic_bool resetting;      // the guest wants that; vCPU threads look at it
+    struct stream_mem power_on; // vm_power_on_keep's
+    bool in_reset;              // vm_reset loads it
 
     struct vm_kernel_state *kernel_state; // irqchip, PIT, clock (vmm/vm_state.c)
     uint64_t paused_clock_ns; // kvmclock when the guest was last paused; it goes on from there
@@ -115,6 +123,15 @@ bool vm_paused(struct vm *vm);
 void vm_request_stop(struct vm *vm, enum vm_stop_kind kind, uint32_t value, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
 bool vm_stopped(struct vm *vm);
+
+// A reset starts the guest again in the same VM: nothing is opened anew, so it works behind any
+// filter and in any jail. What vCPUs and interrupt controllers are at power-on is kept when the
+// boot entry has been set (vm_power_on_keep, before vm_start); vm_reset brings it back, resets the
+// devices and empties RAM. The VM must be paused, and stays so; firmware tables and kernel are the
+// caller's to load again.
+int vm_power_on_keep(struct vm *vm, struct error *err);
+bool vm_power_on_kept(const struct vm *vm);
+int vm_reset(struct vm *vm, struct error *err);
 const char *vm_stop_name(enum vm_stop_kind kind);
 // Process exit status for a stop; see docs/exit-status in the man page.
 int vm_stop_status(const struct vm_stop *stop);

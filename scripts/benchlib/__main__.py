@@ -2,8 +2,10 @@
 """What scripts/bench runs once everything is built. See scripts/bench --help."""
 
 import argparse
+import os
 import signal
 import sys
+import tempfile
 
 import report
 import rows
@@ -64,12 +66,14 @@ def main():
         if version:
             print(f"{name}: {version}")
     results = []
-    for row in chosen:
-        rows.measure(row, options.runs or row.runs, say)
-        results += report.digest(row)
-        say("")
-        if not sys.stdout.isatty():
-            print(f"done: {row.suite} {row.name}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="ferry-bench-") as directory:
+        os.environ["FERRY_RUN_DIR"] = directory  # VMs that are killed leave their names there
+        for row in chosen:
+            rows.measure(row, options.runs or row.runs, say)
+            results += report.digest(row)
+            say("")
+            if not sys.stdout.isatty():
+                print(f"done: {row.suite} {row.name}", flush=True)
     print()
     print("\n".join(report.table(results)))
     for row in chosen:

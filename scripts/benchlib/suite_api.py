@@ -44,7 +44,7 @@ def busy_guest():
     vmm = Ferry()
     with vmm.start(bare_guest("spin"), stays=True) as machine:
         machine.wait_console("sync 1", 60)
-        yield os.path.join(os.environ.get("FERRY_RUN_DIR", "/run/ferry"), machine.name + ".sock")
+        yield os.path.join(os.environ["FERRY_RUN_DIR"], machine.name + ".sock")
 
 
 def call_ferry(path):
@@ -68,36 +68,40 @@ def call_empty():
             server.wait()
 
 
-def memory(control, devices):
-    """As `boot memory` has it, here with the API having answered once."""
-    vmm = Ferry()
+@contextlib.contextmanager
+def start(vmm, guest, control, filters, devices, **options):
     with tempfile.TemporaryDirectory() as directory:
         disk = os.path.join(directory, "disk")
         with open(disk, "wb") as f:
             f.truncate(1 << 20)
-        options = ["--control", "true" if control else "false"]
+        more = ["--control", "true" if control else "false", "--seccomp", "on" if filters else "off"]
         if devices:
-            options += ["--disk", disk, "--balloon", "target=0", "--rng",
-                        "--vsock", f"cid=3,path={directory}/vsock"]
-        with vmm.start(bare_guest("halt"), more=options) as machine:
-            machine.wait_console("sync 1", 60)
-            if control:
-                vmm.exits(machine)
-            last = None
-            limit = time.monotonic() + MEMORY_LIMIT_S
-            while time.monotonic() < limit:
-                now = machine.pss_beyond_ram_kib()
-                if now == last:
-                    return {"pss": now / 1024}
-                last = now
-                time.sleep(0.1)
-            raise Failed("its memory does not settle")
+            more += ["--disk", disk, "--balloon", "target=0", "--rng",
+                     "--vsock", f"cid=3,path={directory}/vsock"]
+        with vmm.start(bare_guest(guest), more=more, **options) as machine:
+            yield machine
 
 
-def first_instruction(control):
+def memory(control, filters, devices):
+    """As `boot memory` has it, here with the API having answered once."""
     vmm = Ferry()
-    with vmm.start(bare_guest("first"), mark=True,
-                   more=["--control", "true" if control else "false"]) as machine:
+    with start(vmm, "halt", control, filters, devices) as machine:
+        machine.wait_console("sync 1", 60)
+        if control:
+            vmm.exits(machine)
+        last = None
+        limit = time.monotonic() + MEMORY_LIMIT_S
+        while time.monotonic() < limit:
+            now = machine.pss_beyond_ram_kib()
+            if now == last:
+                return {"pss": now / 1024}
+            last = now
+            time.sleep(0.1)
+        raise Failed("its memory does not settle")
+
+
+def first_instruction(control, filters, devices):
+    with start(Ferry(), "first", control, filters, devices, mark=True) as machine:
         return {"first": machine.wait_mark() / 1e6}
 
 
@@ -116,13 +120,16 @@ def register():
                  Metric("p99", f"GET {path}, 99th percentile", "ms", goal=1)], runs=5))
     add(Row("api", "memory", "the VMM's memory (PSS) beyond the guest's RAM, with the API and disk, "
             "vsock, balloon and rng",
-            {"ferry": functools.partial(memory, True, True),
-             "no API": functools.partial(memory, False, True),
-             "no API, no devices": functools.partial(memory, False, False)},
+            {"ferry": functools.partial(memory, True, True, True),
+             "no filters": functools.partial(memory, True, False, True),
+             "no API": functools.partial(memory, False, True, True),
+             "no API, no devices": functools.partial(memory, False, True, False)},
             [Metric("pss", "VMM memory beyond guest RAM", "MiB", goal=5)], runs=3))
     add(Row("api", "first instruction", "exec of the VMM to the first instruction of a 128 MiB "
-            "guest's kernel image, seen from outside",
-            {"ferry": functools.partial(first_instruction, True),
-             "no API": functools.partial(first_instruction, False)},
+            "guest's kernel image, seen from outside, with the same API and devices",
+            {"ferry": functools.partial(first_instruction, True, True, True),
+             "no filters": functools.partial(first_instruction, True, False, True),
+             "no API": functools.partial(first_instruction, False, True, True),
+             "no API, no devices": functools.partial(first_instruction, False, True, False)},
             [Metric("first", "exec to first guest instruction", "ms", goal=8)],
             runs=20, warmup=2))

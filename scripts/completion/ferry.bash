@@ -41,8 +41,14 @@ _ferry()
         --log) choices="error warn info debug" ;;
         --log-format) choices="text json" ;;
         --control | --vmgenid) choices="true false" ;;
+        --seccomp) choices="on off log" ;;
+        --jail)
+            mapfile -t COMPREPLY < <(compgen -d -- "$word")
+            return
+            ;;
         --transport) choices="mmio pci" ;;
         --net) choices="tap= tap-fd= user" ;;
+        --on-reboot) choices="stop reset" ;;
         --mode) choices="precopy postcopy hybrid" ;;
         --compress) choices="auto always none" ;;
         --prepaging) choices="none push forward bubble multi-bubble" ;;
@@ -50,7 +56,7 @@ _ferry()
         *)
             case $word:$command in
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
-            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:snapshot) choices=$(_ferry_vms) ;;
+            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:reset | *:stop | *:snapshot) choices=$(_ferry_vms) ;;
             *:migrate) choices="$(_ferry_vms) status cancel set pause recover force-resume" ;;
             esac
             ;;

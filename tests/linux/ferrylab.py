@@ -3,10 +3,13 @@
 network namespaces. Python's standard library only.
 
 Environment (scripts/test sets it): FERRY the program, FERRY_BUILD the build directory, FERRY_GUEST
-the Linux guest, FERRY_LONG=1 the long variants. Tests wait for events; LIMIT only ends what hangs.
+the Linux guest, FERRY_LONG=1 the long variants. FERRY_TEST_SECCOMP=on|off|log gives every VM that
+--seccomp, FERRY_TEST_JAIL=1 every `ferry run` a --jail. Tests wait for events; LIMIT only ends what
+hangs.
 """
 
 import atexit
+import glob
 import json
 import os
 import re
@@ -16,6 +19,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 import unittest
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -24,6 +28,11 @@ FERRY = os.environ.get("FERRY") or os.path.join(BUILD, "ferry")
 CACHE = os.environ.get("FERRY_CACHE") or os.path.expanduser("~/.cache/ferry")
 GUEST = os.environ.get("FERRY_GUEST") or os.path.join(CACHE, "guest")
 LONG = bool(os.environ.get("FERRY_LONG"))
+SECCOMP = os.environ.get("FERRY_TEST_SECCOMP")
+JAIL = os.environ.get("FERRY_TEST_JAIL") == "1" and not os.geteuid()
+JAIL_UID, JAIL_GID = 4321, 4322  # nobody's, on any host: the kernel does not ask for a name
+if JAIL:
+    os.umask(0)  # disks that tests make are the VM's to write to
 
 LIMIT = 300  # seconds; hosts that emulate the guest's ring 0 boot Linux in 10 to 25 s
 
@@ -122,9 +131,12 @@ class Process:
         self.argv = argv
         self.child = subprocess.Popen(argv, env=env, pass_fds=pass_fds, stdin=stdin, stdout=stdout,
                                       stderr=subprocess.PIPE, **options)
-        self.pid = self.child.pid
         self.stderr = Stream(self.child.stderr.fileno(), "stderr")
         self.stdout = Stream(self.child.stdout.fileno(), "stdout") if self.child.stdout else None
+
+    @property
+    def pid(self):
+        return self.child.pid
 
     def wait(self, limit=LIMIT):
         """Exit status; everything it said has then been collected."""
@@ -152,14 +164,28 @@ class Vm(Process):
         self.name = name or lab.new_name()
         ours, theirs = socket.socketpair()
         self.socket = ours
-        argv = [ferry, command, *args, "--name", self.name, "--console", f"fd:{theirs.fileno()}"]
+        argv = [ferry, command, *lab.walls(command, *args), *args, "--name", self.name,
+                "--console", f"fd:{theirs.fileno()}"]
         if namespace:  # a Namespaces.Side
             argv = namespace.enter + argv
         super().__init__(argv, env=lab.env, pass_fds=(theirs.fileno(), *fds),
                          stdout=subprocess.DEVNULL)
         theirs.close()
+        self.jailed = "--jail" in argv
         self.lab = lab
         self.console = Stream(ours.fileno(), f"console of {self.name}")
+
+    @property
+    def pid(self):
+        """The VM's; the process that was started stays outside its jail."""
+        children = f"/proc/{self.child.pid}/task/{self.child.pid}/children"
+        while self.jailed and self.child.poll() is None:
+            with open(children) as f:
+                vm = f.read().split()
+            if vm:
+                return int(vm[0])
+            time.sleep(0.01)
+        return self.child.pid
 
     def type(self, text):
         self.socket.sendall(text.encode())
@@ -264,6 +290,8 @@ class Lab:
         self.started = []
         self.names = 0
         atexit.register(self.close)
+        if JAIL:
+            self.jail()
 
     def new_name(self):
         self.names += 1
@@ -271,6 +299,38 @@ class Lab:
 
     def path(self, name):
         return os.path.join(self.dir, name)
+
+    def walls(self, command=None, *args):
+        """Options that confine a VM, when the whole run is to be confined."""
+        if command not in ("run", "receive", "restore") or "--help" in args:
+            return []
+        more = ["--seccomp", SECCOMP] if SECCOMP and "--seccomp" not in args else []
+        if JAIL and command == "run" and "--jail" not in args:
+            more += ["--jail", self.jail()]
+        return more
+
+    def jail(self):
+        """Our directory as a jail, in which our paths mean what they mean outside."""
+        root = os.path.realpath(self.dir)
+        link = root + root
+        if not os.path.lexists(link):
+            os.makedirs(os.path.dirname(link), exist_ok=True)
+            os.symlink("/", link)
+            os.chown(root, JAIL_UID, JAIL_GID)
+            os.chmod(root, 0o755)
+            for path in (*glob.glob(os.path.join(BUILD, "guest", "bare", "*.elf")),
+                         *glob.glob(os.path.join(GUEST, "*.*")), os.path.join(GUEST, "vmlinux")):
+                self.bring(os.path.abspath(path), root + os.path.abspath(path))
+        return f"{root},uid={JAIL_UID},gid={JAIL_GID}"
+
+    def bring(self, path, to):
+        if not os.path.isfile(path):
+            return
+        os.makedirs(os.path.dirname(to), exist_ok=True)
+        try:
+            os.link(os.path.realpath(path), to)
+        except OSError:  # another file system
+            shutil.copyfile(path, to)
 
     def start(self, process):
         self.started.append(process)
@@ -285,6 +345,8 @@ class Lab:
                        "--append", guest_cmdline() if append is None else append, *args, **options)
 
     def ferry(self, *args, limit=LIMIT, env=None, enter=(), cwd=None):
+        walls = self.walls(*args) if not enter else []  # another user cannot have that jail
+        args = (*args[:1], *walls, *args[1:])
         done = subprocess.run([*enter, FERRY, *args], env=env or self.env, cwd=cwd, timeout=limit,
                               stdin=subprocess.DEVNULL, capture_output=True, text=True,
                               errors="replace")

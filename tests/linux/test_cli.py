@@ -15,7 +15,7 @@ import unittest
 import ferrylab as lab
 from ferrylab import LabTest
 
-COMMANDS = ("run", "check", "info", "console", "pause", "resume", "stop", "ls", "ps", "kill", "rm", "prune",
+COMMANDS = ("run", "check", "info", "console", "pause", "resume", "stop", "reset", "ls", "ps", "kill", "rm", "prune",
             "top", "events", "set", "snapshot", "restore", "migrate",
             "receive", "version")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
@@ -123,7 +123,7 @@ class Texts(LabTest):
 
     def test_completion(self):
         self.assertEqual(sorted(COMMANDS), self.complete(""))
-        self.assertEqual(["receive", "restore", "resume"], self.complete("re"))
+        self.assertEqual(["receive", "reset", "restore", "resume"], self.complete("re"))
         self.assertEqual(["--memory"], self.complete("run", "--mem"))
         self.assertEqual(["pvh"], self.complete("run", "--boot", "p"))
         self.assertEqual(["hybrid", "postcopy", "precopy"], self.complete("migrate", "--mode", ""))

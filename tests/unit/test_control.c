@@ -70,6 +70,13 @@ static void put_slow(struct control_request *req, json_t *args, void *context)
     ck_assert_int_eq(pthread_create(&s->workers[n], NULL, slow_main, req), 0);
 }
 
+static void get_thread(struct control_request *req, json_t *args, void *context)
+{
+    struct server *s = context;
+    bool loop = pthread_equal(pthread_self(), s->thread);
+    control_reply_ok(req, json_pack("{s:b}", "loop", (int)loop));
+}
+
 static void put_keep(struct control_request *req, json_t *args, void *context)
 {
     struct server *s = context;
@@ -123,6 +130,8 @@ static const struct control_route routes[] = {
     {"PUT", "/slow", "", 0, NULL, put_slow},
     {"PUT", "/keep", "", 0, NULL, put_keep},
     {"PUT", "/release", "", 0, NULL, put_release},
+    {"GET", "/thread", "", 0, NULL, get_thread},
+    {"GET", "/at-once", "", 0, NULL, get_thread, .at_once = true},
     {"GET", "/events", "", 0, NULL, get_events},
     {"PUT", "/tell", "", 0, echo_fields, put_tell},
 };
@@ -590,6 +599,30 @@ START_TEST(sockets)
 }
 END_TEST
 
+static bool asked_in_loop(struct server *s, const char *path)
+{
+    struct error err;
+    json_t *result;
+    ck_assert_msg(!control_call(s->path, "GET", path, NULL, &result, NULL, NULL, &err), "%s",
+                  err.text);
+    bool loop = json_is_true(json_object_get(result, "loop"));
+    json_decref(result);
+    return loop;
+}
+
+START_TEST(who_only_looks_does_not_wait_for_the_loop)
+{
+    struct server s;
+    server_start(&s);
+    ck_assert(asked_in_loop(&s, "/thread"));
+    while (asked_in_loop(&s, "/at-once")) // the loop may still be behind its last answer
+        ;
+    control_loop_only(s.control);
+    ck_assert(asked_in_loop(&s, "/at-once"));
+    server_end(&s);
+}
+END_TEST
+
 START_TEST(life_follows_its_table)
 {
     struct life life;
@@ -600,8 +633,11 @@ START_TEST(life_follows_its_table)
     ck_assert_ptr_nonnull(strstr(err.text, "running"));
     ck_assert_int_eq(life_move(&life, LIFE_STARTING, &err), 0);
     ck_assert_int_eq(life_move(&life, LIFE_RUNNING, &err), 0);
+    ck_assert_int_eq(life_move(&life, LIFE_STARTING, &err), 0); // a reset
+    ck_assert_int_eq(life_move(&life, LIFE_RUNNING, &err), 0);
     ck_assert_int_eq(life_move(&life, LIFE_PAUSED, &err), 0);
     ck_assert_int_eq(life_move(&life, LIFE_MIGRATING, &err), 0);
+    ck_assert_int_eq(life_move(&life, LIFE_STARTING, &err), -EPERM);
     ck_assert_int_eq(life_move(&life, LIFE_SNAPSHOTTING, &err), -EPERM);
     life_return(&life);
     ck_assert_int_eq(life_get(&life), LIFE_PAUSED);
@@ -648,6 +684,7 @@ int main(void)
     tcase_add_test(tc, an_end_with_a_request_under_way);
     tcase_add_test(tc, a_hundred_clients_at_once);
     tcase_add_test(tc, sockets);
+    tcase_add_test(tc, who_only_looks_does_not_wait_for_the_loop);
     tcase_add_test(tc, life_follows_its_table);
     tcase_add_test(tc, names_of_sockets);
     suite_add_tcase(suite, tc);

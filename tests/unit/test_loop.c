@@ -386,10 +386,39 @@ START_TEST(loops_leak_nothing)
 }
 END_TEST
 
+// --- what the ring is for
+
+struct opened {
+    struct loop_op op;
+    struct loop *loop;
+    int res;
+};
+
+static void opened_done(struct loop_op *op, int res, uint32_t flags)
+{
+    struct opened *o = container_of(op, struct opened, op);
+    o->res = res;
+    loop_stop(o->loop);
+}
+
+START_TEST(ring_opens_no_files)
+{
+    struct loop *loop = loop_new();
+    struct opened o = {.op = {opened_done}, .loop = loop};
+    struct io_uring_sqe *sqe = loop_sqe(loop, &o.op);
+    io_uring_prep_openat(sqe, AT_FDCWD, "/dev/null", O_RDONLY, 0);
+    io_uring_sqe_set_data(sqe, &o.op);
+    run(loop);
+    ck_assert_int_eq(o.res, -EACCES);
+    loop_destroy(loop);
+}
+END_TEST
+
 int main(void)
 {
     TCase *tc = tcase_create("loop");
     tcase_set_timeout(tc, 60);
+    tcase_add_test(tc, ring_opens_no_files);
     tcase_add_test(tc, watch_sees_every_write);
     tcase_add_test(tc, watch_sees_what_was_there_before);
     tcase_add_test(tc, unwatched_is_not_called_again);

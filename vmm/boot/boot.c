@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "vmm/boot/loader.h"
@@ -137,20 +138,54 @@ int boot_load_images(struct ram *ram, const struct boot_config *config, const st
     return load_dispatch(&load, err);
 }
 
+struct boot_files {
+    struct image kernel, initrd;
+    bool has_initrd;
+};
+
+int boot_open(struct boot_files **out, const struct boot_config *config, struct error *err)
+{
+    struct boot_files *files = calloc(1, sizeof(*files));
+    if (!files)
+        return error_set(err, -ENOMEM, "no memory to load %s", config->kernel);
+    files->initrd.fd = -1;
+    int ret = image_open(&files->kernel, "kernel", config->kernel, err);
+    if (!ret && config->initrd) {
+        ret = image_open(&files->initrd, "initrd", config->initrd, err);
+        files->has_initrd = true;
+    }
+    if (ret) {
+        boot_close(files);
+        return ret;
+    }
+    *out = files;
+    return 0;
+}
+
+void boot_close(struct boot_files *files)
+{
+    if (!files)
+        return;
+    image_close(&files->kernel);
+    image_close(&files->initrd);
+    free(files);
+}
+
+int boot_load_files(struct ram *ram, const struct boot_config *config,
+                    const struct boot_files *files, struct boot_entry *entry, struct error *err)
+{
+    return boot_load_images(ram, config, &files->kernel, files->has_initrd ? &files->initrd : NULL,
+                            entry, err);
+}
+
 int boot_load(struct ram *ram, const struct boot_config *config, struct boot_entry *entry,
               struct error *err)
 {
-    struct image kernel, initrd;
-    int ret = image_open(&kernel, "kernel", config->kernel, err);
+    struct boot_files *files;
+    int ret = boot_open(&files, config, err);
     if (ret)
         return ret;
-    if (config->initrd)
-        ret = image_open(&initrd, "initrd", config->initrd, err);
-    if (!ret) {
-        ret = boot_load_images(ram, config, &kernel, config->initrd ? &initrd : NULL, entry, err);
-        if (config->initrd)
-            image_close(&initrd);
-    }
-    image_close(&kernel);
+    ret = boot_load_files(ram, config, files, entry, err);
+    boot_close(files);
     return ret;
 }

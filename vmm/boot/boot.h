@@ -42,6 +42,14 @@ struct boot_entry {
 const char *boot_protocol_name(enum boot_protocol protocol);
 int boot_protocol_parse(const char *text, enum boot_protocol *protocol, struct error *err);
 
+// Kernel and initrd, opened: what a guest was started from, whatever becomes of the names.
+struct boot_files;
+int boot_open(struct boot_files **files, const struct boot_config *config, struct error *err);
+void boot_close(struct boot_files *files); // NULL is fine
+
 // Loads kernel, initrd and command line, writes page tables, GDT and boot information.
+int boot_load_files(struct ram *ram, const struct boot_config *config,
+                    const struct boot_files *files, struct boot_entry *entry, struct error *err);
+// The same with the files that `config` names.
 int boot_load(struct ram *ram, const struct boot_config *config, struct boot_entry *entry,
               struct error *err);

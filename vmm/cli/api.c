@@ -532,6 +532,7 @@ static const struct schema_field machine_patch_fields[] = {
     {"vcpu_count", SCHEMA_INTEGER, .min = 1, .max = VM_MAX_VCPUS},
     {"mem_size_mib", SCHEMA_INTEGER, .min = RAM_MIN / MiB, .max = RAM_MAX / MiB},
     {"smt", SCHEMA_BOOL},
+    {"ht_enabled", SCHEMA_BOOL},
     {"track_dirty_pages", SCHEMA_BOOL},
     {NULL},
 };
@@ -579,10 +580,11 @@ static const struct {
     const char *section;
     struct control_route route;
 } routes[] = {
-    {NULL, {"GET", "/", "who this is", 0, NULL, get_root}},
-    {NULL, {"GET", "/version", "version", 0, NULL, get_version}},
-    {NULL, {"GET", "/vm/config", "everything that was configured", 0, NULL, get_config}},
-    {NULL, {"GET", "/machine-config", "vCPUs and memory", 0, NULL, get_machine}},
+    {NULL, {"GET", "/", "who this is", 0, NULL, get_root, .at_once = true}},
+    {NULL, {"GET", "/version", "version", 0, NULL, get_version, .at_once = true}},
+    {NULL,
+     {"GET", "/vm/config", "everything that was configured", 0, NULL, get_config, .at_once = true}},
+    {NULL, {"GET", "/machine-config", "vCPUs and memory", 0, NULL, get_machine, .at_once = true}},
     {"machine-config", {"PUT", "/machine-config", "vCPUs and memory", BEFORE, NULL, put_machine}},
     {NULL, {"PATCH", "/machine-config", "some of it", BEFORE, machine_patch_fields, patch_machine}},
     {"boot-source",
@@ -596,7 +598,7 @@ static const struct {
      {"PATCH", "/network-interfaces/{iface_id}", "limits", LIVE, patch_net_fields, patch_net}},
     {"vsock", {"PUT", "/vsock", "sockets between guest and host", BEFORE, NULL, put_vsock}},
     {"balloon", {"PUT", "/balloon", "a memory balloon", BEFORE, NULL, put_balloon}},
-    {NULL, {"GET", "/balloon", "as configured", 0, NULL, get_balloon}},
+    {NULL, {"GET", "/balloon", "as configured", 0, NULL, get_balloon, .at_once = true}},
     {NULL, {"PATCH", "/balloon", "a new target", LIVE, patch_balloon_fields, patch_balloon}},
     {NULL, {"GET", "/balloon/statistics", "what the guest says", LIVE, NULL, get_balloon_stats}},
     {NULL,

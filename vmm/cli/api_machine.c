@@ -36,6 +36,7 @@ static const struct schema_field machine_fields[] = {
     {"vcpu_count", SCHEMA_INTEGER, .required = true, .min = 1, .max = VM_MAX_VCPUS},
     {"mem_size_mib", SCHEMA_INTEGER, .required = true, .min = RAM_MIN / MiB, .max = RAM_MAX / MiB},
     {"smt", SCHEMA_BOOL},
+    {"ht_enabled", SCHEMA_BOOL}, // its name before Firecracker 1.0; clients still send it
     {"track_dirty_pages", SCHEMA_BOOL},
     {"huge_pages", SCHEMA_STRING, .choices = huge_pages},
     {"cpu_template", SCHEMA_STRING, .choices = templates},
@@ -178,8 +179,10 @@ int api_section_check(const char *section, json_t *body, struct error *err)
                         "guest_mac '%s': expected a unicast address like "
                         "06:00:ac:10:00:02",
                         text_of(body, "guest_mac"));
-    } else if (!strcmp(section, "machine-config") && is_true(body, "smt")) {
-        ret = error_set(err, -ENOTSUP, "smt true: vCPUs of one core are not offered");
+    } else if (!strcmp(section, "machine-config") &&
+               (is_true(body, "smt") || is_true(body, "ht_enabled"))) {
+        ret = error_set(err, -ENOTSUP, "%s true: vCPUs of one core are not offered",
+                        is_true(body, "smt") ? "smt" : "ht_enabled");
     }
     return ret;
 }

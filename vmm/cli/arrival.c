@@ -100,13 +100,15 @@ static int announce(struct errand *e)
     // A guest that runs is worth more than its control socket.
     if (session_listen(s, &err) || session_serve(s, &err))
         log_write(&s->vm->log, LOG_ERROR, "no control socket: %s", err.text);
-    return 0;
+    return session_confine(s, e->err);
 }
 
 static void arrived(void *context, struct vm *vm)
 {
-    struct errand e = {.arrival = context, .fn = announce};
-    errand_wait(&e);
+    struct error err;
+    struct errand e = {.arrival = context, .fn = announce, .err = &err};
+    if (errand_wait(&e))
+        vm_request_stop(vm, VM_STOP_ERROR, 0, "%s", err.text);
 }
 
 // In the receiving thread: the loop's may stand still for want of a page.
@@ -140,6 +142,7 @@ static void *receive_main(void *arg)
 {
     struct arrival *a = arg;
     struct receive_report report;
+    seccomp_enter_or_abort(SECCOMP_WORKER, a->session->options->vm.seccomp);
     a->ret = receive_run(a->receive, &a->vm, &report, &a->err);
     a->done_call = (struct loop_call) {receive_done, a, NULL};
     loop_call(a->session->loop, &a->done_call);

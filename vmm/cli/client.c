@@ -129,6 +129,23 @@ int cli_stop(int argc, char **argv)
     return call("PUT", "/stop", json_pack("{s:b}", "powerbutton", (int)args.powerbutton), &args);
 }
 
+int cli_reset(int argc, char **argv)
+{
+    struct client_args args;
+    struct error err;
+    int ret =
+        parse(argc, argv,
+              "ferry reset NAME [--json]\n\n"
+              "Starts the guest again from its kernel, at once, as a reset button does: what "
+              "it has not\nflushed is lost. Process, name, sockets and console stay. A paused "
+              "VM stays paused.\n"
+              "example: ferry reset web",
+              1, false, &args, &err);
+    if (ret)
+        return ret > 0 ? EXIT_OK : cli_fail(&err);
+    return call("PUT", "/reset", NULL, &args);
+}
+
 int cli_snapshot(int argc, char **argv)
 {
     struct client_args args;

@@ -77,8 +77,10 @@ json_t *session_info(struct session *s)
     if (vm) {
         json_t *vcpus = json_array();
         for (unsigned i = 0; i < vm->nr_vcpus; i++)
-            json_array_append_new(vcpus, json_pack("{s:i, s:I}", "index", (int)i, "exits",
-                                                   (json_int_t)atomic_load(&vm->vcpus[i].exits)));
+            json_array_append_new(vcpus,
+                                  json_pack("{s:i, s:I, s:o}", "index", (int)i, "exits",
+                                            (json_int_t)atomic_load(&vm->vcpus[i].exits),
+                                            "handling", histogram_show(&vm->vcpus[i].handling)));
         json_object_set_new(info, "memory_bytes", json_integer((json_int_t)vm->ram.size));
         json_object_set_new(info, "vcpus", vcpus);
         json_object_set_new(info, "devices", devices_show(s));
@@ -97,7 +99,9 @@ static void get_info(struct control_request *req, json_t *args, void *context)
 
 static void get_metrics(struct control_request *req, json_t *args, void *context)
 {
-    json_t *info = session_info(context);
+    struct session *s = context;
+    json_t *info = session_info(s);
+    json_object_set_new(info, "api_latency", histogram_show(control_latency(s->control)));
     autofree char *text = metrics_text(info);
     json_decref(info);
     control_reply_text(req, "text/plain; version=0.0.4", text ? text : "");
@@ -163,6 +167,15 @@ static void put_stop(struct control_request *req, json_t *args, void *context)
         loop_stop(s->loop);
 }
 
+static void put_reset(struct control_request *req, json_t *args, void *context)
+{
+    struct error err;
+    if (session_reset(context, "`ferry reset`", &err))
+        control_reply_error(req, &err);
+    else
+        control_reply_ok(req, NULL);
+}
+
 static void get_events(struct control_request *req, json_t *args, void *context)
 {
     struct session *s = context;
@@ -186,13 +199,15 @@ enum {
 };
 
 static const struct control_route routes[] = {
-    {"GET", "/info", "name, state, memory, vCPUs, devices", 0, NULL, get_info},
-    {"GET", "/metrics/prometheus", "the same figures as text for Prometheus", 0, NULL, get_metrics},
+    {"GET", "/info", "name, state, memory, vCPUs, devices", 0, NULL, get_info, .at_once = true},
+    {"GET", "/metrics/prometheus", "the same figures as text for Prometheus", 0, NULL, get_metrics,
+     .at_once = true},
     {"PATCH", "/devices", "change devices: {\"settings\": {\"disk0.size\": \"2G\", ...}}", BUILT,
      devices_fields, patch_devices},
     {"PATCH", "/vm", "pause or resume", LIVE, vm_fields, patch_vm},
     {"PUT", "/stop", "end the VM; {\"powerbutton\": true} asks the guest first",
      BUILT | LIFE_BIT(LIFE_CREATED) | LIFE_BIT(LIFE_STOPPING), stop_fields, put_stop},
+    {"PUT", "/reset", "start the guest again from its kernel, at once", LIVE, NULL, put_reset},
     {"GET", "/events", "changes of state, a line each, until the VM ends", 0, NULL, get_events},
 };
 

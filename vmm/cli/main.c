@@ -15,6 +15,7 @@ static const struct cli_command commands[] = {
     {"pause", cli_pause, "stop a VM's vCPUs"},
     {"resume", cli_resume, "let a paused VM go on"},
     {"stop", cli_stop, "end a VM (--powerbutton asks the guest)"},
+    {"reset", cli_reset, "start a VM's guest again, at once"},
     {"kill", cli_kill, "end a VM's process at once"},
     {"rm", cli_rm, "remove what a dead VM left"},
     {"prune", cli_prune, "remove what all dead VMs left"},

@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "vmm/histogram.h"
 #include "vmm/life.h"
 #include "vmm/util.h"
 
@@ -78,6 +79,8 @@ json_t *metrics_flat(json_t *figures)
     json_object_foreach(figures, key, value)
     {
         json_object_set(flat, key, value);
+        if (!strcmp(key, "latency"))
+            continue; // histograms have a place of their own
         json_object_foreach(value, inner_key, inner)
         {
             snprintf(name, sizeof(name), "%s_%s", key, inner_key);
@@ -86,6 +89,71 @@ json_t *metrics_flat(json_t *figures)
     }
     return flat;
 }
+
+// --- histograms
+
+// Its buckets cumulative, as the format wants them. `labels`: names and values in turn, up to NULL;
+// may be NULL.
+static void histogram_print(FILE *out, json_t *info, const char *name, const char *const *labels,
+                            json_t *histogram)
+{
+    char names[256] = "";
+    size_t len = 0;
+    for (; labels && labels[0]; labels += 2)
+        len +=
+            (size_t)snprintf(names + len, sizeof(names) - len, ",%s=\"%s\"", labels[0], labels[1]);
+    json_int_t count = 0;
+    json_t *buckets = json_object_get(histogram, "le_ns");
+    for (unsigned i = 0; i < HISTOGRAM_BUCKETS; i++) {
+        char bound[24] = "+Inf";
+        if (i < HISTOGRAM_BUCKETS - 1)
+            snprintf(bound, sizeof(bound), "%llu", (unsigned long long)histogram_bound_ns(i));
+        count += json_integer_value(json_object_get(buckets, bound));
+        fprintf(out, "%s_bucket", name);
+        vm_label(out, info);
+        if (i < HISTOGRAM_BUCKETS - 1)
+            fprintf(out, "%s,le=\"%.15g\"} %lld\n", names, (double)histogram_bound_ns(i) * 1e-9,
+                    (long long)count);
+        else
+            fprintf(out, "%s,le=\"+Inf\"} %lld\n", names, (long long)count);
+    }
+    fprintf(out, "%s_sum", name);
+    vm_label(out, info);
+    fprintf(out, "%s} %.15g\n%s_count", names,
+            (double)json_integer_value(json_object_get(histogram, "sum_ns")) * 1e-9, name);
+    vm_label(out, info);
+    fprintf(out, "%s} %lld\n", names, (long long)count);
+}
+
+static void histograms(FILE *out, json_t *info)
+{
+    size_t i;
+    const char *device, *kind;
+    json_t *figures, *histogram;
+    static const char disk[] = "ferry_disk_request_seconds", exit[] = "ferry_vcpu_exit_seconds",
+                      api[] = "ferry_api_request_seconds";
+    head(out, disk, "histogram", "from the guest's queue until the answer");
+    json_object_foreach(json_object_get(info, "devices"), device, figures)
+    {
+        json_object_foreach(json_object_get(figures, "latency"), kind, histogram)
+        {
+            const char *const labels[] = {"device", device, "op", kind, NULL};
+            histogram_print(out, info, disk, labels, histogram);
+        }
+    }
+    head(out, exit, "histogram", "how long Ferry worked on an exit, of one in sixteen");
+    json_array_foreach(json_object_get(info, "vcpus"), i, figures)
+    {
+        char number[24];
+        snprintf(number, sizeof(number), "%zu", i);
+        const char *const labels[] = {"vcpu", number, NULL};
+        histogram_print(out, info, exit, labels, json_object_get(figures, "handling"));
+    }
+    head(out, api, "histogram", "from the whole request until the answer");
+    histogram_print(out, info, api, NULL, json_object_get(info, "api_latency"));
+}
+
+// --- devices
 
 // Whether an earlier device has this figure: its head is printed once for all.
 static bool seen_before(json_t *devices, const char *device, const char *key)
@@ -164,6 +232,7 @@ char *metrics_text(json_t *info)
     vcpus(out, info, "exits", "ferry_vcpu_exits_total", 1, "exits of the vCPU to user space");
     vcpus(out, info, "cpu_ns", "ferry_vcpu_cpu_seconds_total", 1e-9,
           "CPU time of the vCPU's thread");
+    histograms(out, info);
     devices_print(out, info);
     fclose(out);
     return text;

@@ -8,7 +8,7 @@
 
 #include "devices/virtio_console.h"
 
-enum { OPTIONS_MAX = 40, CONFIG_FILE_MAX = 1024 * 1024 };
+enum { OPTIONS_MAX = 64, CONFIG_FILE_MAX = 1024 * 1024 };
 
 struct option_row {
     const char *name;
@@ -130,6 +130,14 @@ static int set_stop_timeout(struct vm_options *o, const char *value, struct erro
     return 0;
 }
 
+static int set_on_reboot(struct vm_options *o, const char *value, struct error *err)
+{
+    if (strcmp(value, "stop") && strcmp(value, "reset"))
+        return error_set(err, -EINVAL, "'%s': expected stop or reset", value);
+    o->reboots = !strcmp(value, "reset");
+    return 0;
+}
+
 static int set_log_format(struct vm_options *o, const char *value, struct error *err)
 {
     if (strcmp(value, "text") && strcmp(value, "json"))
@@ -245,6 +253,16 @@ static int set_trace(struct vm_options *o, const char *value, struct error *err)
     return set_bool(&o->vm.trace, value, err);
 }
 
+static int set_seccomp(struct vm_options *o, const char *value, struct error *err)
+{
+    return seccomp_mode_parse(value, &o->vm.seccomp, err);
+}
+
+static int set_jail(struct vm_options *o, const char *value, struct error *err)
+{
+    return jail_parse(value, &o->jail, err);
+}
+
 static int set_config(struct vm_options *o, const char *value, struct error *err)
 {
     return options_load(o, FOR_RUN, value, err);
@@ -292,12 +310,21 @@ static const struct option_row rows[] = {
     {"stop-timeout", 0, FOR_ALL, false, "SECONDS",
      "SIGTERM presses the power button and leaves the guest so long to end (default 10; 0: none)",
      set_stop_timeout, 0},
+    {"on-reboot", 0, FOR_RUN, false, "WHAT",
+     "a guest that reboots, or whose processor faults three times over: stop (default) or reset",
+     set_on_reboot, 0},
     {"trace", 't', FOR_ALL, false, NULL, "print each exit, and a table of them at the end",
      set_trace, 0},
     {"log", 0, FOR_ALL, false, "LEVEL", "error, warn, info (default), debug", set_log, 0},
     {"log-format", 0, FOR_ALL, false, "KIND",
      "text (default) or json; with priorities where stderr is systemd's journal", set_log_format,
      0},
+    {"jail", 0, FOR_RUN, false, "DIR[,...]",
+     "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH[,FILE=VALUE]...]",
+     set_jail, 0},
+    {"seccomp", 0, FOR_ALL, false, "MODE",
+     "filter the system calls of each thread: on (default), off, or log what a filter would stop",
+     set_seccomp, 0},
     {"ucall", 0, FOR_RUN, true, NULL, "answer the test guests of guest/bare", set_ucall, 0},
     {"debug-exit", 0, FOR_RUN, true, NULL, "let the guest end the VM through port 0xf4",
      set_debug_exit, 0},
@@ -315,6 +342,7 @@ void options_init(struct vm_options *o)
     o->vm.cpus = 1;
     o->vm.ram.size = 128 * MiB;
     o->vm.log_level = LOG_INFO;
+    o->vm.seccomp = SECCOMP_DEFAULT;
     console_parse("stdio", &o->console, NULL);
 }
 
@@ -653,5 +681,6 @@ json_t *options_json(const struct vm_options *o)
     }
     devices_describe(o, false, json);
     json_object_set_new(json, "boot", json_string(boot_protocol_name(o->boot.protocol)));
+    json_object_set_new(json, "on-reboot", json_string(o->reboots ? "reset" : "stop"));
     return json;
 }

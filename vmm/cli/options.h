@@ -10,6 +10,7 @@
 #include "devices/console.h"
 #include "devices/virtio_kinds.h"
 #include "vmm/boot/boot.h"
+#include "vmm/cli/jail.h"
 #include "vmm/error.h"
 #include "vmm/vm.h"
 
@@ -33,10 +34,11 @@ struct vm_options {
     char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file;
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
+    struct jail_config jail;
     unsigned stop_timeout_s; // for a guest that was asked to end; 0: it is not asked
     bool pci;                // transport of the virtio devices
     bool console_given;      // by an option, not by default
-    bool dry_run, mark, ucall, debug_exit, control, vmgenid;
+    bool dry_run, mark, ucall, debug_exit, control, vmgenid, reboots;
 };
 
 void options_init(struct vm_options *o);

@@ -42,6 +42,11 @@ int cli_run(int argc, char **argv)
     }
 
     int status;
+    ret = *options.jail.dir && !options.dry_run ? jail_begin(&options, &status, &err) : 0;
+    if (ret) {
+        options_free(&options);
+        return ret > 0 ? status : cli_fail(&err);
+    }
     ret = session_init(&session, &options, &err);
     if (!ret && options.config_file)
         ret = api_take_file(&session, options.config_file, &err);

@@ -86,9 +86,13 @@ static int signals_watch(struct session *s, struct error *err)
     return loop_watch(s->loop, &s->signals, s->signal_fd, POLLIN, signal_ready, err);
 }
 
+static void reboot_call(struct session *s);
+
 static void state_changed(enum life_state from, enum life_state to, void *arg)
 {
     struct session *s = arg;
+    if (s->vm && atomic_load(&s->vm->resetting)) // a reboot that had to wait may go on
+        reboot_call(s);
     if (s->control)
         control_broadcast(s->control, json_pack("{s:s, s:s, s:s}", "type", "state", "from",
                                                 life_name(from), "to", life_name(to)));
@@ -105,7 +109,7 @@ static void control_publish(struct session *s, struct control *control)
 
 int session_init(struct session *s, struct vm_options *options, struct error *err)
 {
-    *s = (struct session) {.options = options, .signal_fd = -1};
+    *s = (struct session) {.options = options, .signal_fd = -1, .usage.statm_fd = -1};
     life_init(&s->life);
     s->life.changed = state_changed;
     s->life.arg = s;
@@ -157,7 +161,10 @@ static int kernel_load(struct session *s, struct error *err)
     o->boot.initrd = o->initrd;
     o->boot.cmdline = cmdline;
     o->boot.rsdp = s->board.rsdp;
-    ret = boot_load(&s->vm->ram, &o->boot, &entry, err);
+    if (!s->boot_files)
+        ret = boot_open(&s->boot_files, &o->boot, err);
+    if (!ret)
+        ret = boot_load_files(&s->vm->ram, &o->boot, s->boot_files, &entry, err);
     o->boot.cmdline = NULL;
     return ret ? ret : vm_set_entry(s->vm, &entry, err);
 }
@@ -182,6 +189,19 @@ void session_device_name(const struct session *s, unsigned i, char name[DEVICE_N
     snprintf(name, DEVICE_NAME_MAX, "%s%u", devices[i].kind->name, number);
 }
 
+static void guest_reboots(struct vm *vm, void *arg);
+
+static struct board_config board_of(const struct session *s)
+{
+    const struct vm_options *o = s->options;
+    return (struct board_config) {.console = s->console,
+                                  .debug_exit = o->debug_exit,
+                                  .virtio = s->windows,
+                                  .nr_virtio = o->pci ? 0 : o->nr_devices,
+                                  .pci = o->pci,
+                                  .vmgenid = o->vmgenid};
+}
+
 int session_build(struct session *s, struct error *err)
 {
     struct vm_options *o = s->options;
@@ -202,20 +222,19 @@ int session_build(struct session *s, struct error *err)
         s->windows[i] = virtio_mmio_window(i);
     static const struct ucall_config ucall = {0}; // defaults only
     const struct mark_config mark = {.start_ns = cli_start_ns, .fd = STDERR_FILENO};
-    const struct board_config board = {.console = s->console,
-                                       .ucall = o->ucall ? &ucall : NULL,
-                                       .debug_exit = o->debug_exit,
-                                       .mark = o->mark ? &mark : NULL,
-                                       .virtio = s->windows,
-                                       .nr_virtio = o->pci ? 0 : o->nr_devices,
-                                       .pci = o->pci,
-                                       .vmgenid = o->vmgenid};
+    struct board_config board = board_of(s);
+    board.ucall = o->ucall ? &ucall : NULL;
+    board.mark = o->mark ? &mark : NULL;
     ret = board_create(s->vm, &board, &s->board, err);
     for (unsigned i = 0; i < o->nr_devices && !ret; i++)
         ret = virtio_add(s, i, err);
+    if (ret || !o->kernel)
+        return ret;
+    ret = kernel_load(s, err);
     if (ret)
         return ret;
-    return o->kernel ? kernel_load(s, err) : 0;
+    s->vm->on_reset = o->reboots ? guest_reboots : NULL;
+    return vm_power_on_keep(s->vm, err);
 }
 
 void session_vm_drop(struct session *s)
@@ -225,6 +244,73 @@ void session_vm_drop(struct session *s)
     vm_destroy(s->vm);
     s->vm = NULL;
     s->board = (struct board) {0};
+    boot_close(s->boot_files);
+    s->boot_files = NULL;
+}
+
+// --- reset
+
+static int start_again(struct session *s, struct error *err)
+{
+    const struct board_config board = board_of(s);
+    int ret = vm_pause(s->vm, err);
+    if (!ret)
+        ret = board_reset(s->vm, &board, &s->board, err);
+    return ret ? ret : kernel_load(s, err);
+}
+
+int session_reset(struct session *s, const char *why, struct error *err)
+{
+    enum life_state before = life_get(&s->life);
+    if (s->vm && !vm_power_on_kept(s->vm))
+        return error_set(err, -ENOTSUP,
+                         "VM %s came without its kernel, by migration or from a snapshot: there is "
+                         "nothing to start it from",
+                         s->options->name);
+    int ret = life_move(&s->life, LIFE_STARTING, err);
+    if (ret)
+        return ret;
+    ret = start_again(s, err);
+    if (ret) {
+        vm_request_stop(s->vm, VM_STOP_ERROR, 0, "it cannot start again: %s", err->text);
+        return ret;
+    }
+    log_limited(&s->vm->log, &s->reset_limit, LOG_INFO, "starts again: %s", why);
+    life_move(&s->life, before, NULL);
+    if (before == LIFE_RUNNING)
+        vm_resume(s->vm);
+    return 0;
+}
+
+// In the loop's thread. A guest that is on its way to another host or into a file waits until that
+// has ended (vm_save refuses it); state_changed calls again then.
+static void reboot_now(void *arg)
+{
+    struct session *s = arg;
+    struct error err;
+    atomic_store(&s->reset_called, false);
+    if (!s->vm || !atomic_load(&s->vm->resetting))
+        return;
+    enum life_state state = life_get(&s->life);
+    if (state == LIFE_RUNNING || state == LIFE_PAUSED) {
+        session_reset(s, "its guest rebooted", &err);
+    } else if (state == LIFE_STOPPING) { // it was asked to end, and that is one way
+        s->vm->on_reset = NULL;
+        vm_request_stop(s->vm, VM_STOP_RESET, 0, "the guest reset the machine");
+    }
+}
+
+static void reboot_call(struct session *s)
+{
+    if (atomic_exchange(&s->reset_called, true))
+        return;
+    s->reset_call = (struct loop_call) {reboot_now, s, NULL};
+    loop_call(s->loop, &s->reset_call);
+}
+
+static void guest_reboots(struct vm *vm, void *arg)
+{
+    reboot_call(arg);
 }
 
 static int describe(void *context, struct vm *vm, char **json, struct error *err)
@@ -271,6 +357,15 @@ static int migration_add(struct session *s, struct error *err)
     return ret;
 }
 
+// Behind everything that is opened by a name outside, before the first thread.
+static int jail(struct session *s, struct error *err)
+{
+    const struct jail_config *config = &s->options->jail;
+    if (!*config->dir)
+        return 0;
+    return jail_enter(config, err);
+}
+
 static int socket_open(struct session *s, const char *path, struct error *err)
 {
     struct session_socket *socket = &s->sockets[s->nr_sockets];
@@ -291,7 +386,14 @@ int session_listen(struct session *s, struct error *err)
         ret = socket_open(s, path, err);
     if (ret == -EADDRINUSE)
         error_set(err, ret, "a VM named %s is running (choose another --name)", o->name);
-    return ret || !o->api_sock ? ret : socket_open(s, o->api_sock, err);
+    if (!ret && o->api_sock)
+        ret = socket_open(s, o->api_sock, err);
+    if (!ret && o->control)
+        ret = registry_write(s, err);
+    s->registered = !ret && o->control;
+    if (!ret)
+        ret = usage_open(&s->usage, err);
+    return ret ? ret : jail(s, err);
 }
 
 static int sockets_hand_over(struct session *s, struct error *err)
@@ -308,7 +410,7 @@ int session_serve(struct session *s, struct error *err)
 {
     struct control *control;
     if (!s->nr_sockets)
-        return 0;
+        return s->vm ? session_confine(s, err) : 0;
     int ret = control_create(&control, s->loop, &s->life, err);
     if (ret)
         return ret;
@@ -322,10 +424,18 @@ int session_serve(struct session *s, struct error *err)
         ret = migration_add(s, err);
     if (!ret)
         ret = sockets_hand_over(s, err);
-    if (!ret && s->options->control)
-        ret = registry_write(s, err);
-    s->registered = !ret && s->options->control;
-    return ret ? ret : control_start(s->control, err);
+    if (ret)
+        return ret;
+    control_confine(s->control, s->options->vm.seccomp);
+    ret = control_start(s->control, err);
+    return ret || !s->vm ? ret : session_confine(s, err);
+}
+
+int session_confine(struct session *s, struct error *err)
+{
+    int ret = s->confined ? 0 : seccomp_enter(SECCOMP_LOOP, s->options->vm.seccomp, err);
+    s->confined = !ret;
+    return ret;
 }
 
 int session_start(struct session *s, struct error *err)
@@ -346,11 +456,12 @@ int session_start(struct session *s, struct error *err)
     if (ret)
         return ret;
     vm_resume(s->vm);
-    if (s->registered && registry_write(s, err)) // what it became is known now
+    // What it became is known now. (From a jail the record is out of reach.)
+    if (s->registered && !*s->options->jail.dir && registry_write(s, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
     if (usage_start(&s->usage, s->vm, err))
         log_write(&s->vm->log, LOG_WARN, "%s", err->text);
-    return 0;
+    return s->control ? session_confine(s, err) : 0; // else session_serve does
 }
 
 void session_arrived(struct session *s)
@@ -376,7 +487,7 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
         return ret;
     }
     session_arrived(s);
-    return 0;
+    return session_confine(s, err);
 }
 
 // Said at every level, but for the end that everybody hopes for.
@@ -405,6 +516,8 @@ int session_run(struct session *s)
         arrival_settle(s->arrival);
     if (!s->vm) // an arrival that failed: its error says why; or ended before anything began
         return s->arrival ? EXIT_FAILED : EXIT_OK;
+    if (s->control)
+        control_loop_only(s->control);
     vm_join(s->vm); // what the vCPUs' threads use is taken from here on
     struct vm_stop stop = s->vm->stop;
     // The terminal is as it was before anything more is said.
@@ -449,6 +562,7 @@ void session_destroy(struct session *s)
     loop_destroy(s->loop);
     console_close(s->console); // after the loop, which may still hold its polls
     api_destroy(s->api);
+    usage_close(&s->usage);
     life_destroy(&s->life);
-    *s = (struct session) {.signal_fd = -1};
+    *s = (struct session) {.signal_fd = -1, .usage.statm_fd = -1};
 }

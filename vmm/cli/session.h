@@ -28,6 +28,7 @@ struct session {
     struct usage usage;
     struct control *control;
     bool registered; // vmm/cli/registry.h has a record of this VM
+    bool confined;   // session_confine has been
     struct api *api;
     struct migrate_commands *migrate;
     struct migrate_hooks hooks;
@@ -39,6 +40,10 @@ struct session {
     unsigned nr_sockets;
     struct loop_timer stop_timer; // runs while the guest is asked to end
     unsigned stop_s;
+    struct boot_files *boot_files; // what the guest starts from, NULL if it came otherwise
+    struct loop_call reset_call;
+    struct log_limit reset_limit;
+    atomic_bool reset_called; // it is on its way to the loop
     struct loop_watch signals;
     int signal_fd;
 };
@@ -59,9 +64,15 @@ int session_serve(struct session *s, struct error *err);
 int session_start(struct session *s, struct error *err);
 // A VM that has arrived is running or paused now: says so to the life.
 void session_arrived(struct session *s);
+// From here on the loop's thread makes only the calls of vmm/seccomp.c. After every thread that is
+// not a worker's has been created; once more does nothing.
+int session_confine(struct session *s, struct error *err);
 // Asks the guest to end, by its power button: LIFE_STOPPING. One that has not after `timeout_s` is
 // ended. -ENOTCONN: it does not listen for the button; -EPERM: it does not run.
 int session_ask(struct session *s, unsigned timeout_s, struct error *err);
+// The guest starts again from its kernel, at once: devices reset, memory empty. A paused VM stays
+// paused. -ENOTSUP: it came from a snapshot or another host, without its kernel.
+int session_reset(struct session *s, const char *why, struct error *err);
 // Runs the loop until the VM stops; prints how it ended; the exit status.
 int session_run(struct session *s);
 void session_vm_drop(struct session *s); // the VM alone, before anything works on it

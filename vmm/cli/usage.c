@@ -45,7 +45,7 @@ static void usage_read(struct loop_timer *timer)
 int usage_start(struct usage *u, struct vm *vm, struct error *err)
 {
     const uint64_t period = USAGE_PERIOD_S * 1000000000ull;
-    *u = (struct usage) {.vm = vm, .start_ns = time_ns()};
+    *u = (struct usage) {.vm = vm, .start_ns = time_ns(), .statm_fd = u->statm_fd};
     u->at_ns = u->busy_at_ns = u->start_ns;
     u->vcpu_ns = vcpus_time(vm);
     int ret = loop_timer_init(vm->loop, &u->timer, usage_read, err);
@@ -63,12 +63,26 @@ void usage_stop(struct usage *u)
     u->vm = NULL;
 }
 
-static uint64_t resident_bytes(void)
+int usage_open(struct usage *u, struct error *err)
+{
+    if (u->statm_fd >= 0)
+        return 0;
+    u->statm_fd = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
+    return u->statm_fd < 0 ? error_errno(err, "/proc/self/statm") : 0;
+}
+
+void usage_close(struct usage *u)
+{
+    if (u->statm_fd >= 0)
+        close(u->statm_fd);
+    u->statm_fd = -1;
+}
+
+static uint64_t resident_bytes(int statm_fd)
 {
     char text[128];
     unsigned long long size, resident;
-    autoclose int fd = open("/proc/self/statm", O_RDONLY | O_CLOEXEC);
-    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+    ssize_t n = pread(statm_fd, text, sizeof(text) - 1, 0);
     if (n <= 0)
         return 0;
     text[n] = 0;
@@ -86,7 +100,8 @@ void usage_show(struct usage *u, json_t *out)
                         json_integer((json_int_t)((now - u->busy_at_ns) / 1000000000)));
     json_object_set_new(out, "cpu_permille", json_integer(u->permille));
     json_object_set_new(out, "peak_cpu_permille", json_integer(u->peak_permille));
-    json_object_set_new(out, "resident_bytes", json_integer((json_int_t)resident_bytes()));
+    json_object_set_new(out, "resident_bytes",
+                        json_integer((json_int_t)resident_bytes(u->statm_fd)));
     for (unsigned i = 0; i < u->vm->nr_vcpus; i++)
         json_object_set_new(json_array_get(json_object_get(out, "vcpus"), i), "cpu_ns",
                             json_integer((json_int_t)vcpu_time(&u->vm->vcpus[i])));
