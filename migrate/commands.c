@@ -57,6 +57,7 @@ static json_t *json_progress(const struct migrate_progress *p)
         {"remaining_bytes", p->remaining_bytes},
         {"dirty_bytes", p->dirty_bytes},
         {"dirty_rate", p->dirty_rate},
+        {"throttle_percent", p->throttle},
         {"bandwidth", p->bandwidth},
     };
     json_t *object = json_counts(counts, ARRAY_SIZE(counts));
@@ -101,6 +102,7 @@ static json_t *json_report(const struct migrate_report *r)
         {"demand_pages", r->demand_pages},
         {"discarded_pages", r->discarded_pages},
         {"recoveries", r->recoveries},
+        {"throttle_percent", r->throttle},
         {"faults", r->faults},
         {"requests", r->requests},
         {"state_bytes", r->state_bytes},
@@ -132,6 +134,43 @@ static json_t *json_report(const struct migrate_report *r)
     return object;
 }
 
+// Lists of numbers, times in us from the beginning: rounds have [time, bytes sent, bytes written by
+// the guest meanwhile, us it took], pushes [time, first page, pages], faults [time, page, 1 when
+// the page had to be sent].
+static json_t *json_history(struct history *h, uint64_t pages)
+{
+    json_t *lists[] = {json_array(), json_array(), json_array()};
+    pthread_mutex_lock(&h->lock);
+    for (unsigned i = 0; i < h->nr; i++) {
+        const struct history_event *e = &h->events[i];
+        bool round = e->kind == HISTORY_ROUND;
+        json_t *numbers = json_array();
+        json_array_append_new(numbers, json_count(e->ns / 1000));
+        json_array_append_new(numbers, json_count(e->a));
+        json_array_append_new(numbers, json_count(e->b));
+        if (round)
+            json_array_append_new(numbers, json_count(e->c / 1000));
+        json_array_append_new(lists[e->kind], numbers);
+    }
+    pthread_mutex_unlock(&h->lock);
+    json_t *object = json_object();
+    json_object_set_new(object, "rounds", lists[HISTORY_ROUND]);
+    json_object_set_new(object, "pushes", lists[HISTORY_PUSH]);
+    json_object_set_new(object, "faults", lists[HISTORY_DEMAND]);
+    json_object_set_new(object, "pages", json_count(pages));
+    json_object_set_new(object, "dropped", json_count(h->dropped));
+    return object;
+}
+
+// The report of what this thread did, with its history if it was kept.
+static json_t *json_result(struct migrate_commands *mc, const struct migrate_report *report)
+{
+    json_t *object = json_report(report);
+    if (mc->m.history.events)
+        json_object_set_new(object, "history", json_history(&mc->m.history, mc->vm->ram.pages));
+    return object;
+}
+
 static json_t *json_snapshot(const char *path, const struct snapshot_report *r)
 {
     const struct count counts[] = {
@@ -149,7 +188,7 @@ static json_t *json_snapshot(const char *path, const struct snapshot_report *r)
 static const char *const modes[] = {"precopy", "postcopy", "hybrid", NULL};
 static const char *const prepagings[] = {"none", "push", "forward", "bubble", "multi-bubble", NULL};
 static const char *const compressions[] = {"auto", "always", "none", NULL};
-static const char *const stalls[] = {"continue", "cancel", "switch", "postcopy", NULL};
+static const char *const stalls[] = {"continue", "cancel", "switch", "postcopy", "throttle", NULL};
 enum { DOWNTIME_MAX_MS = 3600 * 1000, ROUNDS_MAX = 1000 * 1000 };
 
 static const struct schema_field migrate_fields[] = {
@@ -159,6 +198,7 @@ static const struct schema_field migrate_fields[] = {
     {"prepaging", SCHEMA_STRING, .choices = prepagings},
     {"compress", SCHEMA_STRING, .choices = compressions},
     {"delta_cache", SCHEMA_INTEGER}, // bytes
+    {"history", SCHEMA_BOOL},     // what happened when, in the reply
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},
@@ -196,6 +236,7 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
         p->downtime_ns = (uint64_t)json_integer_value(downtime) * 1000000;
     if (json_is_integer(bandwidth))
         p->bandwidth = (uint64_t)json_integer_value(bandwidth);
+    p->keep_history = json_is_true(json_object_get(args, "history"));
     if (json_is_integer(delta_cache))
         p->delta_cache = (uint64_t)json_integer_value(delta_cache);
     if (json_is_integer(rounds))
@@ -256,7 +297,7 @@ static void *migrate_main(void *arg)
     mc->report = report;
     mc->have_report = true;
     pthread_mutex_unlock(&mc->lock);
-    finish(mc, ret, &err, json_report(&report));
+    finish(mc, ret, &err, json_result(mc, &report));
     if (!ret) // after the reply is on its way: this ends the loop
         vm_request_stop(mc->vm, VM_STOP_MIGRATED, 0, "to %s", mc->target);
     return NULL;
@@ -272,7 +313,7 @@ static void *recover_main(void *arg)
     pthread_mutex_lock(&mc->lock);
     mc->report = report;
     pthread_mutex_unlock(&mc->lock);
-    finish(mc, ret, &err, json_report(&report));
+    finish(mc, ret, &err, json_result(mc, &report));
     if (!ret)
         vm_request_stop(mc->vm, VM_STOP_MIGRATED, 0, "to %s", mc->target);
     return NULL;
@@ -339,6 +380,8 @@ static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)
     if (ret)
         return ret;
     mc->m.on_progress = on_progress;
+    if (params && params->keep_history)
+        history_start(&mc->m.history);
     mc->m.on_progress_arg = mc;
     if (params)
         mc->params = *params;

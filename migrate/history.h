@@ -5,7 +5,7 @@
 #include <pthread.h>
 #include <stdint.h>
 
-enum { HISTORY_MAX = 32 * 1024 };
+enum { HISTORY_MAX = 16 * 1024 };
 
 enum history_kind {
     HISTORY_ROUND,  // a: bytes sent, b: bytes dirtied meanwhile, c: ns it took

@@ -44,6 +44,7 @@ enum migrate_stall {
     STALL_CANCEL,
     STALL_SWITCH, // stop the guest for longer than the limit
     STALL_POSTCOPY,
+    STALL_THROTTLE, // the guest stands still for a share of its time, more and more, until it fits
 };
 
 struct migrate_params {
@@ -56,6 +57,7 @@ struct migrate_params {
     enum prepage_kind prepaging;       // post-copy: what is sent before it is asked for
     enum pack_when compress;           // pre-copy
     uint64_t delta_cache;              // bytes of copies for what changes only a little; 0 = none
+    bool keep_history;                 // in struct migration, for the reply
     unsigned handshake_ms, idle_ms;    // time-outs
     unsigned ask_ms;                   // how long to ask a destination that did not answer COMMIT
     const struct migrate_hooks *hooks; // only `describe` is used
@@ -95,6 +97,7 @@ struct migrate_report {
     uint64_t discarded_pages;            // post-copy: stale at the destination when it started
     uint64_t faults, requests;           // post-copy, the destination's figures
     struct wire_faults latency;          // of the requests, the destination's figures
+    unsigned throttle;                   // percent, at the end
     uint32_t recoveries;                 // of a post-copy whose link broke
     uint64_t state_bytes, wire_bytes;
     uint64_t total_ns;
@@ -114,6 +117,7 @@ struct migrate_progress {
     uint64_t dirty_rate;           // the same, bytes/s
     uint64_t bandwidth;            // bytes/s, now
     uint64_t expected_downtime_ns; // UINT64_MAX = not known
+    unsigned throttle;             // percent of its time the guest stands still
     uint64_t time_left_ns;         // until everything is sent if the guest goes on like this, same
 };
 

@@ -63,13 +63,14 @@ int migrate_mode_parse(const char *text, enum migrate_mode *mode, struct error *
 
 int migrate_stall_parse(const char *text, enum migrate_stall *stall, struct error *err)
 {
-    static const char *const names[] = {"continue", "cancel", "switch", "postcopy"};
+    static const char *const names[] = {"continue", "cancel", "switch", "postcopy", "throttle"};
     for (unsigned i = 0; i < ARRAY_SIZE(names); i++)
         if (!strcmp(text, names[i])) {
             *stall = (enum migrate_stall)i;
             return 0;
         }
-    return error_set(err, -EINVAL, "on-stall '%s': expected continue, cancel, switch or postcopy",
+    return error_set(err, -EINVAL,
+                     "on-stall '%s': expected continue, cancel, switch, postcopy or throttle",
                      text);
 }
 
@@ -130,6 +131,7 @@ void outgoing_round(struct outgoing *out, uint64_t bytes)
 {
     out->round_start_ns = time_ns();
     out->round_start_bytes = out->main.wire.out;
+    out->round_start_pages = out->report->data_pages;
     out->round_bytes = bytes;
 }
 
@@ -147,6 +149,8 @@ void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t 
     struct migration *m = out->m;
     struct migrate_progress copy;
     uint64_t bytes = out->main.wire.out - out->round_start_bytes;
+    uint64_t data = (out->report->data_pages - out->round_start_pages) * PAGE_SIZE;
+    bytes = data > bytes ? data : bytes; // packed
     uint64_t ns = time_ns() - out->round_start_ns;
     bool sending = phase == MIGRATE_ROUNDS || phase == MIGRATE_PUSHING;
     uint64_t bandwidth =
@@ -160,6 +164,7 @@ void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t 
     m->progress.remaining_bytes = remaining;
     m->progress.bandwidth = bandwidth;
     m->progress.dirty_rate = out->dirty_rate;
+    m->progress.throttle = out->report->throttle;
     m->progress.time_left_ns =
         sending ? time_left(remaining, bandwidth, phase == MIGRATE_ROUNDS ? out->dirty_rate : 0)
                 : UINT64_MAX;
@@ -325,6 +330,7 @@ static int hand_over(struct outgoing *out, bool postcopy, struct error *err)
     uint64_t start = time_ns();
     outgoing_progress(out, MIGRATE_SWITCHING, 0);
     int ret = stop_and_save(out, err);
+    throttle_end(&out->throttle); // not before: the guest would use its last moments
     if (!ret)
         ret = send_rest(out, postcopy, err);
     if (!ret)
@@ -437,6 +443,7 @@ static void outgoing_release(struct outgoing *out)
 {
     postcopy_end(out);
     precopy_hints_end(out);
+    throttle_end(&out->throttle);
     out->report->lz4_pages += out->packer.lz4_pages;
     out->report->lz4_bytes += out->packer.lz4_bytes;
     out->report->delta_pages += out->packer.delta_pages;

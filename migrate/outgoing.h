@@ -5,6 +5,7 @@
 #include "migrate/channel.h"
 #include "migrate/migrate.h"
 #include "migrate/pages.h"
+#include "migrate/throttle.h"
 #include "vmm/stream.h"
 #include "vmm/vm.h"
 
@@ -23,14 +24,15 @@ struct outgoing {
     uint64_t *todo;   // pages still to send
     struct page_batch *batch;
     struct packer packer;
+    struct throttle throttle;
     uint64_t write_bytes, write_ns; // lately: what writing to the link costs
     struct page_presence presence;
     _Atomic uint64_t *hints;                    // NULL unless the guest is giving some
     unsigned version;                           // of the format, agreed on
-    uint64_t bandwidth;                         // estimate, bytes/s
+    uint64_t bandwidth;                         // estimate, bytes of guest memory/s
     uint64_t rtt_ns;                            // measured in the handshake
     uint64_t round_start_ns, round_start_bytes; // of the wire; round_bytes are to be sent
-    uint64_t round_bytes, dirty_rate;
+    uint64_t round_bytes, round_start_pages, dirty_rate;
     struct stream_mem state;
     struct postcopy_source *postcopy; // NULL unless the switch is a post-copy
 };

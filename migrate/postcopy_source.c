@@ -8,6 +8,7 @@
 
 #include "migrate/bitmap.h"
 #include "migrate/outgoing.h"
+#include "migrate/switchover.h"
 
 // Pushed at a time: what a demanded page may find queued before it in this host's send path.
 #define PUSH_PAGES 64
@@ -15,10 +16,11 @@
 #define PUSH_RUNS 256
 
 // Records under way: the destination echoes each. What is under way cannot be reordered any more,
-// and it delays what is asked for, so it is kept near what the link needs to be busy.
+// and it delays what is asked for, so it is kept near what the link needs to be busy: what it
+// delivers in the time of the fastest echo and this, in which a busy host wakes a thread.
 #define WINDOW_MIN 2
 #define WINDOW_MAX 32
-#define QUEUE_NS   2000000ull // an echo later than the fastest by this: too much is under way
+#define QUEUE_NS   2000000ull
 
 #define QUIET_NS 1000000000ull // --prepaging none: so long nobody asks before the rest is pushed
 
@@ -39,8 +41,12 @@ struct postcopy_source {
 
     // The pusher's.
     unsigned window, under_way;
-    uint64_t sent_at[WINDOW_MAX], seq, acked; // of records: a ring, counts
-    uint64_t fastest_ns;                      // echo
+    struct {
+        uint64_t at, bytes, delivered; // delivered: all that was echoed by then
+    } sent[WINDOW_MAX];                // records under way, a ring
+    uint64_t seq, acked;               // counts
+    uint64_t delivered, rate;          // bytes; bytes/s
+    uint64_t fastest_ns;               // echo
     struct wire_end end;
 };
 
@@ -221,25 +227,36 @@ static void claim(struct postcopy_source *ps, struct page_batch *batch)
 // An echo has come: all of the oldest record is placed.
 static void acknowledged(struct postcopy_source *ps)
 {
-    uint64_t took = time_ns() - ps->sent_at[ps->acked++ % WINDOW_MAX];
+    unsigned slot = ps->acked++ % WINDOW_MAX;
+    uint64_t took = time_ns() - ps->sent[slot].at, bytes = ps->sent[slot].bytes;
     ps->under_way--;
+    ps->delivered += bytes;
     ps->fastest_ns = took < ps->fastest_ns ? took : ps->fastest_ns;
-    if (took > ps->fastest_ns + QUEUE_NS)
-        ps->window -= ps->window > WINDOW_MIN;
-    else
-        ps->window += ps->window < WINDOW_MAX;
+    uint64_t sample = switchover_bandwidth(0, ps->delivered - ps->sent[slot].delivered, took);
+    ps->rate -= ps->rate / 32; // the best of late
+    ps->rate = sample > ps->rate ? sample : ps->rate;
+    unsigned __int128 room =
+        (unsigned __int128)ps->rate * (ps->fastest_ns + QUEUE_NS) / 1000000000u;
+    uint64_t window = (uint64_t)(room / (bytes ? bytes : 1));
+    ps->window = window < WINDOW_MIN   ? WINDOW_MIN
+                 : window > WINDOW_MAX ? WINDOW_MAX
+                                       : (unsigned)window;
 }
 
 static int push_batch(struct postcopy_source *ps, struct page_batch *batch, struct error *err)
 {
     struct outgoing *out = ps->out;
+    uint64_t before = out->main.wire.out;
     int ret = page_batch_put(batch, &out->main.wire, 0, err);
     ps->end.data_pages += batch->nr_data;
     ps->end.zero_pages += batch->nr_zero;
     if (ret || out->version < 2)
         return ret;
     struct wire_round round = {.round = (uint32_t)ps->seq, .data_pages = ps->end.data_pages};
-    ps->sent_at[ps->seq++ % WINDOW_MAX] = time_ns();
+    unsigned slot = ps->seq++ % WINDOW_MAX;
+    ps->sent[slot].at = time_ns();
+    ps->sent[slot].bytes = out->main.wire.out - before;
+    ps->sent[slot].delivered = ps->delivered;
     ps->under_way++;
     ret = wire_put(&out->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
     while (!ret && ps->under_way >= ps->window) {

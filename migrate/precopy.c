@@ -123,6 +123,11 @@ static int stalled(struct outgoing *out, bool *stop, bool *postcopy, struct erro
     case STALL_POSTCOPY:
         *postcopy = true;
         break;
+    case STALL_THROTTLE:
+        out->report->throttle =
+            switchover_throttle(out->report->throttle, out->dirty_rate, out->bandwidth);
+        throttle_set(&out->throttle, out->vm, out->report->throttle);
+        return 0;
     case STALL_SWITCH:
         break;
     }
@@ -137,10 +142,14 @@ int precopy_flush(struct outgoing *out, struct error *err)
     return ret ? ret : wire_expect(&out->main.wire, &out->record, WIRE_ROUND, err);
 }
 
-// What a few KiB took says nothing about the link.
-static void bandwidth_update(struct outgoing *out, uint64_t bytes, uint64_t ns)
+// Guest memory a second: `data` bytes of it went as `bytes` over the link. What a few KiB took says
+// nothing about it.
+static void bandwidth_update(struct outgoing *out, uint64_t data, uint64_t bytes, uint64_t ns)
 {
     uint64_t limit = atomic_load(&out->m->bandwidth);
+    if (data > bytes && bytes) // packed: the limit is the link's
+        limit = limit > UINT64_MAX / data ? UINT64_MAX : limit * data / bytes;
+    bytes = data > bytes ? data : bytes;
     if (bytes >= SAMPLE_MIN)
         out->bandwidth = switchover_bandwidth(out->bandwidth, bytes, ns);
     else if (!out->bandwidth)
@@ -195,7 +204,7 @@ void precopy_hints_end(struct outgoing *out)
 // still.
 static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
 {
-    uint64_t start = time_ns(), before = out->main.wire.out;
+    uint64_t start = time_ns(), before = out->main.wire.out, pages = out->report->data_pages;
     outgoing_round(out, bitmap_count(out->todo, out->vm->ram.pages) * PAGE_SIZE);
     int ret = precopy_pass(out, err);
     out->report->rounds++;
@@ -206,7 +215,7 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
     if (ret)
         return ret;
     uint64_t bytes = out->main.wire.out - before, took = time_ns() - start;
-    bandwidth_update(out, bytes, took);
+    bandwidth_update(out, (out->report->data_pages - pages) * PAGE_SIZE, bytes, took);
     ret = ram_dirty_sync(&out->vm->ram, out->todo, NULL, err);
     *dirty = bitmap_count(out->todo, out->vm->ram.pages);
     out->dirty_rate = switchover_bandwidth(0, *dirty * PAGE_SIZE, time_ns() - start);

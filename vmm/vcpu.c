@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include "vmm/layout.h"
 #include "vmm/probe.h"
@@ -278,11 +279,22 @@ static void park(struct vcpu *vcpu)
     pthread_mutex_unlock(&vm->lock);
 }
 
+// Until nobody holds the guest any more; the signal of a kick ends the sleep early.
+static void held(const struct vm *vm)
+{
+    while (atomic_load(&vm->hold) && !should_leave(vm))
+        usleep(200);
+}
+
 // True when the guest may run, false when the thread must end.
 static bool may_run(struct vcpu *vcpu)
 {
     for (;;) {
         set_immediate_exit(vcpu, 0);
+        if (__builtin_expect(atomic_load(&vcpu->vm->hold), 0)) {
+            held(vcpu->vm);
+            set_immediate_exit(vcpu, 0);
+        }
         if (__builtin_expect(!should_leave(vcpu->vm), 1))
             return true;
         if (atomic_load(&vcpu->vm->quit))

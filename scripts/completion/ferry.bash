@@ -52,7 +52,7 @@ _ferry()
         --mode) choices="precopy postcopy hybrid" ;;
         --compress) choices="auto always none" ;;
         --prepaging) choices="none push forward bubble multi-bubble" ;;
-        --on-stall) choices="continue cancel switch postcopy" ;;
+        --on-stall) choices="continue cancel switch postcopy throttle" ;;
         *)
             case $word:$command in
             -*) choices=$(_ferry_options "$ferry" "$command") ;;

@@ -541,6 +541,39 @@ static const struct {
     {STALL_POSTCOPY, 0, MIGRATE_HYBRID},
 };
 
+// Faster than the link, and a limit that can only be met by slowing it: it is slowed, arrives, and
+// is as fast as before.
+START_TEST(test_throttle)
+{
+    struct guest g = {0};
+    struct arrival a;
+    struct migration m;
+    struct migrate_report report;
+    guest_boot(&g, 2, 64 * MiB, 4096, 0, 0);
+    guest_touches_all(&g);
+    arrival_start(&a, &g);
+    struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
+    p.bandwidth = 50000000; // all 16 MiB of it take 330 ms, in which the guest writes all of them
+    p.downtime_ns = 100000000;
+    p.max_rounds = 2;
+    p.on_stall = STALL_THROTTLE;
+    p.compress = PACK_NEVER;
+    OK(migration_init(&m, &err));
+    OK(migrate_out(g.bare->vm, &p, &m, &report, &err));
+    migration_free(&m);
+    ck_assert_int_eq(arrival_join(&a), 0);
+    printf("throttled to %u %% after %u rounds, downtime %llu us\n", report.throttle, report.rounds,
+           (unsigned long long)report.downtime.total / 1000);
+    ck_assert_uint_ge(report.throttle, 10);
+    ck_assert_uint_gt(report.rounds, 2);
+    ck_assert(!atomic_load(&g.bare->vm->hold));
+    guest_end(&g);
+    g.bare = a.host.bare;
+    guest_check(&g);
+    guest_end(&g);
+}
+END_TEST
+
 START_TEST(test_stall_policy)
 {
     struct guest g = {0};
@@ -1122,6 +1155,7 @@ static void add_tests(TCase *tc)
     tcase_add_test(tc, test_deltas);
     tcase_add_test(tc, test_not_converging);
     tcase_add_test(tc, test_stall_policy);
+    tcase_add_test(tc, test_throttle);
     tcase_add_test(tc, test_cut_anywhere);
     tcase_add_test(tc, test_cut_at_the_switch);
     tcase_add_test(tc, test_doubt);

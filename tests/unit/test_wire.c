@@ -639,6 +639,19 @@ START_TEST(test_switchover)
 }
 END_TEST
 
+START_TEST(test_throttle_share)
+{
+    // Writes 8 times what the link takes: one sixteenth of its time is left to it, and 6 % of that.
+    ck_assert_uint_eq(switchover_throttle(0, 800, 100), 94);
+    ck_assert_uint_eq(switchover_throttle(50, 400, 100),
+                      94);                                   // measured while held half of the time
+    ck_assert_uint_eq(switchover_throttle(30, 10, 100), 40); // always a step
+    ck_assert_uint_eq(switchover_throttle(0, 0, 0), 10);
+    ck_assert_uint_eq(switchover_throttle(99, UINT64_MAX, 1), 99);
+    ck_assert_uint_eq(switchover_throttle(95, 1, 0), 99);
+}
+END_TEST
+
 START_TEST(test_latency_buckets)
 {
     struct wire_faults faults = {0};
@@ -682,6 +695,7 @@ int main(void)
     tcase_add_test(tc, test_bitmap);
     tcase_add_test(tc, test_switchover);
     tcase_add_test(tc, test_latency_buckets);
+    tcase_add_test(tc, test_throttle_share);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "vmm/cli/cli.h"
+#include "vmm/cli/migrate_page.h"
 #include "vmm/control.h"
 #include "vmm/util.h"
 
@@ -19,10 +20,11 @@ static const char migrate_usage[] =
     "      --downtime-ms N    longest pause to aim at (default 300)\n"
     "      --bandwidth SIZE   bytes a second at most, e.g. 100M\n"
     "      --max-rounds N     pre-copy rounds before --on-stall applies\n"
-    "      --on-stall WHAT    continue, cancel, switch (pause longer), postcopy\n"
+    "      --on-stall WHAT    continue, cancel, switch (pause longer), postcopy, throttle\n"
     "      --compress WHEN    pre-copy: auto (default: while it pays), always, none\n"
     "      --delta-cache SIZE copies of sent pages, for those that change little (default 64M)\n"
     "      --prepaging HOW    post-copy: none, push, forward, bubble, multi-bubble (default)\n"
+    "      --report FILE      the report as a page with plots (HTML)\n"
     "  -j, --json             the report as JSON\n"
     "  -q, --quiet            no progress\n\n"
     "ferry migrate status NAME         the migration under way, or how the last one ended\n"
@@ -53,6 +55,7 @@ struct migrate_args {
     json_t *request;
     bool json, quiet;
     const struct migrate_verb *verb;
+    const char *report;
 };
 
 static int put_number(json_t *request, const char *key, const char *text, uint64_t unit,
@@ -83,6 +86,10 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
         return 0;
     case 'D':
         return put_number(a->request, "delta-cache", optarg, 1, err);
+    case 'R':
+        a->report = optarg;
+        json_object_set_new(a->request, "history", json_true());
+        return 0;
     case 'p':
         json_object_set_new(a->request, "prepaging", json_string(optarg));
         return 0;
@@ -119,6 +126,7 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
                                           {"on-stall", required_argument, NULL, 's'},
                                           {"compress", required_argument, NULL, 'c'},
                                           {"delta-cache", required_argument, NULL, 'D'},
+                                          {"report", required_argument, NULL, 'R'},
                                           {"prepaging", required_argument, NULL, 'p'},
                                           {"json", no_argument, NULL, 'j'},
                                           {"quiet", no_argument, NULL, 'q'},
@@ -175,6 +183,8 @@ static void show_progress(json_t *event, void *arg)
             (long long)(all > 0 && left <= all ? (all - left) * 100 / all : 0),
             (long long)(left >> 20), (double)event_number(event, "bandwidth") / (1 << 20),
             (double)event_number(event, "dirty_rate") / (1 << 20));
+    if (event_number(event, "throttle_percent"))
+        fprintf(stderr, "  held %lld %%", (long long)event_number(event, "throttle_percent"));
     if (json_object_get(event, "expected_downtime_us"))
         fprintf(stderr, "  downtime %.1f ms",
                 (double)event_number(event, "expected_downtime_us") / 1000);
@@ -216,6 +226,9 @@ int cli_migrate(int argc, char **argv)
     json_decref(args.request);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
+    if (args.report)
+        ret = migrate_page_write(args.report, argv[optind], report, &err);
+    json_object_del(report, "history"); // the page has it
     if (args.json) {
         json_dumpf(report, stdout, JSON_INDENT(2));
         printf("\n");
@@ -223,5 +236,5 @@ int cli_migrate(int argc, char **argv)
         print_report(report, 0);
     }
     json_decref(report);
-    return EXIT_OK;
+    return ret ? cli_fail(&err) : EXIT_OK;
 }
