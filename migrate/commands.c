@@ -185,7 +185,7 @@ static json_t *json_snapshot(const char *path, const struct snapshot_report *r)
 
 // --- arguments
 
-static const char *const modes[] = {"precopy", "postcopy", "hybrid", NULL};
+static const char *const modes[] = {"precopy", "postcopy", "hybrid", "local", NULL};
 static const char *const prepagings[] = {"none", "push", "forward", "bubble", "multi-bubble", NULL};
 static const char *const compressions[] = {"auto", "always", "none", NULL};
 static const char *const stalls[] = {"continue", "cancel", "switch", "postcopy", "throttle", NULL};
@@ -198,7 +198,7 @@ static const struct schema_field migrate_fields[] = {
     {"prepaging", SCHEMA_STRING, .choices = prepagings},
     {"compress", SCHEMA_STRING, .choices = compressions},
     {"delta_cache", SCHEMA_INTEGER}, // bytes
-    {"history", SCHEMA_BOOL},     // what happened when, in the reply
+    {"history", SCHEMA_BOOL},        // what happened when, in the reply
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},

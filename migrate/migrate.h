@@ -36,6 +36,7 @@ enum migrate_mode {
     MIGRATE_PRECOPY,
     MIGRATE_POSTCOPY, // at once
     MIGRATE_HYBRID,   // post-copy after one round of pre-copy
+    MIGRATE_LOCAL,    // on the same host: memory is handed over, not copied
 };
 
 // What to do when pre-copy has done max_rounds and still does not fit the downtime limit.

@@ -43,7 +43,7 @@ const char *migrate_phase_name(enum migrate_phase phase)
     return names[phase];
 }
 
-static const char *const mode_names[] = {"precopy", "postcopy", "hybrid"};
+static const char *const mode_names[] = {"precopy", "postcopy", "hybrid", "local"};
 
 const char *migrate_mode_name(enum migrate_mode mode)
 {
@@ -57,8 +57,8 @@ int migrate_mode_parse(const char *text, enum migrate_mode *mode, struct error *
             *mode = (enum migrate_mode)i;
             return 0;
         }
-    return error_set(err, -EINVAL, "migration mode '%s': expected precopy, postcopy or hybrid",
-                     text);
+    return error_set(err, -EINVAL,
+                     "migration mode '%s': expected precopy, postcopy, hybrid or local", text);
 }
 
 int migrate_stall_parse(const char *text, enum migrate_stall *stall, struct error *err)
@@ -203,7 +203,8 @@ static int say_hello(struct outgoing *out, struct channel *c, enum wire_connecti
 
 static bool may_postcopy(const struct migrate_params *p)
 {
-    return p->mode != MIGRATE_PRECOPY || p->on_stall == STALL_POSTCOPY;
+    return p->mode == MIGRATE_POSTCOPY || p->mode == MIGRATE_HYBRID ||
+           (p->mode == MIGRATE_PRECOPY && p->on_stall == STALL_POSTCOPY);
 }
 
 static int send_machine(struct outgoing *out, struct error *err)
@@ -212,7 +213,8 @@ static int send_machine(struct outgoing *out, struct error *err)
     int ret = machine_describe(out->vm, out->params->hooks, &machine, err);
     if (ret)
         return ret;
-    machine.flags = may_postcopy(out->params) ? WIRE_MACHINE_POSTCOPY : 0;
+    machine.flags = (may_postcopy(out->params) ? WIRE_MACHINE_POSTCOPY : 0u) |
+                    (out->params->mode == MIGRATE_LOCAL ? WIRE_MACHINE_SHARED : 0u);
     autofree void *meta = NULL;
     size_t len;
     ret = machine_encode(&machine, &meta, &len, err);
@@ -220,17 +222,47 @@ static int send_machine(struct outgoing *out, struct error *err)
     return ret ? ret : wire_put(&out->main.wire, WIRE_MACHINE, 0, meta, len, NULL, 0, err);
 }
 
+static int check_local(const struct outgoing *out, struct error *err)
+{
+    if (out->params->mode != MIGRATE_LOCAL)
+        return 0;
+    if (strncmp(out->params->to, "unix:", 5))
+        return error_set(err, -EINVAL,
+                         "mode local hands memory to a process of this host: expected unix:PATH, "
+                         "not %s",
+                         out->params->to);
+    if (out->vm->ram.memfd < 0 || out->vm->ram.unit != PAGE_SIZE)
+        return error_set(err, -EINVAL,
+                         "mode local: the memory of VM %s cannot be handed over: start it with "
+                         "--backing memfd",
+                         out->vm->name);
+    return 0;
+}
+
+static int hand_memory(struct outgoing *out, struct error *err)
+{
+    struct wire_memory memory = {.size = out->vm->ram.size};
+    if (out->version < 2)
+        return error_set(err, -EPROTONOSUPPORT, "%s is too old for mode local", out->main.name);
+    int ret = wire_put(&out->main.wire, WIRE_MEMORY, 0, &memory, sizeof(memory), NULL, 0, err);
+    return ret ? ret : channel_send_fd(&out->main, out->vm->ram.memfd, err);
+}
+
 static int handshake(struct outgoing *out, struct error *err)
 {
     const struct migrate_params *p = out->params;
     int cancel = out->m->cancel_fd;
-    int ret = channel_connect(&out->main, p->to, cancel, p->handshake_ms, err);
+    int ret = check_local(out, err);
+    if (!ret)
+        ret = channel_connect(&out->main, p->to, cancel, p->handshake_ms, err);
     if (!ret)
         ret = say_hello(out, &out->main, WIRE_MAIN, err);
     if (!ret)
         ret = send_machine(out, err);
     if (!ret)
         ret = wire_expect(&out->main.wire, &out->record, WIRE_READY, err);
+    if (!ret && p->mode == MIGRATE_LOCAL)
+        ret = hand_memory(out, err);
     if (!ret && may_postcopy(p)) {
         ret = channel_connect(&out->demand, p->to, cancel, p->handshake_ms, err);
         if (!ret)

@@ -226,7 +226,9 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
 
 int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
 {
-    *postcopy = out->params->mode != MIGRATE_PRECOPY;
+    *postcopy = out->params->mode == MIGRATE_POSTCOPY || out->params->mode == MIGRATE_HYBRID;
+    if (out->params->mode == MIGRATE_LOCAL)
+        return 0; // nothing to send
     bitmap_fill(out->todo, 0, out->vm->ram.pages, true);
     if (out->params->mode == MIGRATE_POSTCOPY)
         return 0;

@@ -353,13 +353,37 @@ static int take_discard(struct receive *r, struct error *err)
 
 static int take_packed(struct receive *r, struct error *err)
 {
-    if (r->version < 2)
+    if (r->version < 2 || r->machine.flags & WIRE_MACHINE_SHARED)
         return wire_unexpected(&r->main.wire, &r->record, "pages", err);
     if (!r->buffer)
         r->buffer = malloc(WIRE_BATCH_PAGES * PAGE_SIZE);
     if (!r->buffer)
         return error_set(err, -ENOMEM, "no memory to unpack pages");
     return page_intake_packed(&r->intake, &r->main.wire, &r->record, r->buffer, err);
+}
+
+// The same host: the guest's memory itself. It goes on running over there until the switch, so
+// nothing here looks at it before.
+static int take_handed(struct receive *r, struct error *err)
+{
+    struct wire_memory memory;
+    struct ram *ram = &r->vm->ram;
+    wire_fixed(&r->record, &memory, sizeof(memory));
+    if (!(r->machine.flags & WIRE_MACHINE_SHARED) || r->intake.nr_seen)
+        return wire_unexpected(&r->main.wire, &r->record, "pages", err);
+    autoclose int fd = -1;
+    int ret = channel_recv_fd(&r->main, &fd, err);
+    if (!ret && memory.size != ram->size)
+        ret = error_set(err, -EPROTO, "memory record: %llu bytes, the guest has %llu",
+                        (unsigned long long)memory.size, (unsigned long long)ram->size);
+    if (!ret)
+        ret = ram_adopt(ram, fd, err);
+    if (ret)
+        return ret;
+    take_fd(&fd);
+    bitmap_fill(r->intake.seen, 0, ram->pages, true);
+    r->intake.nr_seen = ram->pages;
+    return 0;
 }
 
 // Everything up to PREPARE, which is left in r->record.
@@ -371,7 +395,12 @@ static int take_memory(struct receive *r, struct error *err)
             return ret;
         switch (r->record.header.type) {
         case WIRE_PAGES:
+            if (r->machine.flags & WIRE_MACHINE_SHARED)
+                return wire_unexpected(&r->main.wire, &r->record, "memory, state or prepare", err);
             ret = page_intake_record(&r->intake, &r->main.wire, &r->record, err);
+            break;
+        case WIRE_MEMORY:
+            ret = take_handed(r, err);
             break;
         case WIRE_PACKED:
             ret = take_packed(r, err);

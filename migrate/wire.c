@@ -57,6 +57,7 @@ static const struct wire_limit limits[WIRE_TYPES] = {
                      sizeof(struct wire_packed) +
                          WIRE_BATCH_PAGES * sizeof(struct wire_packed_page),
                      WIRE_BATCH_PAGES *PAGE_SIZE},
+    [WIRE_MEMORY] = FIXED("memory", struct wire_memory),
     [WIRE_FAULTS] = FIXED("faults", struct wire_faults),
 };
 
@@ -306,7 +307,7 @@ int machine_parse(const struct wire_record *record, struct machine *machine, str
     if (head.cpus < 1 || head.cpus > VM_MAX_VCPUS)
         return error_set(err, -EPROTO, "machine record: %u CPUs, expected 1 to %d", head.cpus,
                          VM_MAX_VCPUS);
-    if (head.flags & ~(uint32_t)WIRE_MACHINE_POSTCOPY || head.reserved)
+    if (head.flags & ~(uint32_t)(WIRE_MACHINE_POSTCOPY | WIRE_MACHINE_SHARED) || head.reserved)
         return error_set(err, -EPROTO, "machine record: flags 0x%x are not known", head.flags);
 
     const uint8_t *p = record->meta + sizeof(head);

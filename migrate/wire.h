@@ -57,7 +57,8 @@
 
 // A side speaks every version in [WIRE_OLDEST, WIRE_VERSION]: the current and the previous one.
 // Version 2: ROUND is echoed after COMMIT as well, FAULTS comes before COMPLETE, and a post-copy
-// that broke off goes on over new connections (RECOVER); PACKED carries pages in fewer bytes.
+// that broke off goes on over new connections (RECOVER); PACKED carries pages in fewer bytes, MEMORY
+// hands all of them over within a host.
 enum { WIRE_VERSION = 2, WIRE_OLDEST = 1 };
 
 enum wire_type {
@@ -80,6 +81,7 @@ enum wire_type {
     WIRE_ANSWER,
     WIRE_FAULTS,
     WIRE_PACKED,
+    WIRE_MEMORY,
     WIRE_TYPES,
 };
 
@@ -113,7 +115,10 @@ struct wire_hello {
     uint8_t id[WIRE_ID_LEN];
 };
 
-enum { WIRE_MACHINE_POSTCOPY = 1 }; // a demand connection will follow
+enum {
+    WIRE_MACHINE_POSTCOPY = 1, // a demand connection will follow
+    WIRE_MACHINE_SHARED = 2,   // same host: MEMORY will follow, and no pages
+};
 
 struct wire_machine {  // then regions, CPUID entries, JSON
     uint64_t ram_size; // bytes
@@ -159,6 +164,10 @@ struct wire_packed_page {
 struct wire_packed { // then wire_packed_page[nr]; data has theirs, one after the other
     uint32_t nr;     // 1 to WIRE_BATCH_PAGES
     uint32_t reserved;
+};
+
+struct wire_memory { // then one byte, with a descriptor of guest memory (SCM_RIGHTS)
+    uint64_t size;   // bytes
 };
 
 struct wire_round { // echoed when everything before it has been dealt with

@@ -49,7 +49,7 @@ _ferry()
         --transport) choices="mmio pci" ;;
         --net) choices="tap= tap-fd= user" ;;
         --on-reboot) choices="stop reset" ;;
-        --mode) choices="precopy postcopy hybrid" ;;
+        --mode) choices="precopy postcopy hybrid local" ;;
         --compress) choices="auto always none" ;;
         --prepaging) choices="none push forward bubble multi-bubble" ;;
         --on-stall) choices="continue cancel switch postcopy throttle" ;;
