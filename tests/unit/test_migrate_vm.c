@@ -10,6 +10,7 @@
 
 #include "migrate/bitmap.h"
 #include "migrate/channel.h"
+#include "migrate/machine.h"
 #include "migrate/migrate.h"
 #include "migrate/receive.h"
 #include "migrate/snapshot.h"
@@ -36,7 +37,8 @@ struct guest {
     uint64_t memory;
     enum ram_backing backing;
     enum prepage_kind prepaging;
-    const char *listen; // NULL: TCP over loopback
+    const char *listen;  // NULL: TCP over loopback
+    unsigned timeout_ms; // 0: the usual ones
     struct oracle_range range[64];
     uint64_t heartbeat[VM_MAX_VCPUS];
 };
@@ -219,6 +221,9 @@ static void arrival_start(struct arrival *a, struct guest *g)
                       sizeof(a->address), &err));
     receive_params_default(&params);
     params.one_try = true;
+    params.ram_max = 64 * GiB;
+    if (g->timeout_ms)
+        params.handshake_ms = params.idle_ms = params.linger_ms = g->timeout_ms;
     OK(receive_create(&a->receive, a->listen_fd, &a->hooks, &params, &err));
     ck_assert_int_eq(pthread_create(&a->thread, NULL, arrival_main, a), 0);
 }
@@ -238,6 +243,8 @@ static struct migrate_params params_for(struct arrival *a, enum migrate_mode mod
     p.to = a->address;
     p.mode = mode;
     p.hooks = &a->hooks;
+    if (a->host.guest->timeout_ms)
+        p.handshake_ms = p.idle_ms = a->host.guest->timeout_ms;
     return p;
 }
 
@@ -671,6 +678,9 @@ struct relay {
     unsigned connection;         // which one is cut, counting from 0 (main, demand, query ...)
     uint64_t to_dest, to_source; // cut before this byte goes through; UINT64_MAX = never
     bool dead_afterwards;        // no connection gets through after the cut
+    // Of the same connection: this bit (counting from 0) is the other one; 0 = none is.
+    uint64_t flip_to_dest, flip_to_source;
+    unsigned flips;
     bool cut;
 };
 
@@ -689,6 +699,11 @@ static bool relay_forward(struct relay *r, struct pipe_pair *p, bool counted, bo
     ssize_t n = read(from, buffer, sizeof(buffer));
     if (n <= 0)
         return false;
+    uint64_t flip = !counted ? 0 : down ? r->flip_to_dest : r->flip_to_source;
+    if (flip && flip / 8 >= *gone && flip / 8 < *gone + (uint64_t)n) {
+        buffer[flip / 8 - *gone] ^= (char)(1 << flip % 8);
+        r->flips++;
+    }
     bool cut = limit - *gone < (uint64_t)n;
     if (cut)
         n = (ssize_t)(limit - *gone);
@@ -852,6 +867,202 @@ START_TEST(test_cut_anywhere)
         guest_check(&g);
     }
     printf("cut anywhere: %u of %u moved all the same\n", moved, times);
+    guest_end(&g);
+}
+END_TEST
+
+// One bit is wrong somewhere, in what either side says: exactly one of them has the guest, whole.
+START_TEST(test_flip_anywhere)
+{
+    struct guest g = {.timeout_ms = 1000};
+    uint64_t seed = 3;
+    unsigned moved = 0, flipped = 0, times = bare_long() ? 10000 : 24;
+    guest_boot(&g, 1, 16 * MiB, 64, 0, 0);
+    for (unsigned i = 0; i < times; i++) {
+        struct relay relay = {.to_dest = UINT64_MAX, .to_source = UINT64_MAX};
+        struct cut_result result = {0};
+        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+        // Up to the machine's description, anywhere in the pages, in the answers.
+        if (i % 4)
+            relay.flip_to_dest = 1 + (seed >> 20) % (i % 4 == 1 ? 8 * 6000 : 8 * 400000);
+        else
+            relay.flip_to_source = 1 + (seed >> 20) % (8 * SAID_RUNNING);
+        move_over(&g, MIGRATE_PRECOPY, &relay, &result);
+        follow(&g, &result);
+        moved += !result.ret;
+        flipped += relay.flips;
+        arrival_free(&result.arrival);
+        guest_check(&g);
+    }
+    printf("a bit flipped: %u of %u, %u moved all the same\n", flipped, times, moved);
+    ck_assert_uint_gt(flipped, times / 4);
+    guest_end(&g);
+}
+END_TEST
+
+// --- peers that want to do harm
+
+static void say(struct channel *c, enum wire_type type, const void *meta, size_t len)
+{
+    wire_put(&c->wire, type, 0, meta, len, NULL, 0, NULL); // it may have hung up
+}
+
+static void say_machine(struct channel *c, struct guest *g, uint64_t ram_size)
+{
+    struct machine machine;
+    struct host host = {.guest = g};
+    struct migrate_hooks hooks = hooks_of(&host);
+    void *meta;
+    size_t len;
+    OK(machine_describe(g->bare->vm, &hooks, &machine, &err));
+    machine.regions[0].size = machine.ram_size = ram_size;
+    OK(machine_encode(&machine, &meta, &len, &err));
+    say(c, WIRE_MACHINE, meta, len);
+    machine_free(&machine);
+    free(meta);
+}
+
+enum harm {
+    SAYS_NOTHING,
+    STOPS_AFTER_HELLO,
+    NOISE,
+    MACHINE_HUGE,  // 2^40 pages
+    MACHINE_OTHER, // not what its description builds
+    MACHINE_LIMIT, // more than the receiver allows
+    STOPS_AFTER_MACHINE,
+    PAGE_FAR, // page 2^40
+    HALF_A_RECORD,
+    ZEROS_FOR_EVER, // the same pages, 100,000 times, then nonsense
+    PREPARES_TOO_EARLY,
+    HARMS,
+};
+
+static void do_harm(struct channel *c, struct guest *g, enum harm harm)
+{
+    struct wire_hello hello;
+    const uint8_t id[WIRE_ID_LEN] = "harmful";
+    struct {
+        struct wire_pages head;
+        struct wire_run run;
+    } pages = {.head = {.nr_runs = 1}, .run = {.first = 0, .count = 16, .kind = WIRE_RUN_ZERO}};
+    if (harm == SAYS_NOTHING)
+        return;
+    wire_hello_fill(&hello, WIRE_MAIN, id);
+    if (harm == NOISE)
+        memset(&hello, 0xa5, sizeof(hello));
+    say(c, WIRE_HELLO, &hello, sizeof(hello));
+    if (harm <= NOISE)
+        return;
+    say_machine(c, g,
+                harm == MACHINE_HUGE    ? PAGE_SIZE << 40
+                : harm == MACHINE_OTHER ? 2 * g->memory
+                : harm == MACHINE_LIMIT ? 128 * GiB
+                                        : g->memory);
+    if (harm <= STOPS_AFTER_MACHINE)
+        return;
+    if (harm == PAGE_FAR)
+        pages.run.first = 1ull << 40;
+    if (harm == HALF_A_RECORD) {
+        struct wire_header head = {.type = WIRE_PAGES, .meta_len = sizeof(pages)};
+        struct iovec iov = {&head, sizeof(head)};
+        c->wire.writev(&c->wire, &iov, 1, NULL);
+        return;
+    }
+    struct wire_prepare prepare = {0};
+    if (harm == PREPARES_TOO_EARLY)
+        say(c, WIRE_PREPARE, &prepare, sizeof(prepare));
+    for (unsigned i = 0; i < (harm == ZEROS_FOR_EVER ? 100000 : 1); i++)
+        say(c, WIRE_PAGES, &pages, sizeof(pages));
+    if (harm == ZEROS_FOR_EVER)
+        say(c, WIRE_BYE, NULL, 0);
+}
+
+static uint64_t resident(void)
+{
+    unsigned long long pages = 0;
+    FILE *f = fopen("/proc/self/statm", "r");
+    ck_assert_ptr_nonnull(f);
+    ck_assert_int_eq(fscanf(f, "%*u %llu", &pages), 1);
+    fclose(f);
+    return pages * PAGE_SIZE;
+}
+
+// Dropped within the time-out, with nothing left of it.
+START_TEST(test_hostile_source)
+{
+    struct guest g = {.timeout_ms = 300};
+    guest_boot(&g, 1, 16 * MiB, 64, 0, 0);
+    uint64_t before = 0;
+    for (unsigned i = 0; i < 3 * HARMS; i++) {
+        struct arrival a;
+        struct channel c;
+        arrival_start(&a, &g);
+        OK(channel_connect(&c, a.address, -1, 10000, &err));
+        do_harm(&c, &g, (enum harm)(i % HARMS));
+        ck_assert_msg(arrival_join(&a) < 0, "harm %u", i % HARMS); // by itself: nobody cancels it
+        ck_assert_ptr_null(a.vm);
+        ck_assert_ptr_null(a.host.bare);
+        channel_close(&c);
+        if (i < HARMS)
+            printf("harm %u: %s\n", i, a.err.text);
+        if (i == HARMS)
+            before = resident();
+    }
+    ck_assert_uint_lt(resident(), before + 32 * MiB);
+    guest_end(&g);
+}
+END_TEST
+
+struct mute {
+    int listen_fd;
+    unsigned words; // 0: accepts only, 1: HELLO, 2: READY as well
+    struct channel c;
+};
+
+static void *mute_main(void *arg)
+{
+    struct mute *m = arg;
+    struct wire_record record = {0};
+    struct wire_hello hello;
+    if (channel_accept(&m->c, m->listen_fd, -1, 10000, 10000, NULL))
+        return NULL;
+    if (m->words >= 1 && !wire_expect(&m->c.wire, &record, WIRE_HELLO, NULL)) {
+        wire_fixed(&record, &hello, sizeof(hello));
+        hello.oldest = hello.version;
+        say(&m->c, WIRE_HELLO, &hello, sizeof(hello));
+    }
+    if (m->words >= 2 && !wire_expect(&m->c.wire, &record, WIRE_MACHINE, NULL))
+        say(&m->c, WIRE_READY, NULL, 0);
+    wire_record_free(&record);
+    return NULL; // and says nothing more, though the connection stands
+}
+
+// The source drops a destination that stalls, and its guest runs on.
+START_TEST(test_stalling_destination)
+{
+    struct guest g = {.timeout_ms = 300};
+    guest_boot(&g, 1, 32 * MiB, 256, 0, 0);
+    for (unsigned words = 0; words <= 2; words++) {
+        struct mute mute = {.words = words, .c = {.fd = -1}};
+        struct arrival a = {.host = {.guest = &g}};
+        struct migration m;
+        struct migrate_report report;
+        struct error why = {0};
+        pthread_t thread;
+        a.hooks = hooks_of(&a.host);
+        OK(channel_listen("tcp:127.0.0.1:0", &mute.listen_fd, a.address, sizeof(a.address), &err));
+        ck_assert_int_eq(pthread_create(&thread, NULL, mute_main, &mute), 0);
+        struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
+        OK(migration_init(&m, &err));
+        ck_assert_int_eq(migrate_out(g.bare->vm, &p, &m, &report, &why), -ETIMEDOUT);
+        migration_free(&m);
+        ck_assert_int_eq(report.owner, SOURCE_RUNNING);
+        ck_assert(!vm_paused(g.bare->vm));
+        pthread_join(thread, NULL);
+        channel_close(&mute.c);
+        close(mute.listen_fd);
+        guest_check(&g);
+    }
     guest_end(&g);
 }
 END_TEST
@@ -1213,6 +1424,9 @@ static void add_tests(TCase *tc)
     tcase_add_test(tc, test_stall_policy);
     tcase_add_test(tc, test_throttle);
     tcase_add_test(tc, test_cut_anywhere);
+    tcase_add_test(tc, test_flip_anywhere);
+    tcase_add_test(tc, test_hostile_source);
+    tcase_add_test(tc, test_stalling_destination);
     tcase_add_test(tc, test_cut_at_the_switch);
     tcase_add_test(tc, test_doubt);
     tcase_add_test(tc, test_postcopy_broken);
