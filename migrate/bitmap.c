@@ -17,6 +17,20 @@ uint64_t bitmap_find(const uint64_t *map, uint64_t bits, uint64_t from, bool val
     return bit < bits ? bit : bits;
 }
 
+uint64_t bitmap_find_below(const uint64_t *map, uint64_t below)
+{
+    if (!below)
+        return UINT64_MAX;
+    size_t word = (size_t)((below - 1) / 64);
+    uint64_t w = map[word] & (~0ull >> (63 - (below - 1) % 64));
+    while (!w) {
+        if (!word--)
+            return UINT64_MAX;
+        w = map[word];
+    }
+    return word * 64ull + 63 - (unsigned)__builtin_clzll(w);
+}
+
 void bitmap_fill(uint64_t *map, uint64_t first, uint64_t count, bool value)
 {
     while (count) {

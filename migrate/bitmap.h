@@ -29,6 +29,9 @@ static inline void bitmap_clear(uint64_t *map, uint64_t bit)
 // First bit >= `from` whose value is `value`, or `bits`.
 uint64_t bitmap_find(const uint64_t *map, uint64_t bits, uint64_t from, bool value);
 
+// Last one < `below`, or UINT64_MAX.
+uint64_t bitmap_find_below(const uint64_t *map, uint64_t below);
+
 // Bits [first, first + count) become `value`.
 void bitmap_fill(uint64_t *map, uint64_t first, uint64_t count, bool value);
 

@@ -372,6 +372,69 @@ int channel_accept(struct channel *c, int listen_fd, int cancel_fd, unsigned wai
     }
 }
 
+int channel_send_fd(struct channel *c, int fd, struct error *err)
+{
+    char byte = 0;
+    struct iovec iov = {&byte, 1};
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(sizeof(int))];
+    } control = {0};
+    struct msghdr m = {.msg_iov = &iov,
+                       .msg_iovlen = 1,
+                       .msg_control = &control,
+                       .msg_controllen = sizeof(control)};
+    struct cmsghdr *c_fd = CMSG_FIRSTHDR(&m);
+    c_fd->cmsg_level = SOL_SOCKET;
+    c_fd->cmsg_type = SCM_RIGHTS;
+    c_fd->cmsg_len = CMSG_LEN(sizeof(int));
+    memcpy(CMSG_DATA(c_fd), &fd, sizeof(fd));
+    for (;;) {
+        if (sendmsg(c->fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL) == 1) {
+            c->wire.out++;
+            return 0;
+        }
+        if (errno != EAGAIN && errno != EINTR)
+            return error_errno(err, "%s: handing over memory", c->name);
+        int ret = wait_fd(c->fd, POLLOUT, c->cancel_fd, c->timeout_ms, c->name, err);
+        if (ret)
+            return ret;
+    }
+}
+
+int channel_recv_fd(struct channel *c, int *fd, struct error *err)
+{
+    char byte;
+    struct iovec iov = {&byte, 1};
+    union {
+        struct cmsghdr header;
+        char space[CMSG_SPACE(sizeof(int))];
+    } control;
+    *fd = -1;
+    for (;;) {
+        struct msghdr m = {.msg_iov = &iov,
+                           .msg_iovlen = 1,
+                           .msg_control = &control,
+                           .msg_controllen = sizeof(control)};
+        ssize_t n = recvmsg(c->fd, &m, MSG_DONTWAIT | MSG_CMSG_CLOEXEC);
+        if (n == 1) {
+            struct cmsghdr *c_fd = CMSG_FIRSTHDR(&m);
+            c->wire.in++;
+            if (c_fd && c_fd->cmsg_level == SOL_SOCKET && c_fd->cmsg_type == SCM_RIGHTS &&
+                c_fd->cmsg_len == CMSG_LEN(sizeof(int)))
+                memcpy(fd, CMSG_DATA(c_fd), sizeof(*fd));
+            return *fd >= 0 ? 0 : error_set(err, -EPROTO, "%s: no descriptor came", c->name);
+        }
+        if (!n)
+            return error_set(err, -ENODATA, "%s: closed by the other side", c->name);
+        if (errno != EAGAIN && errno != EINTR)
+            return error_errno(err, "%s: taking memory over", c->name);
+        int ret = wait_fd(c->fd, POLLIN, c->cancel_fd, c->timeout_ms, c->name, err);
+        if (ret)
+            return ret;
+    }
+}
+
 void channel_abort(struct channel *c, const struct error *why)
 {
     if (c->fd < 0)

@@ -44,5 +44,9 @@ int channel_listen(const char *address, int *fd, char *bound, size_t size, struc
 int channel_accept(struct channel *c, int listen_fd, int cancel_fd, unsigned wait_ms,
                    unsigned timeout_ms, struct error *err);
 
+// A descriptor and the byte that carries it, over a unix socket; the receiver owns its copy.
+int channel_send_fd(struct channel *c, int fd, struct error *err);
+int channel_recv_fd(struct channel *c, int *fd, struct error *err);
+
 // Sends ABORT with the error's text; best effort, does not wait for long.
 void channel_abort(struct channel *c, const struct error *why);

@@ -56,8 +56,11 @@ static json_t *json_progress(const struct migrate_progress *p)
         {"round", p->round},
         {"total_bytes", p->total_bytes},
         {"sent_bytes", p->sent_bytes},
+        {"round_bytes", p->round_bytes},
         {"remaining_bytes", p->remaining_bytes},
         {"dirty_bytes", p->dirty_bytes},
+        {"dirty_rate", p->dirty_rate},
+        {"throttle_percent", p->throttle},
         {"bandwidth", p->bandwidth},
     };
     json_t *object = json_counts(counts, ARRAY_SIZE(counts));
@@ -65,6 +68,26 @@ static json_t *json_progress(const struct migrate_progress *p)
     if (p->expected_downtime_ns && p->expected_downtime_ns != UINT64_MAX)
         json_object_set_new(object, "expected_downtime_us",
                             json_count(p->expected_downtime_ns / 1000));
+    if (p->time_left_ns != UINT64_MAX)
+        json_object_set_new(object, "time_left_us", json_count(p->time_left_ns / 1000));
+    return object;
+}
+
+// How long the guest waited for what it asked for; `histogram` has [from us, count] pairs.
+static json_t *json_latency(const struct wire_faults *f)
+{
+    const struct count counts[] = {
+        {"p50", wire_latency_percentile(f, 50)},
+        {"p90", wire_latency_percentile(f, 90)},
+        {"p99", wire_latency_percentile(f, 99)},
+        {"max", f->max_ns / 1000},
+    };
+    json_t *object = json_counts(counts, ARRAY_SIZE(counts)), *histogram = json_array();
+    for (unsigned i = 0; i < WIRE_LATENCY_BUCKETS; i++)
+        if (f->count[i])
+            json_array_append_new(histogram, json_pack("[I,I]", (json_int_t)wire_latency_us(i),
+                                                       (json_int_t)f->count[i]));
+    json_object_set_new(object, "histogram", histogram);
     return object;
 }
 
@@ -74,9 +97,15 @@ static json_t *json_report(const struct migrate_report *r)
         {"rounds", r->rounds},
         {"data_pages", r->data_pages},
         {"zero_pages", r->zero_pages},
+        {"lz4_pages", r->lz4_pages},
+        {"lz4_bytes", r->lz4_bytes},
+        {"delta_pages", r->delta_pages},
+        {"delta_bytes", r->delta_bytes},
         {"pushed_pages", r->pushed_pages},
         {"demand_pages", r->demand_pages},
         {"discarded_pages", r->discarded_pages},
+        {"recoveries", r->recoveries},
+        {"throttle_percent", r->throttle},
         {"faults", r->faults},
         {"requests", r->requests},
         {"state_bytes", r->state_bytes},
@@ -98,10 +127,50 @@ static json_t *json_report(const struct migrate_report *r)
     json_object_set_new(object, "id", json_string(id));
     json_object_set_new(object, "mode", json_string(migrate_mode_name(r->mode)));
     json_object_set_new(object, "owner",
-                        json_string(r->owner == SOURCE_GONE    ? "destination"
-                                    : r->owner == SOURCE_DOUBT ? "in doubt"
-                                                               : "source"));
+                        json_string(r->owner == SOURCE_GONE      ? "destination"
+                                    : r->owner == SOURCE_SEVERED ? "destination, lacking pages"
+                                    : r->owner == SOURCE_DOUBT   ? "in doubt"
+                                                                 : "source"));
+    if (r->requests)
+        json_object_set_new(object, "latency_us", json_latency(&r->latency));
     json_object_set_new(object, "downtime_us", json_counts(parts, ARRAY_SIZE(parts)));
+    return object;
+}
+
+// Lists of numbers, times in us from the beginning: rounds have [time, bytes sent, bytes written by
+// the guest meanwhile, us it took], pushes [time, first page, pages], faults [time, page, 1 when
+// the page had to be sent].
+static json_t *json_history(struct history *h, uint64_t pages)
+{
+    json_t *lists[] = {json_array(), json_array(), json_array()};
+    pthread_mutex_lock(&h->lock);
+    for (unsigned i = 0; i < h->nr; i++) {
+        const struct history_event *e = &h->events[i];
+        bool round = e->kind == HISTORY_ROUND;
+        json_t *numbers = json_array();
+        json_array_append_new(numbers, json_count(e->ns / 1000));
+        json_array_append_new(numbers, json_count(e->a));
+        json_array_append_new(numbers, json_count(e->b));
+        if (round)
+            json_array_append_new(numbers, json_count(e->c / 1000));
+        json_array_append_new(lists[e->kind], numbers);
+    }
+    pthread_mutex_unlock(&h->lock);
+    json_t *object = json_object();
+    json_object_set_new(object, "rounds", lists[HISTORY_ROUND]);
+    json_object_set_new(object, "pushes", lists[HISTORY_PUSH]);
+    json_object_set_new(object, "faults", lists[HISTORY_DEMAND]);
+    json_object_set_new(object, "pages", json_count(pages));
+    json_object_set_new(object, "dropped", json_count(h->dropped));
+    return object;
+}
+
+// The report of what this thread did, with its history if it was kept.
+static json_t *json_result(struct migrate_commands *mc, const struct migrate_report *report)
+{
+    json_t *object = json_report(report);
+    if (mc->m.history.events)
+        json_object_set_new(object, "history", json_history(&mc->m.history, mc->vm->ram.pages));
     return object;
 }
 
@@ -121,17 +190,28 @@ static json_t *json_snapshot(const char *path, const struct snapshot_report *r)
 
 // --- arguments
 
-static const char *const modes[] = {"precopy", "postcopy", "hybrid", NULL};
-static const char *const stalls[] = {"continue", "cancel", "switch", "postcopy", NULL};
+static const char *const modes[] = {"precopy", "postcopy", "hybrid", "local", NULL};
+static const char *const prepagings[] = {"none", "push", "forward", "bubble", "multi-bubble", NULL};
+static const char *const packings[] = {"auto", "always", "none", NULL};
+static const char *const stalls[] = {"continue", "cancel", "switch", "postcopy", "throttle", NULL};
 enum { DOWNTIME_MAX_MS = 3600 * 1000, ROUNDS_MAX = 1000 * 1000 };
 
 static const struct schema_field migrate_fields[] = {
     {"to", SCHEMA_STRING, .required = true, .min = 1},
     {"mode", SCHEMA_STRING, .choices = modes},
     {"on_stall", SCHEMA_STRING, .choices = stalls},
+    {"prepaging", SCHEMA_STRING, .choices = prepagings},
+    {"compress", SCHEMA_STRING, .choices = packings},
+    {"delta_cache", SCHEMA_INTEGER}, // bytes
+    {"history", SCHEMA_BOOL},        // what happened when, in the reply
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},
+    {NULL},
+};
+
+static const struct schema_field recover_fields[] = {
+    {"to", SCHEMA_STRING, .required = true, .min = 1},
     {NULL},
 };
 
@@ -160,17 +240,27 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
     json_t *mode = json_object_get(args, "mode"), *stall = json_object_get(args, "on_stall"),
            *downtime = json_object_get(args, "downtime_ms"),
            *bandwidth = json_object_get(args, "bandwidth"),
-           *rounds = json_object_get(args, "max_rounds");
+           *rounds = json_object_get(args, "max_rounds"),
+           *prepaging = json_object_get(args, "prepaging"),
+           *compress = json_object_get(args, "compress"),
+           *delta_cache = json_object_get(args, "delta_cache");
     p->to = json_string_value(json_object_get(args, "to"));
     if (json_is_integer(downtime))
         p->downtime_ns = (uint64_t)json_integer_value(downtime) * 1000000;
     if (json_is_integer(bandwidth))
         p->bandwidth = (uint64_t)json_integer_value(bandwidth);
+    p->keep_history = json_is_true(json_object_get(args, "history"));
+    if (json_is_integer(delta_cache))
+        p->delta_cache = (uint64_t)json_integer_value(delta_cache);
     if (json_is_integer(rounds))
         p->max_rounds = (uint32_t)json_integer_value(rounds);
     int ret = json_is_string(mode) ? migrate_mode_parse(json_string_value(mode), &p->mode, err) : 0;
     if (!ret && json_is_string(stall))
         ret = migrate_stall_parse(json_string_value(stall), &p->on_stall, err);
+    if (!ret && json_is_string(compress))
+        ret = pack_when_parse(json_string_value(compress), &p->compress, err);
+    if (!ret && json_is_string(prepaging))
+        ret = prepage_parse(json_string_value(prepaging), &p->prepaging, err);
     return ret;
 }
 
@@ -187,7 +277,7 @@ static void on_progress(const struct migrate_progress *progress, void *arg)
 // Under the lock. The guest is, or may be, another host's.
 static bool not_ours(const struct migrate_commands *mc)
 {
-    return mc->have_report && (mc->report.owner == SOURCE_GONE || mc->report.owner == SOURCE_DOUBT);
+    return mc->have_report && mc->report.owner >= SOURCE_COMMITTING;
 }
 
 static void finish(struct migrate_commands *mc, int ret, const struct error *err, json_t *result)
@@ -220,8 +310,24 @@ static void *migrate_main(void *arg)
     mc->report = report;
     mc->have_report = true;
     pthread_mutex_unlock(&mc->lock);
-    finish(mc, ret, &err, json_report(&report));
+    finish(mc, ret, &err, json_result(mc, &report));
     if (!ret) // after the reply is on its way: this ends the loop
+        vm_request_stop(mc->vm, VM_STOP_MIGRATED, 0, "to %s", mc->target);
+    return NULL;
+}
+
+static void *recover_main(void *arg)
+{
+    struct migrate_commands *mc = arg;
+    struct migrate_report report = mc->report; // nobody else writes it while this works
+    struct error err = {0};
+    seccomp_enter_or_abort(SECCOMP_WORKER, mc->vm->config.seccomp);
+    int ret = migrate_recover(mc->vm, &mc->params, &mc->m, &report, &err);
+    pthread_mutex_lock(&mc->lock);
+    mc->report = report;
+    pthread_mutex_unlock(&mc->lock);
+    finish(mc, ret, &err, json_result(mc, &report));
+    if (!ret)
         vm_request_stop(mc->vm, VM_STOP_MIGRATED, 0, "to %s", mc->target);
     return NULL;
 }
@@ -237,14 +343,18 @@ static void *snapshot_main(void *arg)
     return NULL;
 }
 
-static int may_start(struct migrate_commands *mc, struct error *err)
+static int may_start(struct migrate_commands *mc, bool recover, struct error *err)
 {
     if (mc->working)
         return error_set(err, -EBUSY, "VM %s: a migration or snapshot is under way", mc->vm->name);
+    if (recover)
+        return mc->have_report && mc->report.owner == SOURCE_SEVERED
+                   ? 0
+                   : error_set(err, -EPROTO, "VM %s: no post-copy has broken off", mc->vm->name);
     if (not_ours(mc))
         return error_set(err, -EBUSY, "VM %s: the guest %s: %s", mc->vm->name,
-                         mc->report.owner == SOURCE_GONE ? "belongs to another host"
-                                                         : "may run on another host",
+                         mc->report.owner != SOURCE_DOUBT ? "belongs to another host"
+                                                          : "may run on another host",
                          mc->last.text);
     if (vm_stopped(mc->vm))
         return error_set(err, -ESHUTDOWN, "VM %s has stopped", mc->vm->name);
@@ -252,10 +362,10 @@ static int may_start(struct migrate_commands *mc, struct error *err)
 }
 
 // For a command that takes long. On error nothing has happened.
-static int prepare(struct migrate_commands *mc, const char *target, struct error *err)
+static int prepare(struct migrate_commands *mc, const char *target, bool recover, struct error *err)
 {
     pthread_mutex_lock(&mc->lock);
-    int ret = may_start(mc, err);
+    int ret = may_start(mc, recover, err);
     pthread_t old = mc->thread;
     bool join = !ret && mc->started;
     pthread_mutex_unlock(&mc->lock);
@@ -277,22 +387,26 @@ static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)
                  const struct migrate_params *params, struct control_request *req,
                  struct error *err)
 {
-    int ret = life_move(mc->life, state, err);
+    bool recover = fn == recover_main; // which is migrating still
+    int ret = recover ? 0 : life_move(mc->life, state, err);
     if (ret)
         return ret;
     mc->m.on_progress = on_progress;
+    if (params && params->keep_history)
+        history_start(&mc->m.history);
     mc->m.on_progress_arg = mc;
     if (params)
         mc->params = *params;
     mc->params.to = mc->target;
     mc->req = req;
     mc->working = true;
-    mc->have_report = false;
+    mc->have_report = recover;
     ret = pthread_create(&mc->thread, NULL, fn, mc);
     mc->started = !ret;
     if (ret) {
         mc->working = false;
-        life_return(mc->life);
+        if (!recover)
+            life_return(mc->life);
         return error_set(err, -ret, "cannot start a thread: %s", strerror(ret));
     }
     return 0;
@@ -307,11 +421,38 @@ static void put_migration(struct control_request *req, json_t *args, void *conte
     params.hooks = mc->hooks;
     int ret = migrate_args(&params, args, &err);
     if (!ret)
-        ret = prepare(mc, params.to, &err);
+        ret = prepare(mc, params.to, false, &err);
     if (!ret)
         ret = start(mc, LIFE_MIGRATING, migrate_main, &params, req, &err);
     if (ret)
         control_reply_error(req, &err);
+}
+
+static void put_recover(struct control_request *req, json_t *args, void *context)
+{
+    struct migrate_commands *mc = context;
+    struct migrate_params params = mc->params; // of the migration that broke off
+    struct error err;
+    params.to = json_string_value(json_object_get(args, "to"));
+    int ret = prepare(mc, params.to, true, &err);
+    if (!ret)
+        ret = start(mc, LIFE_MIGRATING, recover_main, &params, req, &err);
+    if (ret)
+        control_reply_error(req, &err);
+}
+
+static void put_pause(struct control_request *req, json_t *args, void *context)
+{
+    struct migrate_commands *mc = context;
+    struct error err;
+    pthread_mutex_lock(&mc->lock);
+    int ret = mc->working ? migration_sever(&mc->m, &err)
+                          : error_set(&err, -ENOENT, "no migration is under way");
+    pthread_mutex_unlock(&mc->lock);
+    if (ret)
+        control_reply_error(req, &err);
+    else
+        control_reply_ok(req, NULL);
 }
 
 void migrate_commands_snapshot(struct migrate_commands *mc, const struct snapshot_params *params,
@@ -319,7 +460,7 @@ void migrate_commands_snapshot(struct migrate_commands *mc, const struct snapsho
 {
     struct error err;
     char *parent = params->parent ? strdup(params->parent) : NULL;
-    int ret = prepare(mc, params->path, &err);
+    int ret = prepare(mc, params->path, false, &err);
     if (!ret) {
         free(mc->parent);
         mc->parent = parent;
@@ -437,6 +578,11 @@ static const struct control_route routes[] = {
      steer_fields, patch_migration},
     {"DELETE", "/migration", "give up the migration or snapshot under way", 0, NULL,
      delete_migration},
+    {"PUT", "/migration/pause",
+     "break the links of a post-copy: both sides stop and keep everything, until recover",
+     LIFE_BIT(LIFE_MIGRATING), NULL, put_pause},
+    {"PUT", "/migration/recover", "go on with a post-copy whose links broke; progress as events",
+     LIFE_BIT(LIFE_MIGRATING), recover_fields, put_recover},
     {"PUT", "/migration/force-resume",
      "in doubt: let the guest go on here, it does not run elsewhere", LIFE_BIT(LIFE_MIGRATING),
      NULL, put_force_resume},

@@ -11,6 +11,7 @@
 #include "migrate/crc32c.h"
 #include "migrate/machine.h"
 #include "migrate/outgoing.h"
+#include "migrate/switchover.h"
 
 enum {
     ASK_TIMEOUT_MS = 5000, // for one question
@@ -26,6 +27,9 @@ void migrate_params_default(struct migrate_params *params)
         .downtime_ns = 300000000,
         .max_rounds = 30,
         .on_stall = STALL_CONTINUE,
+        .prepaging = PREPAGE_MULTI,
+        .compress = PACK_AUTO,
+        .delta_cache = 64 * MiB,
         .handshake_ms = CHANNEL_HANDSHAKE_MS,
         .idle_ms = CHANNEL_IDLE_MS,
         .ask_ms = 30 * 1000,
@@ -39,7 +43,7 @@ const char *migrate_phase_name(enum migrate_phase phase)
     return names[phase];
 }
 
-static const char *const mode_names[] = {"precopy", "postcopy", "hybrid"};
+static const char *const mode_names[] = {"precopy", "postcopy", "hybrid", "local"};
 
 const char *migrate_mode_name(enum migrate_mode mode)
 {
@@ -53,28 +57,35 @@ int migrate_mode_parse(const char *text, enum migrate_mode *mode, struct error *
             *mode = (enum migrate_mode)i;
             return 0;
         }
-    return error_set(err, -EINVAL, "migration mode '%s': expected precopy, postcopy or hybrid",
-                     text);
+    return error_set(err, -EINVAL,
+                     "migration mode '%s': expected precopy, postcopy, hybrid or local", text);
 }
 
 int migrate_stall_parse(const char *text, enum migrate_stall *stall, struct error *err)
 {
-    static const char *const names[] = {"continue", "cancel", "switch", "postcopy"};
+    static const char *const names[] = {"continue", "cancel", "switch", "postcopy", "throttle"};
     for (unsigned i = 0; i < ARRAY_SIZE(names); i++)
         if (!strcmp(text, names[i])) {
             *stall = (enum migrate_stall)i;
             return 0;
         }
-    return error_set(err, -EINVAL, "on-stall '%s': expected continue, cancel, switch or postcopy",
+    return error_set(err, -EINVAL,
+                     "on-stall '%s': expected continue, cancel, switch, postcopy or throttle",
                      text);
 }
 
 int migration_init(struct migration *m, struct error *err)
 {
-    *m = (struct migration) {.cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
-    if (m->cancel_fd < 0)
-        return error_errno(err, "eventfd");
+    *m = (struct migration) {.cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
+                             .sever_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+    if (m->cancel_fd < 0 || m->sever_fd < 0) {
+        int ret = error_errno(err, "eventfd");
+        if (m->cancel_fd >= 0)
+            close(m->cancel_fd);
+        return ret;
+    }
     pthread_mutex_init(&m->lock, NULL);
+    history_init(&m->history);
     return 0;
 }
 
@@ -82,14 +93,31 @@ void migration_free(struct migration *m)
 {
     if (m->cancel_fd >= 0)
         close(m->cancel_fd);
-    m->cancel_fd = -1;
+    if (m->sever_fd >= 0)
+        close(m->sever_fd);
+    m->cancel_fd = m->sever_fd = -1;
     pthread_mutex_destroy(&m->lock);
+    history_free(&m->history);
 }
 
 void migration_cancel(struct migration *m)
 {
     atomic_store(&m->cancelled, true);
     eventfd_write(m->cancel_fd, 1);
+}
+
+int migration_sever(struct migration *m, struct error *err)
+{
+    struct migrate_progress progress;
+    migration_get(m, &progress);
+    if (progress.phase != MIGRATE_PUSHING)
+        return error_set(err, -EBUSY,
+                         "only a post-copy that pushes pages can be paused, this migration is in "
+                         "phase %s",
+                         migrate_phase_name(progress.phase));
+    atomic_store(&m->severed, true);
+    eventfd_write(m->sever_fd, 1);
+    return 0;
 }
 
 void migration_get(struct migration *m, struct migrate_progress *progress)
@@ -99,16 +127,47 @@ void migration_get(struct migration *m, struct migrate_progress *progress)
     pthread_mutex_unlock(&m->lock);
 }
 
+void outgoing_round(struct outgoing *out, uint64_t bytes)
+{
+    out->round_start_ns = time_ns();
+    out->round_start_bytes = out->main.wire.out;
+    out->round_start_pages = out->report->data_pages;
+    out->round_bytes = bytes;
+}
+
+// What is left, and what the guest writes while that is sent, and so on: a geometric series.
+static uint64_t time_left(uint64_t remaining, uint64_t bandwidth, uint64_t dirty_rate)
+{
+    if (!remaining)
+        return 0;
+    return bandwidth > dirty_rate ? switchover_transfer_ns(remaining, bandwidth - dirty_rate)
+                                  : UINT64_MAX;
+}
+
 void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t remaining)
 {
     struct migration *m = out->m;
     struct migrate_progress copy;
+    uint64_t bytes = out->main.wire.out - out->round_start_bytes;
+    uint64_t data = (out->report->data_pages - out->round_start_pages) * PAGE_SIZE;
+    bytes = data > bytes ? data : bytes; // packed
+    uint64_t ns = time_ns() - out->round_start_ns;
+    bool sending = phase == MIGRATE_ROUNDS || phase == MIGRATE_PUSHING;
+    uint64_t bandwidth =
+        sending && bytes && ns > 50000000 ? switchover_bandwidth(0, bytes, ns) : out->bandwidth;
     pthread_mutex_lock(&m->lock);
     m->progress.phase = phase;
     m->progress.round = out->report->rounds;
     m->progress.total_bytes = out->vm->ram.size;
     m->progress.sent_bytes = out->main.wire.out;
+    m->progress.round_bytes = out->round_bytes;
     m->progress.remaining_bytes = remaining;
+    m->progress.bandwidth = bandwidth;
+    m->progress.dirty_rate = out->dirty_rate;
+    m->progress.throttle = out->report->throttle;
+    m->progress.time_left_ns =
+        sending ? time_left(remaining, bandwidth, phase == MIGRATE_ROUNDS ? out->dirty_rate : 0)
+                : UINT64_MAX;
     copy = m->progress;
     pthread_mutex_unlock(&m->lock);
     if (m->on_progress)
@@ -136,16 +195,16 @@ static int say_hello(struct outgoing *out, struct channel *c, enum wire_connecti
     if (ret)
         return ret;
     out->rtt_ns = time_ns() - start;
-    unsigned version;
     if (memcmp(answer.id, hello.id, WIRE_ID_LEN) || answer.kind != kind)
         return error_set(err, -EPROTO, "%s: answers for another migration", c->name);
-    return wire_version_choose(WIRE_OLDEST, WIRE_VERSION, answer.version, answer.version, &version,
-                               err);
+    return wire_version_choose(WIRE_OLDEST, WIRE_VERSION, answer.version, answer.version,
+                               &out->version, err);
 }
 
 static bool may_postcopy(const struct migrate_params *p)
 {
-    return p->mode != MIGRATE_PRECOPY || p->on_stall == STALL_POSTCOPY;
+    return p->mode == MIGRATE_POSTCOPY || p->mode == MIGRATE_HYBRID ||
+           (p->mode == MIGRATE_PRECOPY && p->on_stall == STALL_POSTCOPY);
 }
 
 static int send_machine(struct outgoing *out, struct error *err)
@@ -154,7 +213,8 @@ static int send_machine(struct outgoing *out, struct error *err)
     int ret = machine_describe(out->vm, out->params->hooks, &machine, err);
     if (ret)
         return ret;
-    machine.flags = may_postcopy(out->params) ? WIRE_MACHINE_POSTCOPY : 0;
+    machine.flags = (may_postcopy(out->params) ? WIRE_MACHINE_POSTCOPY : 0u) |
+                    (out->params->mode == MIGRATE_LOCAL ? WIRE_MACHINE_SHARED : 0u);
     autofree void *meta = NULL;
     size_t len;
     ret = machine_encode(&machine, &meta, &len, err);
@@ -162,17 +222,47 @@ static int send_machine(struct outgoing *out, struct error *err)
     return ret ? ret : wire_put(&out->main.wire, WIRE_MACHINE, 0, meta, len, NULL, 0, err);
 }
 
+static int check_local(const struct outgoing *out, struct error *err)
+{
+    if (out->params->mode != MIGRATE_LOCAL)
+        return 0;
+    if (strncmp(out->params->to, "unix:", 5))
+        return error_set(err, -EINVAL,
+                         "mode local hands memory to a process of this host: expected unix:PATH, "
+                         "not %s",
+                         out->params->to);
+    if (out->vm->ram.memfd < 0 || out->vm->ram.unit != PAGE_SIZE)
+        return error_set(err, -EINVAL,
+                         "mode local: the memory of VM %s cannot be handed over: start it with "
+                         "--backing memfd",
+                         out->vm->name);
+    return 0;
+}
+
+static int hand_memory(struct outgoing *out, struct error *err)
+{
+    struct wire_memory memory = {.size = out->vm->ram.size};
+    if (out->version < 2)
+        return error_set(err, -EPROTONOSUPPORT, "%s is too old for mode local", out->main.name);
+    int ret = wire_put(&out->main.wire, WIRE_MEMORY, 0, &memory, sizeof(memory), NULL, 0, err);
+    return ret ? ret : channel_send_fd(&out->main, out->vm->ram.memfd, err);
+}
+
 static int handshake(struct outgoing *out, struct error *err)
 {
     const struct migrate_params *p = out->params;
     int cancel = out->m->cancel_fd;
-    int ret = channel_connect(&out->main, p->to, cancel, p->handshake_ms, err);
+    int ret = check_local(out, err);
+    if (!ret)
+        ret = channel_connect(&out->main, p->to, cancel, p->handshake_ms, err);
     if (!ret)
         ret = say_hello(out, &out->main, WIRE_MAIN, err);
     if (!ret)
         ret = send_machine(out, err);
     if (!ret)
         ret = wire_expect(&out->main.wire, &out->record, WIRE_READY, err);
+    if (!ret && p->mode == MIGRATE_LOCAL)
+        ret = hand_memory(out, err);
     if (!ret && may_postcopy(p)) {
         ret = channel_connect(&out->demand, p->to, cancel, p->handshake_ms, err);
         if (!ret)
@@ -272,6 +362,7 @@ static int hand_over(struct outgoing *out, bool postcopy, struct error *err)
     uint64_t start = time_ns();
     outgoing_progress(out, MIGRATE_SWITCHING, 0);
     int ret = stop_and_save(out, err);
+    throttle_end(&out->throttle); // not before: the guest would use its last moments
     if (!ret)
         ret = send_rest(out, postcopy, err);
     if (!ret)
@@ -326,7 +417,7 @@ static enum owner_action ask(struct outgoing *out, struct error *err)
             error_set(err, -EOWNERDEAD,
                       "the link broke after the destination was told to run the guest, and it "
                       "cannot be asked whether it does (%s). The guest stays paused here. If it "
-                      "does not run there: ferry migrate --force-resume %s",
+                      "does not run there: ferry migrate force-resume %s",
                       why.text, out->vm->name);
             poll(&cancel, 1, ASK_PAUSE_MS);
         }
@@ -366,12 +457,15 @@ static int failed(struct outgoing *out, int ret, struct error *err)
 
 static int outgoing_alloc(struct outgoing *out, struct error *err)
 {
+    static const uint8_t none[WIRE_ID_LEN];
     out->batch = malloc(sizeof(*out->batch));
     out->todo = calloc(ram_bitmap_words(&out->vm->ram), 8);
     page_presence_init(&out->presence);
     stream_mem_writer(&out->state, "guest state", WIRE_STATE_MAX);
     if (!out->batch || !out->todo)
         return error_set(err, -ENOMEM, "no memory for a migration");
+    if (memcmp(out->report->id, none, WIRE_ID_LEN))
+        return 0; // an old migration goes on
     if (getrandom(out->report->id, WIRE_ID_LEN, 0) != WIRE_ID_LEN)
         return error_errno(err, "getrandom");
     return 0;
@@ -381,7 +475,13 @@ static void outgoing_release(struct outgoing *out)
 {
     postcopy_end(out);
     precopy_hints_end(out);
-    out->report->wire_bytes = out->main.wire.out + out->demand.wire.out;
+    throttle_end(&out->throttle);
+    out->report->lz4_pages += out->packer.lz4_pages;
+    out->report->lz4_bytes += out->packer.lz4_bytes;
+    out->report->delta_pages += out->packer.delta_pages;
+    out->report->delta_bytes += out->packer.delta_bytes;
+    packer_free(&out->packer);
+    out->report->wire_bytes += out->main.wire.out + out->demand.wire.out;
     channel_close(&out->main);
     channel_close(&out->demand);
     if (out->logging)
@@ -393,21 +493,28 @@ static void outgoing_release(struct outgoing *out)
     free(out->batch);
 }
 
-// Post-copy broken in the middle: the destination owns the guest, the pages left are here.
-static int push_pages(struct outgoing *out, struct error *err)
+// The destination owns the guest. Sends what it lacks; when that breaks off, both sides keep what
+// they have.
+static int settle(struct outgoing *out, struct error *err)
 {
-    if (!out->postcopy)
-        return 0;
+    enum owner_action action;
     struct error why = {0};
-    int ret = out->main.fd < 0 ? error_set(&why, -ENOTCONN, "the connection was lost")
+    int ret = 0;
+    out->main.cancel_fd = out->m->sever_fd;
+    if (out->postcopy)
+        ret = out->main.fd < 0 ? error_set(&why, -ENOTCONN, "the connection was lost")
                                : postcopy_push(out, &why);
+    owner_source_step(&out->owner, ret ? SOURCE_EV_LOST : SOURCE_EV_COMPLETE, &action);
     if (!ret)
         return 0;
+    const char *text = atomic_load(&out->m->severed) ? "paused by the user" : why.text;
     return error_set(err, ret,
-                     "post-copy broke off: %s. The guest belongs to %s and waits there for %llu "
-                     "pages that are still here; both sides stay paused",
-                     why.text, out->params->to,
-                     (unsigned long long)bitmap_count(out->todo, out->vm->ram.pages));
+                     "post-copy broke off: %s. The guest belongs to %s and waits there for pages "
+                     "that are still here (%llu were not sent); both sides stay paused. When "
+                     "the link is back: ferry migrate recover %s %s",
+                     text, out->params->to,
+                     (unsigned long long)bitmap_count(out->todo, out->vm->ram.pages), out->vm->name,
+                     out->params->to);
 }
 
 static int migrate_run(struct outgoing *out, struct error *err)
@@ -427,34 +534,102 @@ static int migrate_run(struct outgoing *out, struct error *err)
     if (ret)
         ret = failed(out, ret, err);
     if (!ret)
-        ret = push_pages(out, err);
+        ret = settle(out, err);
     if (!ret && out->main.fd >= 0)
         wire_put(&out->main.wire, WIRE_BYE, 0, NULL, 0, NULL, 0, NULL);
     return ret;
 }
 
-int migrate_out(struct vm *vm, const struct migrate_params *params, struct migration *m,
-                struct migrate_report *report, struct error *err)
+// What the destination says it lacks, into `todo`.
+static int hear_missing(struct outgoing *out, struct error *err)
+{
+    for (;;) {
+        int ret = wire_get(&out->main.wire, &out->record, err);
+        if (ret || out->record.header.type == WIRE_READY)
+            return ret;
+        ret = out->record.header.type == WIRE_DISCARD
+                  ? wire_discard_parse(&out->record, out->vm->ram.pages, out->todo, err)
+                  : wire_unexpected(&out->main.wire, &out->record, "discard or ready", err);
+        if (ret)
+            return ret;
+    }
+}
+
+static int reconnect(struct outgoing *out, struct error *err)
+{
+    const struct migrate_params *p = out->params;
+    int cancel = out->m->cancel_fd;
+    int ret = channel_connect(&out->main, p->to, cancel, p->handshake_ms, err);
+    if (!ret)
+        ret = say_hello(out, &out->main, WIRE_RECOVER, err);
+    if (!ret)
+        ret = hear_missing(out, err);
+    if (!ret)
+        ret = channel_connect(&out->demand, p->to, cancel, p->handshake_ms, err);
+    if (!ret)
+        ret = say_hello(out, &out->demand, WIRE_DEMAND, err);
+    if (!ret)
+        ret = postcopy_serve(out, err);
+    out->main.timeout_ms = p->idle_ms;
+    return ret;
+}
+
+static int recover_run(struct outgoing *out, struct error *err)
+{
+    enum owner_action action;
+    int ret = outgoing_alloc(out, err);
+    outgoing_progress(out, MIGRATE_CONNECTING, 0);
+    if (!ret)
+        ret = reconnect(out, err);
+    if (!ret)
+        ret = owner_source_step(&out->owner, SOURCE_EV_RECOVER, &action);
+    if (!ret)
+        ret = settle(out, err);
+    if (!ret)
+        wire_put(&out->main.wire, WIRE_BYE, 0, NULL, 0, NULL, 0, NULL);
+    return ret;
+}
+
+static int outgoing_run(int (*run)(struct outgoing *out, struct error *err), struct vm *vm,
+                        const struct migrate_params *params, struct migration *m,
+                        struct migrate_report *report, enum owner_source owner, struct error *err)
 {
     struct error local;
     err = err ? err : &local; // failed() returns its code
-    *report = (struct migrate_report) {.mode = params->mode};
     struct outgoing out = {.vm = vm,
                            .params = params,
                            .m = m,
                            .report = report,
                            .main = {.fd = -1},
                            .demand = {.fd = -1},
+                           .owner = owner,
                            .presence = {.pagemap_fd = -1}};
     uint64_t start = time_ns();
     atomic_store(&m->bandwidth, params->bandwidth);
     atomic_store(&m->downtime_ns, params->downtime_ns);
-    int ret = migrate_run(&out, err);
-    report->total_ns = time_ns() - start;
+    int ret = run(&out, err);
+    report->total_ns += time_ns() - start;
     report->owner = out.owner;
     outgoing_release(&out);
     outgoing_progress(&out, ret ? MIGRATE_FAILED : MIGRATE_DONE, 0);
     return ret;
+}
+
+int migrate_out(struct vm *vm, const struct migrate_params *params, struct migration *m,
+                struct migrate_report *report, struct error *err)
+{
+    *report = (struct migrate_report) {.mode = params->mode};
+    return outgoing_run(migrate_run, vm, params, m, report, SOURCE_RUNNING, err);
+}
+
+int migrate_recover(struct vm *vm, const struct migrate_params *params, struct migration *m,
+                    struct migrate_report *report, struct error *err)
+{
+    if (report->owner != SOURCE_SEVERED)
+        return error_set(err, -EPROTO, "no post-copy has broken off (the source is in state %s)",
+                         owner_source_name(report->owner));
+    report->recoveries++;
+    return outgoing_run(recover_run, vm, params, m, report, SOURCE_SEVERED, err);
 }
 
 int migrate_force_resume(struct vm *vm, struct migrate_report *report, struct error *err)

@@ -5,6 +5,7 @@
 #include "migrate/channel.h"
 #include "migrate/migrate.h"
 #include "migrate/pages.h"
+#include "migrate/throttle.h"
 #include "vmm/stream.h"
 #include "vmm/vm.h"
 
@@ -23,14 +24,22 @@ struct outgoing {
     struct ram_dirty dirty;
     uint64_t *todo; // pages still to send
     struct page_batch *batch;
+    struct packer packer;
+    struct throttle throttle;
+    uint64_t write_bytes, write_ns; // lately: what writing to the link costs
     struct page_presence presence;
-    _Atomic uint64_t *hints; // NULL unless the guest is giving some
-    uint64_t bandwidth;      // estimate, bytes/s
-    uint64_t rtt_ns;         // measured in the handshake
+    _Atomic uint64_t *hints;                    // NULL unless the guest is giving some
+    unsigned version;                           // of the format, agreed on
+    uint64_t bandwidth;                         // estimate, bytes of guest memory/s
+    uint64_t rtt_ns;                            // measured in the handshake
+    uint64_t round_start_ns, round_start_bytes; // of the wire; round_bytes are to be sent
+    uint64_t round_bytes, round_start_pages, dirty_rate;
     struct stream_mem state;
     struct postcopy_source *postcopy; // NULL unless the switch is a post-copy
 };
 
+// A round begins: `bytes` of guest memory are to be sent.
+void outgoing_round(struct outgoing *out, uint64_t bytes);
 void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t remaining);
 // Error -ECANCELED when the user has cancelled.
 int outgoing_check_cancel(struct outgoing *out, struct error *err);
@@ -47,6 +56,8 @@ void precopy_hints_end(struct outgoing *out);
 
 // Tells the destination that its copies of the pages in `todo` are stale.
 int postcopy_discard(struct outgoing *out, struct error *err);
+// Starts to serve page requests for what `todo` has.
+int postcopy_serve(struct outgoing *out, struct error *err);
 // The guest is paused and `todo` has what the destination lacks: says so (DISCARD) and starts to
 // serve its page requests.
 int postcopy_begin(struct outgoing *out, struct error *err);

@@ -8,10 +8,18 @@
 //      |                 v                                       |
 //      +--lost,cancel-- READY --commit--> COMMITTING  ------>  commit
 //      |                                   |  |                  v
-//      |                         ack <-----|--|---------------  RUNNING   (owner for ever)
-//      |                          v        | lost
-//      |                        GONE       v
-//      +---------- "no" ----------------- DOUBT --"yes"--> GONE
+//      |                         ack <-----'  |                LACKING   (owner for ever)
+//      |                          v           | lost        lost | ^ |
+//      |   GONE <--complete--- OWES           |                  v | | whole
+//      |                     lost | ^         |     recover: SEVERED v
+//      |                          v | recover |                   RUNNING
+//      |                      SEVERED         |
+//      |                          ^           v
+//      +---------- "no" ----------+-"yes"-- DOUBT
+//
+// After COMMIT the source OWES the pages that post-copy has not sent yet. A link that breaks there
+// leaves both sides SEVERED: each keeps what it has, nobody runs the guest, and any number of
+// recoveries lead back.
 //
 // Rules: before COMMIT may have left (state COMMITTING is entered *before* its first byte is sent)
 // the source resumes on any failure by itself. From then on it runs again only after the
@@ -28,7 +36,9 @@ enum owner_source {
     SOURCE_READY,      // the destination has loaded everything
     SOURCE_COMMITTING, // COMMIT may be under way: neither owner nor not
     SOURCE_DOUBT,      // the link died in COMMITTING: asks
-    SOURCE_GONE,       // the destination owns it; final
+    SOURCE_OWES,       // the destination owns it; pages it lacks are here
+    SOURCE_SEVERED,    // so, and the link is broken
+    SOURCE_GONE,       // the destination owns it and has all of it; final
     SOURCE_STATES,
 };
 
@@ -44,24 +54,30 @@ enum owner_source_event {
     SOURCE_EV_NO,        // answer: it does not and never will
     SOURCE_EV_NO_ANSWER, // nobody who knows could be reached
     SOURCE_EV_FORCE,     // a human vouches that it does not run there
+    SOURCE_EV_COMPLETE,  // destination: every page is here
+    SOURCE_EV_RECOVER,   // a new link to the destination that runs it
     SOURCE_EVENTS,
 };
 
 enum owner_dest {
     DEST_WAITING,  // receiving
     DEST_PREPARED, // loaded, may become owner
-    DEST_RUNNING,  // owner; final
+    DEST_LACKING,  // owner; pages are still at the source
+    DEST_SEVERED,  // so, the link is broken, the guest stands still
+    DEST_RUNNING,  // owner of all of it; final
     DEST_ABORTED,  // never becomes owner; final
     DEST_STATES,
 };
 
 enum owner_dest_event {
-    DEST_EV_LOADED, // about to send PREPARED
-    DEST_EV_COMMIT, // COMMIT received
-    DEST_EV_LOST,   // link lost or time-out
-    DEST_EV_FAILED, // malformed data or local failure
-    DEST_EV_CANCEL, // the user, or the source's ABORT
-    DEST_EV_QUERY,  // the source asks over a fresh connection
+    DEST_EV_LOADED,  // about to send PREPARED
+    DEST_EV_COMMIT,  // COMMIT received
+    DEST_EV_LOST,    // link lost or time-out
+    DEST_EV_FAILED,  // malformed data or local failure
+    DEST_EV_CANCEL,  // the user, or the source's ABORT
+    DEST_EV_QUERY,   // the source asks over a fresh connection
+    DEST_EV_WHOLE,   // no page is missing
+    DEST_EV_RECOVER, // a new link from the source
     DEST_EVENTS,
 };
 
@@ -71,8 +87,9 @@ enum owner_action {
     OWNER_RESUME,  // source: let the guest run again
     OWNER_SEND,    // source: send COMMIT now
     OWNER_ASK,     // source: ask over a fresh connection
-    OWNER_HOLD,    // source: stay paused and say so
+    OWNER_HOLD,    // source: stay paused and say so; destination: pause, keep everything
     OWNER_RELEASE, // source: the guest is the destination's; this VM never runs again
+    OWNER_END,     // source: nothing is owed any more, this VM may end
     OWNER_RUN,     // destination: run the guest
     OWNER_DISCARD, // destination: destroy what arrived
     OWNER_SAY_YES, // destination: answer the question

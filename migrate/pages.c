@@ -7,6 +7,7 @@
 
 #include "migrate/bitmap.h"
 #include "migrate/crc32c.h"
+#include "migrate/pack.h"
 
 // pagemap bits (Documentation/admin-guide/mm/pagemap.rst)
 #define PAGEMAP_PRESENT (1ull << 63)
@@ -105,6 +106,7 @@ bool page_known_zero(struct page_presence *p, const struct ram *ram, uint64_t pa
 void page_batch_reset(struct page_batch *b, struct ram *ram)
 {
     b->ram = ram;
+    b->packer = NULL;
     b->nr_runs = b->nr_data = b->nr_iov = 0;
     b->nr_zero = 0;
 }
@@ -139,15 +141,21 @@ void page_batch_take(struct page_batch *b, uint64_t *todo, uint64_t *cursor, uns
                      struct page_presence *presence)
 {
     struct ram *ram = b->ram;
-    for (unsigned looked = 0; b->nr_data < max_data && looked < TAKE_LOOK_MAX; looked++) {
+    struct packer *packer = b->packer;
+    for (unsigned looked = 0; looked < TAKE_LOOK_MAX; looked++) {
+        if (b->nr_data + (packer ? packer->nr : 0) >= max_data || (packer && packer_full(packer)))
+            return;
         uint64_t page = bitmap_find(todo, ram->pages, *cursor, true);
         *cursor = page;
         if (page == ram->pages)
             return;
         bool zero =
             (presence && page_absent(presence, ram, page)) || page_is_zero(ram_page(ram, page));
-        if (!page_batch_add(b, page, zero))
+        bool packed = packer && !zero && packer_take(packer, page);
+        if (!packed && !page_batch_add(b, page, zero))
             return;
+        if (packer && zero)
+            packer_forget(packer, page);
         bitmap_clear(todo, page);
         *cursor = page + 1;
     }
@@ -248,6 +256,45 @@ static int check_data(struct page_intake *in, const struct wire_pages_view *view
             bitmap_set(in->damaged, page);
     }
     return 0;
+}
+
+static int take_packed(struct page_intake *in, const struct wire_packed_page *e,
+                       const uint8_t *data, struct error *err)
+{
+    struct wire_run run = {.first = e->page, .count = 1, .kind = WIRE_RUN_DATA};
+    if (e->kind == WIRE_PACKED_DELTA && !bitmap_test(in->touched, e->page))
+        return error_set(err, -EPROTO, "changes of page %llu, which never came",
+                         (unsigned long long)e->page);
+    int ret = mark_seen(in, &run, err);
+    if (!ret)
+        ret = pack_unpack(e, data, ram_page(in->ram, e->page), err);
+    if (ret)
+        return ret;
+    bitmap_set(in->touched, e->page);
+    in->nr_data++;
+    // Packed from a copy: unlike a page sent as it is, it cannot have changed on its way.
+    if (page_sum(ram_page(in->ram, e->page)) != e->sum)
+        return error_set(err, -EBADMSG, "page %llu does not match its sum",
+                         (unsigned long long)e->page);
+    in->nr_damaged -= bitmap_test(in->damaged, e->page);
+    bitmap_clear(in->damaged, e->page);
+    return 0;
+}
+
+int page_intake_packed(struct page_intake *in, struct wire *w, const struct wire_record *record,
+                       void *buffer, struct error *err)
+{
+    struct wire_packed_page entries[WIRE_BATCH_PAGES];
+    const uint8_t *data = buffer;
+    unsigned nr;
+    int ret = wire_packed_parse(record, in->ram->pages, entries, &nr, err);
+    if (!ret)
+        ret = wire_read(w, buffer, record->header.data_len, err);
+    for (unsigned i = 0; !ret && i < nr; i++) {
+        ret = take_packed(in, &entries[i], data, err);
+        data += entries[i].len;
+    }
+    return ret;
 }
 
 int page_intake_record(struct page_intake *in, struct wire *w, const struct wire_record *record,

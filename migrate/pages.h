@@ -26,9 +26,12 @@ void page_presence_free(struct page_presence *p);
 // Never touched, or all zero. Cheap for pages asked for in ascending order.
 bool page_known_zero(struct page_presence *p, const struct ram *ram, uint64_t page);
 
+struct packer;
+
 // One PAGES record under construction. Data is sent from guest memory itself.
 struct page_batch {
     struct ram *ram;
+    struct packer *packer; // NULL, or who is offered each page of data first
     uint32_t nr_runs, nr_data;
     uint64_t nr_zero;
     struct wire_run runs[WIRE_RUNS_MAX];
@@ -66,6 +69,9 @@ struct page_intake {
 };
 int page_intake_init(struct page_intake *in, struct ram *ram, struct error *err);
 void page_intake_free(struct page_intake *in);
+// The same for a PACKED record; `buffer` has room for WIRE_BATCH_PAGES pages.
+int page_intake_packed(struct page_intake *in, struct wire *w, const struct wire_record *record,
+                       void *buffer, struct error *err);
 // Reads a PAGES record's data straight into guest memory.
 int page_intake_record(struct page_intake *in, struct wire *w, const struct wire_record *record,
                        struct error *err);

@@ -17,7 +17,14 @@
 #include "migrate/crc32c.h"
 #include "migrate/pages.h"
 
-enum { FAULT_BATCH = 32 }; // faults taken from the kernel at once
+enum {
+    FAULT_BATCH = 32, // faults taken from the kernel at once
+    WAITS_MAX = 256,  // requests whose latency is measured at a time: more than there are vCPUs
+};
+
+struct wait {
+    uint64_t page, since;
+};
 
 struct postcopy_dest {
     struct ram *ram;
@@ -33,6 +40,9 @@ struct postcopy_dest {
     uint64_t *asked; // requested, not yet here
     uint64_t missing, arrived;
     uint64_t faults, requested;
+    struct wait waits[WAITS_MAX];
+    unsigned nr_waits;
+    struct wire_faults latency;
     int failure; // of the fault or the demand thread
     struct error err;
 };
@@ -108,9 +118,26 @@ static int place_zero(struct postcopy_dest *pd, uint64_t page, struct error *err
     }
 }
 
+// Under the lock: who asked for the page has it now.
+static void served(struct postcopy_dest *pd, uint64_t page)
+{
+    for (unsigned i = 0; i < pd->nr_waits; i++) {
+        if (pd->waits[i].page != page)
+            continue;
+        uint64_t ns = time_ns() - pd->waits[i].since;
+        pd->latency.count[wire_latency_bucket(ns)]++;
+        pd->latency.total_ns += ns;
+        pd->latency.max_ns = ns > pd->latency.max_ns ? ns : pd->latency.max_ns;
+        pd->waits[i] = pd->waits[--pd->nr_waits];
+        return;
+    }
+}
+
 // Under the lock.
 static void arrived(struct postcopy_dest *pd, uint64_t page)
 {
+    if (bitmap_test(pd->asked, page))
+        served(pd, page);
     if (!bitmap_test(pd->have, page)) {
         bitmap_set(pd->have, page);
         pd->missing--;
@@ -215,6 +242,8 @@ static int fault_sort(struct postcopy_dest *pd, uint64_t page, uint64_t *want, u
     pd->faults++;
     if (!have && !bitmap_test(pd->asked, page)) {
         bitmap_set(pd->asked, page);
+        if (pd->nr_waits < WAITS_MAX)
+            pd->waits[pd->nr_waits++] = (struct wait) {page, time_ns()};
         pd->requested++;
         want[(*nr)++] = page;
     }
@@ -251,6 +280,7 @@ static int faults_take(struct postcopy_dest *pd, struct error *err)
 static void *fault_main(void *arg)
 {
     struct postcopy_dest *pd = arg;
+    thread_prompt();
     struct error err = {0};
     int ret = 0;
     while (!ret) {
@@ -273,6 +303,7 @@ static void *demand_main(void *arg)
     struct postcopy_dest *pd = arg;
     struct wire_record record = {0};
     struct error err = {0};
+    thread_prompt();
     void *buffer = malloc(WIRE_BATCH_PAGES * PAGE_SIZE);
     int ret = buffer ? 0 : error_set(&err, -ENOMEM, "no memory to receive pages");
     while (!ret) {
@@ -317,6 +348,18 @@ static int guard(struct postcopy_dest *pd, struct error *err)
     }
 }
 
+static int threads_start(struct postcopy_dest *pd, struct error *err)
+{
+    pd->demand->timeout_ms = 0; // the guest may need nothing for long
+    int ret = pthread_create(&pd->fault_thread, NULL, fault_main, pd);
+    pd->fault_started = !ret;
+    if (!ret) {
+        ret = pthread_create(&pd->demand_thread, NULL, demand_main, pd);
+        pd->demand_started = !ret;
+    }
+    return ret ? error_set(err, -ret, "post-copy: cannot start a thread") : 0;
+}
+
 static int dest_start(struct postcopy_dest *pd, struct error *err)
 {
     pd->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -325,16 +368,37 @@ static int dest_start(struct postcopy_dest *pd, struct error *err)
     int ret = userfault_open(&pd->uffd, err);
     if (!ret)
         ret = guard(pd, err);
-    if (ret)
-        return ret;
-    pd->demand->timeout_ms = 0; // the guest may need nothing for long
-    ret = pthread_create(&pd->fault_thread, NULL, fault_main, pd);
-    pd->fault_started = !ret;
-    if (!ret) {
-        ret = pthread_create(&pd->demand_thread, NULL, demand_main, pd);
-        pd->demand_started = !ret;
+    return ret ? ret : threads_start(pd, err);
+}
+
+static int ask_again(struct postcopy_dest *pd, struct error *err)
+{
+    struct {
+        struct wire_want head;
+        uint64_t pages[WIRE_WANT_MAX];
+    } want;
+    uint64_t page = 0, pages = pd->ram->pages;
+    for (;;) {
+        want.head = (struct wire_want) {0};
+        while (want.head.nr < WIRE_WANT_MAX &&
+               (page = bitmap_find(pd->asked, pages, page, true)) < pages)
+            want.pages[want.head.nr++] = page++;
+        if (!want.head.nr)
+            return 0;
+        int ret = wire_put(&pd->demand->wire, WIRE_WANT, 0, &want,
+                           sizeof(want.head) + want.head.nr * sizeof(want.pages[0]), NULL, 0, err);
+        if (ret)
+            return ret;
     }
-    return ret ? error_set(err, -ret, "post-copy: cannot start a thread") : 0;
+}
+
+int postcopy_dest_resume(struct postcopy_dest *pd, struct error *err)
+{
+    eventfd_t drained;
+    eventfd_read(pd->stop_fd, &drained);
+    pd->failure = 0; // no thread looks at it now
+    int ret = ask_again(pd, err);
+    return ret ? ret : threads_start(pd, err);
 }
 
 int postcopy_dest_create(struct postcopy_dest **out, struct ram *ram, const uint64_t *valid,
@@ -406,11 +470,28 @@ uint64_t postcopy_dest_missing(struct postcopy_dest *pd)
     return missing;
 }
 
+void postcopy_dest_lacks(struct postcopy_dest *pd, uint64_t *missing)
+{
+    pthread_mutex_lock(&pd->lock);
+    for (size_t i = 0; i < ram_bitmap_words(pd->ram); i++)
+        missing[i] = ~pd->have[i];
+    if (pd->ram->pages % 64) // no bits beyond the last page
+        missing[pd->ram->pages / 64] &= (1ull << pd->ram->pages % 64) - 1;
+    pthread_mutex_unlock(&pd->lock);
+}
+
 void postcopy_dest_counts(struct postcopy_dest *pd, uint64_t *faults, uint64_t *requested)
 {
     pthread_mutex_lock(&pd->lock);
     *faults = pd->faults;
     *requested = pd->requested;
+    pthread_mutex_unlock(&pd->lock);
+}
+
+void postcopy_dest_latency(struct postcopy_dest *pd, struct wire_faults *latency)
+{
+    pthread_mutex_lock(&pd->lock);
+    *latency = pd->latency;
     pthread_mutex_unlock(&pd->lock);
 }
 

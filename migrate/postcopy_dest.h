@@ -33,6 +33,15 @@ void postcopy_dest_cause(struct postcopy_dest *pd, struct error *err);
 uint64_t postcopy_dest_missing(struct postcopy_dest *pd);
 void postcopy_dest_counts(struct postcopy_dest *pd, uint64_t *faults, uint64_t *requested);
 
+void postcopy_dest_latency(struct postcopy_dest *pd, struct wire_faults *latency);
+
+// Sets the bits of the pages that are not here.
+void postcopy_dest_lacks(struct postcopy_dest *pd, uint64_t *missing);
+
+// After postcopy_dest_stop, `demand` is a new connection: asks again for what was asked for, and
+// goes on.
+int postcopy_dest_resume(struct postcopy_dest *pd, struct error *err);
+
 // Stops asking. Who waits for a missing page goes on waiting: guest memory stays guarded.
 void postcopy_dest_stop(struct postcopy_dest *pd);
 // Ends the guard: a missing page now reads as zero, so only when none is missing or the VM has

@@ -1,28 +1,53 @@
 // SPDX-License-Identifier: Apache-2.0
 // Post-copy, the side that has the pages: one thread answers page requests on a connection of its
-// own, the migrating thread pushes the rest. Each page is claimed in `todo` under the lock, so it
-// is sent once; a request for a page already claimed finds it in flight and changes nothing.
+// own, the migrating thread sends the rest in the order of migrate/prepage.h. Each page is claimed
+// in `todo` under the lock, so it is sent once; a request for a page already claimed finds it in
+// flight and changes nothing.
 #include <errno.h>
 #include <string.h>
 
 #include "migrate/bitmap.h"
 #include "migrate/outgoing.h"
-#include "migrate/pushorder.h"
+#include "migrate/switchover.h"
 
 // Pushed at a time: what a demanded page may find queued before it in this host's send path.
 #define PUSH_PAGES 64
+// Runs in a pushed record at most: each bubble adds one.
+#define PUSH_RUNS 256
+
+// Records under way: the destination echoes each. What is under way cannot be reordered any more,
+// and it delays what is asked for, so it is kept near what the link needs to be busy: what it
+// delivers in the time of the fastest echo and this, in which a busy host wakes a thread.
+#define WINDOW_MIN 2
+#define WINDOW_MAX 32
+#define QUEUE_NS   2000000ull
+
+#define QUIET_NS 1000000000ull // --prepaging none: so long nobody asks before the rest is pushed
 
 struct postcopy_source {
     struct outgoing *out;
     pthread_t thread;
-    pthread_mutex_t lock; // guards out->todo and order
-    struct pushorder order;
+    pthread_mutex_t lock; // guards out->todo, order and requests
+    pthread_cond_t asked;
+    struct prepage order;
+    uint64_t requests;
     struct page_batch *batch; // of the demand thread
     uint64_t demanded;        // pages sent on request
     uint64_t demanded_zero;
-    bool ended;  // the thread has been joined
-    int failure; // of the thread; read after it has ended
+    atomic_bool finished; // COMPLETE has come
+    bool ended;           // the thread has been joined
+    int failure;          // of the thread; read after it has ended
     struct error err;
+
+    // The pusher's.
+    unsigned window, under_way;
+    struct {
+        uint64_t at, bytes, delivered; // delivered: all that was echoed by then
+    } sent[WINDOW_MAX];                // records under way, a ring
+    uint64_t seq, acked;               // counts
+    uint64_t delivered, rate;          // bytes; bytes/s
+    uint64_t fastest_ns;               // echo
+    struct wire_end end;
 };
 
 static int compare_pages(const void *a, const void *b)
@@ -31,21 +56,32 @@ static int compare_pages(const void *a, const void *b)
     return x < y ? -1 : x > y;
 }
 
+// --- pages asked for
+
+static bool claim_one(struct postcopy_source *ps, uint64_t page)
+{
+    uint64_t *todo = ps->out->todo;
+    pthread_mutex_lock(&ps->lock);
+    bool mine = bitmap_test(todo, page);
+    if (mine) {
+        bitmap_clear(todo, page);
+        prepage_fault(&ps->order, todo, page);
+    }
+    ps->requests++;
+    pthread_cond_signal(&ps->asked);
+    pthread_mutex_unlock(&ps->lock);
+    history_add(&ps->out->m->history, HISTORY_DEMAND, page, mine, 0);
+    return mine;
+}
+
 static int answer_want(struct postcopy_source *ps, const uint64_t *pages, unsigned nr,
                        struct error *err)
 {
     struct outgoing *out = ps->out;
     page_batch_reset(ps->batch, &out->vm->ram);
-    for (unsigned i = 0; i < nr; i++) {
-        pthread_mutex_lock(&ps->lock);
-        bool mine = bitmap_test(out->todo, pages[i]);
-        if (mine)
-            bitmap_clear(out->todo, pages[i]);
-        ps->order.ops->fault(&ps->order, pages[i]);
-        pthread_mutex_unlock(&ps->lock);
-        if (mine) // WIRE_WANT_MAX pages always fit into an empty record
+    for (unsigned i = 0; i < nr; i++)
+        if (claim_one(ps, pages[i])) // WIRE_WANT_MAX pages always fit into an empty record
             page_batch_add(ps->batch, pages[i], page_is_zero(ram_page(&out->vm->ram, pages[i])));
-    }
     ps->demanded += ps->batch->nr_data;
     ps->demanded_zero += ps->batch->nr_zero;
     return page_batch_put(ps->batch, &out->demand.wire, 0, err);
@@ -59,6 +95,7 @@ static void *demand_main(void *arg)
     uint64_t pages[WIRE_WANT_MAX];
     unsigned nr;
     int ret = 0;
+    thread_prompt();
     while (!ret) {
         ret = wire_expect(&out->demand.wire, &record, WIRE_WANT, &ps->err);
         if (!ret)
@@ -71,10 +108,13 @@ static void *demand_main(void *arg)
     wire_record_free(&record);
     ps->failure = ret;
     // While pages are owed, a dead demand connection is a dead migration: the pusher must notice.
-    if (ret != -ENODATA)
+    // The destination closes it only after it has read the main one's end.
+    if (!atomic_load(&ps->finished))
         channel_shutdown(&out->main);
     return NULL;
 }
+
+// --- before the guest runs there
 
 int postcopy_discard(struct outgoing *out, struct error *err)
 {
@@ -96,11 +136,8 @@ int postcopy_discard(struct outgoing *out, struct error *err)
     return ret;
 }
 
-int postcopy_begin(struct outgoing *out, struct error *err)
+int postcopy_serve(struct outgoing *out, struct error *err)
 {
-    int ret = postcopy_discard(out, err);
-    if (ret)
-        return ret;
     struct postcopy_source *ps = calloc(1, sizeof(*ps));
     struct page_batch *batch = malloc(sizeof(*batch));
     if (!ps || !batch) {
@@ -108,15 +145,20 @@ int postcopy_begin(struct outgoing *out, struct error *err)
         free(batch);
         return error_set(err, -ENOMEM, "no memory for post-copy");
     }
-    ps->out = out;
-    ps->batch = batch;
+    *ps = (struct postcopy_source) {
+        .out = out, .batch = batch, .window = WINDOW_MIN, .fastest_ns = UINT64_MAX};
     pthread_mutex_init(&ps->lock, NULL);
-    pushorder_init(&ps->order, &pushorder_plain, out->vm->ram.pages);
+    pthread_condattr_t attr;
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(&ps->asked, &attr);
+    pthread_condattr_destroy(&attr);
+    prepage_init(&ps->order, out->params->prepaging, out->vm->ram.pages);
     // The destination asks when its guest needs something: silence is no failure here. A dead peer
     // is found by the main connection.
     out->demand.timeout_ms = 0;
     out->demand.cancel_fd = -1; // a cancel is seen on the main connection, while it has effect
-    ret = pthread_create(&ps->thread, NULL, demand_main, ps);
+    int ret = pthread_create(&ps->thread, NULL, demand_main, ps);
     if (ret) {
         free(batch);
         free(ps);
@@ -126,40 +168,163 @@ int postcopy_begin(struct outgoing *out, struct error *err)
     return 0;
 }
 
-// Claims pages in push order until the record has PUSH_PAGES pages of data or the order jumps back.
+int postcopy_begin(struct outgoing *out, struct error *err)
+{
+    int ret = postcopy_discard(out, err);
+    return ret ? ret : postcopy_serve(out, err);
+}
+
+// --- pushing
+
+struct run {
+    uint64_t first, count;
+    bool zero;
+};
+
+static int compare_runs(const void *a, const void *b)
+{
+    const struct run *x = a, *y = b;
+    return x->first < y->first ? -1 : x->first > y->first;
+}
+
+static uint64_t claim_next(struct postcopy_source *ps, uint64_t max, uint64_t *first)
+{
+    pthread_mutex_lock(&ps->lock);
+    uint64_t n = prepage_next(&ps->order, ps->out->todo, max, first);
+    bitmap_fill(ps->out->todo, *first, n, false);
+    pthread_mutex_unlock(&ps->lock);
+    if (n)
+        history_add(&ps->out->m->history, HISTORY_PUSH, *first, n, 0);
+    return n;
+}
+
+// Claims pages in the order of pre-paging until there are PUSH_PAGES of data. A record's pages
+// ascend, so they are put in order first.
 static void claim(struct postcopy_source *ps, struct page_batch *batch)
 {
     struct ram *ram = &ps->out->vm->ram;
-    uint64_t end = 0;
-    while (batch->nr_data < PUSH_PAGES && batch->nr_runs < WIRE_RUNS_MAX - PUSH_PAGES) {
-        uint64_t first;
-        pthread_mutex_lock(&ps->lock);
-        uint64_t n =
-            ps->order.ops->next(&ps->order, ps->out->todo, PUSH_PAGES - batch->nr_data, &first);
-        bool fits = n && first >= end;
-        if (fits)
-            bitmap_fill(ps->out->todo, first, n, false);
-        pthread_mutex_unlock(&ps->lock);
-        if (!fits)
-            return;
-        for (uint64_t p = first; p < first + n; p++)
-            page_batch_add(batch, p, page_known_zero(&ps->out->presence, ram, p));
-        end = first + n;
+    struct run runs[PUSH_RUNS + PUSH_PAGES];
+    unsigned nr = 0, data = 0;
+    while (data < PUSH_PAGES && nr < PUSH_RUNS) {
+        uint64_t first = 0, n = claim_next(ps, PUSH_PAGES - data, &first);
+        if (!n)
+            break;
+        for (uint64_t p = first; p < first + n; p++) {
+            bool zero = page_known_zero(&ps->out->presence, ram, p);
+            data += !zero;
+            if (p > first && runs[nr - 1].zero == zero)
+                runs[nr - 1].count++;
+            else
+                runs[nr++] = (struct run) {p, 1, zero};
+        }
+    }
+    qsort(runs, nr, sizeof(runs[0]), compare_runs);
+    for (unsigned i = 0; i < nr; i++)
+        for (uint64_t p = runs[i].first; p < runs[i].first + runs[i].count; p++)
+            page_batch_add(batch, p, runs[i].zero);
+}
+
+// An echo has come: all of the oldest record is placed.
+static void acknowledged(struct postcopy_source *ps)
+{
+    unsigned slot = ps->acked++ % WINDOW_MAX;
+    uint64_t took = time_ns() - ps->sent[slot].at, bytes = ps->sent[slot].bytes;
+    ps->under_way--;
+    ps->delivered += bytes;
+    ps->fastest_ns = took < ps->fastest_ns ? took : ps->fastest_ns;
+    uint64_t sample = switchover_bandwidth(0, ps->delivered - ps->sent[slot].delivered, took);
+    ps->rate -= ps->rate / 32; // the best of late
+    ps->rate = sample > ps->rate ? sample : ps->rate;
+    unsigned __int128 room =
+        (unsigned __int128)ps->rate * (ps->fastest_ns + QUEUE_NS) / 1000000000u;
+    uint64_t window = (uint64_t)(room / (bytes ? bytes : 1));
+    ps->window = window < WINDOW_MIN   ? WINDOW_MIN
+                 : window > WINDOW_MAX ? WINDOW_MAX
+                                       : (unsigned)window;
+}
+
+static int push_batch(struct postcopy_source *ps, struct page_batch *batch, struct error *err)
+{
+    struct outgoing *out = ps->out;
+    uint64_t before = out->main.wire.out;
+    int ret = page_batch_put(batch, &out->main.wire, 0, err);
+    ps->end.data_pages += batch->nr_data;
+    ps->end.zero_pages += batch->nr_zero;
+    if (ret || out->version < 2)
+        return ret;
+    struct wire_round round = {.round = (uint32_t)ps->seq, .data_pages = ps->end.data_pages};
+    unsigned slot = ps->seq++ % WINDOW_MAX;
+    ps->sent[slot].at = time_ns();
+    ps->sent[slot].bytes = out->main.wire.out - before;
+    ps->sent[slot].delivered = ps->delivered;
+    ps->under_way++;
+    ret = wire_put(&out->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
+    while (!ret && ps->under_way >= ps->window) {
+        ret = wire_expect(&out->main.wire, &out->record, WIRE_ROUND, err);
+        if (!ret)
+            acknowledged(ps);
+    }
+    return ret;
+}
+
+// --prepaging none: what nobody asks for is sent when nobody has asked for anything for a while.
+static void wait_quiet(struct postcopy_source *ps)
+{
+    pthread_mutex_lock(&ps->lock);
+    for (bool quiet = false;
+         !quiet && ps->order.kind == PREPAGE_NONE && !atomic_load(&ps->out->m->severed);) {
+        struct timespec end = time_deadline(QUIET_NS / 1000000);
+        uint64_t before = ps->requests;
+        int late = 0;
+        while (ps->requests == before && !late)
+            late = pthread_cond_timedwait(&ps->asked, &ps->lock, &end);
+        quiet = ps->requests == before;
+    }
+    if (ps->order.kind == PREPAGE_NONE)
+        prepage_init(&ps->order, PREPAGE_PUSH, ps->out->vm->ram.pages);
+    pthread_mutex_unlock(&ps->lock);
+}
+
+static int wait_complete(struct postcopy_source *ps, struct error *err)
+{
+    struct outgoing *out = ps->out;
+    for (;;) {
+        int ret = wire_get(&out->main.wire, &out->record, err);
+        if (ret)
+            return ret;
+        switch (out->record.header.type) {
+        case WIRE_ROUND:
+            if (!ps->under_way)
+                return wire_unexpected(&out->main.wire, &out->record, "complete", err);
+            acknowledged(ps);
+            break;
+        case WIRE_FAULTS:
+            wire_fixed(&out->record, &out->report->latency, sizeof(out->report->latency));
+            break;
+        case WIRE_COMPLETE:
+            atomic_store(&ps->finished, true);
+            return 0;
+        default:
+            return wire_unexpected(&out->main.wire, &out->record, "complete", err);
+        }
     }
 }
 
 static int push_all(struct outgoing *out, struct error *err)
 {
     struct postcopy_source *ps = out->postcopy;
-    uint64_t start = time_ns(), report_at = start;
-    struct wire_end end = {0};
+    uint64_t report_at = 0;
     int ret = 0;
+    outgoing_round(out, bitmap_count(out->todo, out->vm->ram.pages) * PAGE_SIZE);
+    outgoing_progress(out, MIGRATE_PUSHING, out->round_bytes);
+    wait_quiet(ps);
     do {
+        if (atomic_load(&out->m->severed))
+            return error_set(err, -ECANCELED, "paused by the user");
         page_batch_reset(out->batch, &out->vm->ram);
         claim(ps, out->batch);
-        ret = page_batch_put(out->batch, &out->main.wire, 0, err);
-        end.data_pages += out->batch->nr_data;
-        end.zero_pages += out->batch->nr_zero;
+        if (out->batch->nr_runs)
+            ret = push_batch(ps, out->batch, err);
         if (time_ns() >= report_at) {
             pthread_mutex_lock(&ps->lock);
             uint64_t left = bitmap_count(out->todo, out->vm->ram.pages);
@@ -168,34 +333,31 @@ static int push_all(struct outgoing *out, struct error *err)
             report_at = time_ns() + 200000000;
         }
     } while (!ret && out->batch->nr_runs);
-
     if (!ret)
-        ret = wire_put(&out->main.wire, WIRE_END, 0, &end, sizeof(end), NULL, 0, err);
-    if (!ret)
-        ret = wire_expect(&out->main.wire, &out->record, WIRE_COMPLETE, err);
-    if (ret)
-        return ret;
-    struct wire_times times;
-    wire_fixed(&out->record, &times, sizeof(times));
-    out->report->postcopy_ns = time_ns() - start;
-    out->report->faults = times.faults;
-    out->report->requests = times.requested;
-    out->report->pushed_pages = end.data_pages;
-    out->report->zero_pages += end.zero_pages;
-    return 0;
+        ret = wire_put(&out->main.wire, WIRE_END, 0, &ps->end, sizeof(ps->end), NULL, 0, err);
+    return ret ? ret : wait_complete(ps, err);
 }
 
 // When the demand connection broke first, its error is the cause and the main one's a consequence.
 int postcopy_push(struct outgoing *out, struct error *err)
 {
     struct postcopy_source *ps = out->postcopy;
+    struct wire_times times;
+    uint64_t start = time_ns();
     int ret = push_all(out, err);
-    if (!ret)
+    out->report->postcopy_ns += time_ns() - start;
+    out->report->pushed_pages += ps->end.data_pages;
+    out->report->zero_pages += ps->end.zero_pages;
+    if (!ret) {
+        wire_fixed(&out->record, &times, sizeof(times));
+        out->report->faults = times.faults;
+        out->report->requests = times.requested;
         return 0;
+    }
     channel_shutdown(&out->demand);
     pthread_join(ps->thread, NULL);
     ps->ended = true;
-    if (ps->failure != -ENODATA) {
+    if (ps->failure && ps->failure != -ENODATA) {
         *err = ps->err;
         ret = ps->failure;
     }
@@ -210,9 +372,10 @@ void postcopy_end(struct outgoing *out)
     channel_shutdown(&out->demand);
     if (!ps->ended)
         pthread_join(ps->thread, NULL);
-    out->report->demand_pages = ps->demanded;
-    out->report->data_pages += out->report->pushed_pages + ps->demanded;
+    out->report->demand_pages += ps->demanded;
+    out->report->data_pages += ps->end.data_pages + ps->demanded;
     out->report->zero_pages += ps->demanded_zero;
+    pthread_cond_destroy(&ps->asked);
     pthread_mutex_destroy(&ps->lock);
     free(ps->batch);
     free(ps);

@@ -35,6 +35,30 @@ static unsigned batch_pages(const struct outgoing *out)
     return pages < WIRE_BATCH_PAGES / 2 ? (unsigned)pages : WIRE_BATCH_PAGES / 2;
 }
 
+// What the link takes when it is written to: without a limit and with a fast peer little more than
+// copying into the socket.
+static uint64_t write_bandwidth(const struct outgoing *out)
+{
+    return out->write_ns ? switchover_bandwidth(0, out->write_bytes, out->write_ns) : 0;
+}
+
+static int put_batch(struct outgoing *out, struct error *err)
+{
+    uint64_t start = time_ns(), before = out->main.wire.out;
+    int ret = page_batch_put(out->batch, &out->main.wire, 0, err);
+    if (!ret)
+        ret = packer_put(&out->packer, &out->main.wire, err);
+    if (out->write_bytes > 64 * MiB) {
+        out->write_bytes /= 2;
+        out->write_ns /= 2;
+    }
+    out->write_bytes += out->main.wire.out - before;
+    out->write_ns += time_ns() - start;
+    out->report->data_pages += out->batch->nr_data + out->packer.nr;
+    out->report->zero_pages += out->batch->nr_zero;
+    return ret;
+}
+
 int precopy_pass(struct outgoing *out, struct error *err)
 {
     struct ram *ram = &out->vm->ram;
@@ -45,13 +69,13 @@ int precopy_pass(struct outgoing *out, struct error *err)
         if (ret)
             return ret;
         page_batch_reset(out->batch, ram);
+        packer_begin(&out->packer, write_bandwidth(out));
+        out->batch->packer = &out->packer;
         page_batch_take(out->batch, out->todo, &cursor, batch_pages(out), &out->presence);
-        ret = page_batch_put(out->batch, &out->main.wire, 0, err);
+        ret = put_batch(out, err);
         if (ret)
             return ret;
-        out->report->data_pages += out->batch->nr_data;
-        out->report->zero_pages += out->batch->nr_zero;
-        remaining -= out->batch->nr_data + out->batch->nr_zero;
+        remaining -= out->batch->nr_data + out->batch->nr_zero + out->packer.nr;
         if (out->owner == SOURCE_RUNNING && time_ns() >= report_at) {
             outgoing_progress(out, MIGRATE_ROUNDS, remaining * PAGE_SIZE);
             report_at = time_ns() + 200000000;
@@ -81,7 +105,6 @@ static enum switchover_verdict decide(struct outgoing *out, uint64_t dirty_pages
     pthread_mutex_lock(&out->m->lock);
     out->m->progress.expected_downtime_ns = expected;
     out->m->progress.dirty_bytes = in.remaining;
-    out->m->progress.bandwidth = out->bandwidth;
     pthread_mutex_unlock(&out->m->lock);
     return verdict;
 }
@@ -100,6 +123,11 @@ static int stalled(struct outgoing *out, bool *stop, bool *postcopy, struct erro
     case STALL_POSTCOPY:
         *postcopy = true;
         break;
+    case STALL_THROTTLE:
+        out->report->throttle =
+            switchover_throttle(out->report->throttle, out->dirty_rate, out->bandwidth);
+        throttle_set(&out->throttle, out->vm, out->report->throttle);
+        return 0;
     case STALL_SWITCH:
         break;
     }
@@ -114,10 +142,14 @@ int precopy_flush(struct outgoing *out, struct error *err)
     return ret ? ret : wire_expect(&out->main.wire, &out->record, WIRE_ROUND, err);
 }
 
-// What a few KiB took says nothing about the link.
-static void bandwidth_update(struct outgoing *out, uint64_t bytes, uint64_t ns)
+// Guest memory a second: `data` bytes of it went as `bytes` over the link. What a few KiB took says
+// nothing about it.
+static void bandwidth_update(struct outgoing *out, uint64_t data, uint64_t bytes, uint64_t ns)
 {
     uint64_t limit = atomic_load(&out->m->bandwidth);
+    if (data > bytes && bytes) // packed: the limit is the link's
+        limit = limit > UINT64_MAX / data ? UINT64_MAX : limit * data / bytes;
+    bytes = data > bytes ? data : bytes;
     if (bytes >= SAMPLE_MIN)
         out->bandwidth = switchover_bandwidth(out->bandwidth, bytes, ns);
     else if (!out->bandwidth)
@@ -172,28 +204,37 @@ void precopy_hints_end(struct outgoing *out)
 // still.
 static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
 {
-    uint64_t start = time_ns(), before = out->main.wire.out;
+    uint64_t start = time_ns(), before = out->main.wire.out, pages = out->report->data_pages;
+    outgoing_round(out, bitmap_count(out->todo, out->vm->ram.pages) * PAGE_SIZE);
     int ret = precopy_pass(out, err);
     out->report->rounds++;
+    out->packer.again = true;
     if (!ret)
         ret = precopy_flush(out, err);
     precopy_hints_end(out);
     if (ret)
         return ret;
     uint64_t bytes = out->main.wire.out - before, took = time_ns() - start;
-    bandwidth_update(out, bytes, took);
+    bandwidth_update(out, (out->report->data_pages - pages) * PAGE_SIZE, bytes, took);
     ret = ram_dirty_sync(&out->vm->ram, &out->dirty, out->todo, NULL, err);
     *dirty = bitmap_count(out->todo, out->vm->ram.pages);
+    out->dirty_rate = switchover_bandwidth(0, *dirty * PAGE_SIZE, time_ns() - start);
+    history_add(&out->m->history, HISTORY_ROUND, bytes, *dirty * PAGE_SIZE, took);
     FERRY_PROBE4(migration_round, out->report->rounds, bytes, took, *dirty);
     return ret;
 }
 
 int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
 {
-    *postcopy = out->params->mode != MIGRATE_PRECOPY;
+    *postcopy = out->params->mode == MIGRATE_POSTCOPY || out->params->mode == MIGRATE_HYBRID;
+    if (out->params->mode == MIGRATE_LOCAL)
+        return 0; // nothing to send
     bitmap_fill(out->todo, 0, out->vm->ram.pages, true);
     if (out->params->mode == MIGRATE_POSTCOPY)
         return 0;
+    bool old = out->version < 2; // who does not know PACKED
+    packer_init(&out->packer, &out->vm->ram, old ? PACK_NEVER : out->params->compress,
+                out->params->delta_cache);
     int ret = ram_dirty_start(&out->vm->ram, &out->dirty, err);
     out->logging = !ret;
     if (!ret)

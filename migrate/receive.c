@@ -2,6 +2,7 @@
 #include "migrate/receive.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <time.h>
@@ -16,7 +17,10 @@
 #include "vmm/util.h"
 #include "vmm/vm.h"
 
-enum { VISITOR_MS = 5000 }; // for the hello of a second connection
+enum {
+    VISITOR_MS = 5000, // for the hello of a second connection
+    PAUSE_SECONDS = 2, // a guest without its pages: what is not quiet by then waits for one
+};
 
 struct receive {
     int listen_fd;
@@ -34,8 +38,10 @@ struct receive {
     bool answered; // the source's question has been answered
     bool cancelled;
     struct channel demand; // fd -1 until the door let it in
+    struct channel again;  // the same: the source came back after post-copy broke off
 
     struct channel main;
+    unsigned version; // of the format, agreed on
     struct wire_record record;
     struct machine machine;
     struct vm *vm;
@@ -45,7 +51,10 @@ struct receive {
     uint32_t state_len;
     void *buffer; // post-copy: pages before they are placed
     struct postcopy_dest *postcopy;
-    bool was_prepared, stay_paused, acknowledged;
+    bool was_prepared, stay_paused;
+    bool halted; // we paused the guest because pages cannot come, in a thread of its own:
+    pthread_t pauser;
+    bool pausing; // to be joined
 };
 
 void receive_params_default(struct receive_params *params)
@@ -108,8 +117,10 @@ static void answer_query(struct receive *r, struct channel *c, const struct wire
     if (known) {
         owner_step(r, DEST_EV_QUERY, &action);
         answer.answer = action == OWNER_SAY_YES ? WIRE_ANSWER_YES : WIRE_ANSWER_NO;
+        pthread_mutex_lock(&r->lock);
         if (action == OWNER_SAY_NO)
             channel_shutdown(&r->main); // a COMMIT under way has no effect any more
+        pthread_mutex_unlock(&r->lock);
     }
     int ret = wire_put(&c->wire, WIRE_ANSWER, 0, &answer, sizeof(answer), NULL, 0, NULL);
     pthread_mutex_lock(&r->lock);
@@ -118,16 +129,16 @@ static void answer_query(struct receive *r, struct channel *c, const struct wire
     pthread_mutex_unlock(&r->lock);
 }
 
-static int answer_hello(struct channel *c, const struct wire_hello *hello, struct error *err)
+static int answer_hello(struct channel *c, const struct wire_hello *hello, unsigned *version,
+                        struct error *err)
 {
     struct wire_hello mine;
-    unsigned version;
-    int ret = wire_version_choose(WIRE_OLDEST, WIRE_VERSION, hello->oldest, hello->version,
-                                  &version, err);
+    int ret =
+        wire_version_choose(WIRE_OLDEST, WIRE_VERSION, hello->oldest, hello->version, version, err);
     if (ret)
         return ret;
     wire_hello_fill(&mine, hello->kind, hello->id);
-    mine.version = mine.oldest = (uint16_t)version;
+    mine.version = mine.oldest = (uint16_t)*version;
     return wire_put(&c->wire, WIRE_HELLO, 0, &mine, sizeof(mine), NULL, 0, err);
 }
 
@@ -139,10 +150,31 @@ static bool let_demand_in(struct receive *r, struct channel *c, const struct wir
                   r->machine.flags & WIRE_MACHINE_POSTCOPY &&
                   !memcmp(hello->id, r->report->id, WIRE_ID_LEN);
     pthread_mutex_unlock(&r->lock);
-    if (!wanted || answer_hello(c, hello, NULL))
+    unsigned version;
+    if (!wanted || answer_hello(c, hello, &version, NULL))
         return false;
     pthread_mutex_lock(&r->lock);
     channel_init(&r->demand, take_fd(&c->fd), r->cancel_fd, r->params.idle_ms, c->name);
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+    return true;
+}
+
+// The source is back: its old connection is dead, whether we have noticed or not.
+static bool let_recover_in(struct receive *r, struct channel *c, const struct wire_hello *hello)
+{
+    unsigned version;
+    pthread_mutex_lock(&r->lock);
+    bool wanted =
+        hello->kind == WIRE_RECOVER && r->again.fd < 0 &&
+        (r->owner == DEST_LACKING || r->owner == DEST_SEVERED || r->owner == DEST_RUNNING) &&
+        r->report->postcopy && !memcmp(hello->id, r->report->id, WIRE_ID_LEN);
+    pthread_mutex_unlock(&r->lock);
+    if (!wanted || answer_hello(c, hello, &version, NULL))
+        return false;
+    pthread_mutex_lock(&r->lock);
+    channel_init(&r->again, take_fd(&c->fd), r->cancel_fd, r->params.handshake_ms, c->name);
+    channel_shutdown(&r->main);
     pthread_cond_broadcast(&r->changed);
     pthread_mutex_unlock(&r->lock);
     return true;
@@ -158,7 +190,7 @@ static void visitor(struct receive *r, struct channel *c)
         ret = wire_hello_parse(&record, &hello, &err);
     if (!ret && hello.kind == WIRE_QUERY) {
         answer_query(r, c, &hello);
-    } else if (!ret && !let_demand_in(r, c, &hello)) {
+    } else if (!ret && !let_demand_in(r, c, &hello) && !let_recover_in(r, c, &hello)) {
         error_set(&err, -EBUSY, "this receiver is busy with another migration");
         channel_abort(c, &err);
     }
@@ -216,9 +248,11 @@ static int first_hello(struct receive *r, struct error *err)
         wire_put(&r->main.wire, WIRE_ANSWER, 0, &answer, sizeof(answer), NULL, 0, NULL);
         return error_set(err, -ENOENT, "a question about a migration this receiver never saw");
     }
+    if (hello.kind == WIRE_RECOVER)
+        return error_set(err, -ENOENT, "no post-copy of this migration has broken off here");
     if (hello.kind != WIRE_MAIN)
         return error_set(err, -EPROTO, "a migration must begin with its main connection");
-    return answer_hello(&r->main, &hello, err);
+    return answer_hello(&r->main, &hello, &r->version, err);
 }
 
 static int accept_migration(struct receive *r, struct error *err)
@@ -317,6 +351,41 @@ static int take_discard(struct receive *r, struct error *err)
     return ret;
 }
 
+static int take_packed(struct receive *r, struct error *err)
+{
+    if (r->version < 2 || r->machine.flags & WIRE_MACHINE_SHARED)
+        return wire_unexpected(&r->main.wire, &r->record, "pages", err);
+    if (!r->buffer)
+        r->buffer = malloc(WIRE_BATCH_PAGES * PAGE_SIZE);
+    if (!r->buffer)
+        return error_set(err, -ENOMEM, "no memory to unpack pages");
+    return page_intake_packed(&r->intake, &r->main.wire, &r->record, r->buffer, err);
+}
+
+// The same host: the guest's memory itself. It goes on running over there until the switch, so
+// nothing here looks at it before.
+static int take_handed(struct receive *r, struct error *err)
+{
+    struct wire_memory memory;
+    struct ram *ram = &r->vm->ram;
+    wire_fixed(&r->record, &memory, sizeof(memory));
+    if (!(r->machine.flags & WIRE_MACHINE_SHARED) || r->intake.nr_seen)
+        return wire_unexpected(&r->main.wire, &r->record, "pages", err);
+    autoclose int fd = -1;
+    int ret = channel_recv_fd(&r->main, &fd, err);
+    if (!ret && memory.size != ram->size)
+        ret = error_set(err, -EPROTO, "memory record: %llu bytes, the guest has %llu",
+                        (unsigned long long)memory.size, (unsigned long long)ram->size);
+    if (!ret)
+        ret = ram_adopt(ram, fd, err);
+    if (ret)
+        return ret;
+    take_fd(&fd);
+    bitmap_fill(r->intake.seen, 0, ram->pages, true);
+    r->intake.nr_seen = ram->pages;
+    return 0;
+}
+
 // Everything up to PREPARE, which is left in r->record.
 static int take_memory(struct receive *r, struct error *err)
 {
@@ -326,7 +395,15 @@ static int take_memory(struct receive *r, struct error *err)
             return ret;
         switch (r->record.header.type) {
         case WIRE_PAGES:
+            if (r->machine.flags & WIRE_MACHINE_SHARED)
+                return wire_unexpected(&r->main.wire, &r->record, "memory, state or prepare", err);
             ret = page_intake_record(&r->intake, &r->main.wire, &r->record, err);
+            break;
+        case WIRE_MEMORY:
+            ret = take_handed(r, err);
+            break;
+        case WIRE_PACKED:
+            ret = take_packed(r, err);
             break;
         case WIRE_ROUND:
             ret = echo_round(r, err);
@@ -449,12 +526,14 @@ static int take_pushed(struct receive *r, struct error *err)
         int ret = wire_get(&r->main.wire, &r->record, err);
         if (ret)
             return ret;
-        r->acknowledged = true; // pages are pushed once RUNNING has come
         if (r->record.header.type == WIRE_END)
             break;
-        ret = r->record.header.type == WIRE_PAGES
-                  ? postcopy_dest_place(r->postcopy, &r->main.wire, &r->record, r->buffer, err)
-                  : wire_unexpected(&r->main.wire, &r->record, "pages or end", err);
+        if (r->record.header.type == WIRE_PAGES)
+            ret = postcopy_dest_place(r->postcopy, &r->main.wire, &r->record, r->buffer, err);
+        else if (r->record.header.type == WIRE_ROUND)
+            ret = echo_round(r, err);
+        else
+            ret = wire_unexpected(&r->main.wire, &r->record, "pages or end", err);
         if (ret)
             return ret;
     }
@@ -462,6 +541,13 @@ static int take_pushed(struct receive *r, struct error *err)
     if (ret)
         return ret;
     postcopy_dest_counts(r->postcopy, &r->report->faults, &r->report->requested);
+    if (r->version >= 2) {
+        struct wire_faults latency;
+        postcopy_dest_latency(r->postcopy, &latency);
+        ret = wire_put(&r->main.wire, WIRE_FAULTS, 0, &latency, sizeof(latency), NULL, 0, err);
+        if (ret)
+            return ret;
+    }
     struct wire_times times = {.load_ns = r->report->load_ns,
                                .resume_ns = r->report->resume_ns,
                                .faults = r->report->faults,
@@ -478,34 +564,147 @@ static void see_off(struct receive *r, int ret)
         wait_flag(r, &r->answered, NULL, r->params.linger_ms);
 }
 
-static int settle(struct receive *r, int ret, struct error *err)
+// --- post-copy, and what happens when it breaks off
+
+// Everything is here and the source knows, or it is not.
+static int postcopy_finish(struct receive *r, struct error *err)
 {
-    if (!r->postcopy) {
-        see_off(r, ret);
-        return 0;
-    }
-    if (!ret)
-        ret = take_pushed(r, err);
-    if (!ret) { // all pages are here, whatever becomes of COMPLETE
-        wire_expect(&r->main.wire, &r->record, WIRE_BYE, NULL);
-        postcopy_dest_free(r->postcopy);
-        r->postcopy = NULL;
-        return 0;
-    }
+    enum owner_action action;
+    int ret = take_pushed(r, err);
+    if (!postcopy_dest_missing(r->postcopy))
+        owner_step(r, DEST_EV_WHOLE, &action);
+    // Until it has said good-bye the source may believe that it still owes pages.
+    return ret ? ret : wire_expect(&r->main.wire, &r->record, WIRE_BYE, err);
+}
+
+// A device that waits for a page cannot become quiet before the page has come.
+static void *pauser_main(void *arg)
+{
+    struct receive *r = arg;
+    vm_pause(r->vm, NULL);
+    return NULL;
+}
+
+static void halt(struct receive *r)
+{
+    if (r->halted || vm_paused(r->vm))
+        return;
+    r->pausing = r->halted = !pthread_create(&r->pauser, NULL, pauser_main, r);
+    struct timespec end;
+    clock_gettime(CLOCK_REALTIME, &end);
+    end.tv_sec += PAUSE_SECONDS;
+    if (r->pausing && !pthread_timedjoin_np(r->pauser, NULL, &end))
+        r->pausing = false;
+}
+
+static void unhalt(struct receive *r)
+{
+    if (r->pausing)
+        pthread_join(r->pauser, NULL);
+    if (r->halted)
+        vm_resume(r->vm);
+    r->pausing = r->halted = false;
+}
+
+// Both connections are dead: pause, unless nothing is missing any more, and keep everything.
+static void sever(struct receive *r, struct error *err)
+{
+    enum owner_action action;
     postcopy_dest_cause(r->postcopy, err);
     postcopy_dest_stop(r->postcopy);
+    pthread_mutex_lock(&r->lock);
+    channel_close(&r->main);
+    channel_close(&r->demand);
+    pthread_mutex_unlock(&r->lock);
     r->report->missing_pages = postcopy_dest_missing(r->postcopy);
-    if (!r->report->missing_pages) {
-        postcopy_dest_free(r->postcopy);
-        r->postcopy = NULL;
-        return 0;
+    owner_step(r, DEST_EV_LOST, &action);
+    if (action != OWNER_HOLD)
+        return;
+    halt(r);
+    error_prefix(err, "post-copy broke off, %llu pages of the guest are still at the source",
+                 (unsigned long long)r->report->missing_pages);
+    if (r->hooks->severed)
+        r->hooks->severed(r->hooks->context, r->vm, err);
+}
+
+static int say_missing(struct receive *r, struct error *err)
+{
+    uint64_t pages = r->vm->ram.pages;
+    autofree uint64_t *missing = calloc(bitmap_words(pages), 8);
+    autofree uint8_t *meta =
+        malloc(sizeof(struct wire_discard) + WIRE_DISCARD_WORDS * sizeof(uint64_t));
+    if (!missing || !meta)
+        return error_set(err, -ENOMEM, "no memory for the list of missing pages");
+    postcopy_dest_lacks(r->postcopy, missing);
+    int ret = 0;
+    for (uint64_t first = 0; !ret && first < pages; first += WIRE_DISCARD_WORDS * 64ull) {
+        uint64_t left = pages - first;
+        uint64_t n = left < WIRE_DISCARD_WORDS * 64ull ? left : WIRE_DISCARD_WORDS * 64ull;
+        struct wire_discard head = {.first = first, .pages = n};
+        memcpy(meta, &head, sizeof(head));
+        memcpy(meta + sizeof(head), missing + first / 64, bitmap_words(n) * 8);
+        ret = wire_put(&r->main.wire, WIRE_DISCARD, 0, meta, sizeof(head) + bitmap_words(n) * 8,
+                       NULL, 0, err);
     }
-    channel_shutdown(&r->main);
-    vm_pause(r->vm, NULL);
-    if (!r->acknowledged) // RUNNING may be lost: the source will ask
-        wait_flag(r, &r->answered, NULL, r->params.linger_ms);
-    return error_prefix(err, "post-copy broke off, %llu pages of the guest are still at the source",
-                        (unsigned long long)r->report->missing_pages);
+    return ret ? ret : wire_put(&r->main.wire, WIRE_READY, 0, NULL, 0, NULL, 0, err);
+}
+
+// The source has come back: says what is missing and lets the guest go on.
+static int rejoin(struct receive *r, struct error *err)
+{
+    enum owner_action action;
+    pthread_mutex_lock(&r->lock);
+    channel_init(&r->main, take_fd(&r->again.fd), -1, r->params.handshake_ms, r->again.name);
+    pthread_mutex_unlock(&r->lock);
+    int ret = say_missing(r, err);
+    if (!ret && !wait_flag(r, NULL, &r->demand.fd, r->params.handshake_ms))
+        ret = error_set(err, -ETIMEDOUT, "the connection for page requests did not come");
+    if (ret)
+        return ret;
+    r->demand.cancel_fd = -1;
+    r->main.timeout_ms = r->params.idle_ms;
+    r->report->recoveries++;
+    ret = postcopy_dest_resume(r->postcopy, err);
+    owner_step(r, DEST_EV_RECOVER, &action);
+    if (ret)
+        return ret;
+    unhalt(r); // pages come again: whoever waits for one gets on
+    if (r->hooks->severed)
+        r->hooks->severed(r->hooks->context, r->vm, NULL);
+    return ret;
+}
+
+// Until every page is here, over as many connections as it takes.
+static int postcopy_settle(struct receive *r, int ret, struct error *err)
+{
+    if (!ret)
+        ret = postcopy_finish(r, err);
+    while (ret) {
+        sever(r, err);
+        // A whole guest needs nobody; the source may still want to hear that.
+        unsigned wait_ms = r->report->missing_pages ? r->params.recover_ms : r->params.linger_ms;
+        if (!wait_flag(r, NULL, &r->again.fd, wait_ms ? wait_ms : UINT_MAX))
+            break;
+        ret = rejoin(r, err);
+        if (!ret)
+            ret = postcopy_finish(r, err);
+    }
+    if (r->report->missing_pages && ret)
+        return ret;
+    r->report->missing_pages = 0;
+    postcopy_dest_free(r->postcopy);
+    r->postcopy = NULL;
+    return 0;
+}
+
+static int settle(struct receive *r, int ret, struct error *err)
+{
+    enum owner_action action;
+    if (r->postcopy)
+        return postcopy_settle(r, ret, err);
+    owner_step(r, DEST_EV_WHOLE, &action);
+    see_off(r, ret);
+    return 0;
 }
 
 // Before COMMIT: nothing is left. If COMMIT may be under way, the source will ask: say no.
@@ -571,7 +770,8 @@ int receive_create(struct receive **out, int listen_fd, const struct migrate_hoo
                            .cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
                            .stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
                            .main = {.fd = -1},
-                           .demand = {.fd = -1}};
+                           .demand = {.fd = -1},
+                           .again = {.fd = -1}};
     pthread_mutex_init(&r->lock, NULL);
     pthread_condattr_t attr;
     pthread_condattr_init(&attr);
@@ -593,7 +793,8 @@ void receive_cancel(struct receive *r)
     r->cancelled = true;
     pthread_cond_broadcast(&r->changed);
     pthread_mutex_unlock(&r->lock);
-    if (owner_now(r) != DEST_RUNNING)
+    enum owner_dest owner = owner_now(r);
+    if (owner == DEST_WAITING || owner == DEST_PREPARED || owner == DEST_ABORTED)
         eventfd_write(r->cancel_fd, 1);
 }
 
@@ -602,8 +803,11 @@ void receive_free(struct receive *r)
     if (!r)
         return;
     postcopy_dest_free(r->postcopy);
+    if (r->pausing)
+        pthread_join(r->pauser, NULL);
     channel_close(&r->main);
     channel_close(&r->demand);
+    channel_close(&r->again);
     if (r->cancel_fd >= 0)
         close(r->cancel_fd);
     if (r->stop_fd >= 0)

@@ -27,6 +27,20 @@ uint64_t switchover_bandwidth(uint64_t before, uint64_t bytes, uint64_t ns)
     return before ? before / 4 + now - now / 4 : now;
 }
 
+unsigned switchover_throttle(unsigned percent, uint64_t dirty_rate, uint64_t bandwidth)
+{
+    enum { STEP = 10, MOST = 99 };
+    unsigned want = percent + STEP;
+    // The rate of an unslowed guest, and what is left to it when that shrinks to bandwidth / 2.
+    unsigned __int128 full = (unsigned __int128)dirty_rate * 100 / (100 - percent);
+    if (full) {
+        unsigned __int128 share = (unsigned __int128)bandwidth * 50 / full;
+        unsigned aim = share < 100 ? 100 - (unsigned)share : 0;
+        want = aim > want ? aim : want;
+    }
+    return want < MOST ? want : MOST;
+}
+
 enum switchover_verdict switchover_decide(const struct switchover_input *in, uint64_t *downtime_ns)
 {
     uint64_t t = switchover_transfer_ns(add_sat(in->remaining, in->state), in->bandwidth);

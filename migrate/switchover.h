@@ -30,6 +30,11 @@ enum switchover_verdict {
 // `*downtime_ns` is the expected downtime if the guest were stopped now (UINT64_MAX: not known).
 enum switchover_verdict switchover_decide(const struct switchover_input *in, uint64_t *downtime_ns);
 
+// What share of its time, in percent, a guest that writes too fast should stand still: `dirty_rate`
+// (bytes/s) was measured while it stood still for `percent` of it. Aims at half of what the link
+// takes, so that each round is half as long as the one before; never less than before, at most 99.
+unsigned switchover_throttle(unsigned percent, uint64_t dirty_rate, uint64_t bandwidth);
+
 // bytes / (bytes/s) in ns, rounded up, saturating at UINT64_MAX; bandwidth 0 gives UINT64_MAX
 // unless there is nothing to send.
 uint64_t switchover_transfer_ns(uint64_t bytes, uint64_t bandwidth);

@@ -12,6 +12,8 @@
 _Static_assert(sizeof(struct wire_header) == WIRE_HEADER_LEN, "header has no padding");
 _Static_assert(sizeof(struct wire_hello) == 32 && sizeof(struct wire_machine) == 32, "no padding");
 _Static_assert(sizeof(struct wire_run) == 16 && sizeof(struct wire_pages) == 16, "no padding");
+_Static_assert(sizeof(struct wire_packed_page) == 16 && sizeof(struct wire_packed) == 8,
+               "no padding");
 _Static_assert(sizeof(struct kvm_cpuid_entry2) == 40, "CPUID entries travel as KVM has them");
 
 // What a record of each type may be, checked before anything is allocated or read.
@@ -51,11 +53,47 @@ static const struct wire_limit limits[WIRE_TYPES] = {
     [WIRE_BYE] = {"bye", 0, 0, 0},
     [WIRE_ABORT] = {"abort", 0, WIRE_TEXT_MAX, 0},
     [WIRE_ANSWER] = FIXED("answer", struct wire_answer),
+    [WIRE_PACKED] = {"packed", sizeof(struct wire_packed) + sizeof(struct wire_packed_page),
+                     sizeof(struct wire_packed) +
+                         WIRE_BATCH_PAGES * sizeof(struct wire_packed_page),
+                     WIRE_BATCH_PAGES *PAGE_SIZE},
+    [WIRE_MEMORY] = FIXED("memory", struct wire_memory),
+    [WIRE_FAULTS] = FIXED("faults", struct wire_faults),
 };
 
 const char *wire_type_name(unsigned type)
 {
     return type < WIRE_TYPES && limits[type].name ? limits[type].name : "unknown";
+}
+
+// --- latencies
+
+unsigned wire_latency_bucket(uint64_t ns)
+{
+    uint64_t us = ns / 1000;
+    if (us < 4)
+        return (unsigned)us;
+    unsigned octave = 63 - (unsigned)__builtin_clzll(us);
+    unsigned bucket = 4 * (octave - 1) + (unsigned)(us >> (octave - 2) & 3);
+    return bucket < WIRE_LATENCY_BUCKETS ? bucket : WIRE_LATENCY_BUCKETS - 1;
+}
+
+uint64_t wire_latency_us(unsigned bucket)
+{
+    return bucket < 4 ? bucket : (4ull + bucket % 4) << (bucket / 4 - 1);
+}
+
+uint64_t wire_latency_percentile(const struct wire_faults *faults, double percent)
+{
+    uint64_t all = 0, sum = 0;
+    for (unsigned i = 0; i < WIRE_LATENCY_BUCKETS; i++)
+        all += faults->count[i];
+    for (unsigned i = 0; i < WIRE_LATENCY_BUCKETS; i++) {
+        sum += faults->count[i];
+        if (all && (double)sum * 100 >= percent * (double)all)
+            return wire_latency_us(i + 1);
+    }
+    return 0;
 }
 
 // --- endpoints
@@ -211,7 +249,7 @@ int wire_hello_parse(const struct wire_record *record, struct wire_hello *hello,
     wire_fixed(record, hello, sizeof(*hello));
     if (memcmp(hello->magic, WIRE_MAGIC, sizeof(hello->magic)))
         return error_set(err, -EPROTO, "not a ferry migration: wrong magic in the hello record");
-    if (hello->kind < WIRE_MAIN || hello->kind > WIRE_QUERY)
+    if (hello->kind < WIRE_MAIN || hello->kind > WIRE_RECOVER)
         return error_set(err, -EPROTO, "hello record: connection kind %u is not known",
                          hello->kind);
     if (hello->oldest > hello->version)
@@ -269,7 +307,7 @@ int machine_parse(const struct wire_record *record, struct machine *machine, str
     if (head.cpus < 1 || head.cpus > VM_MAX_VCPUS)
         return error_set(err, -EPROTO, "machine record: %u CPUs, expected 1 to %d", head.cpus,
                          VM_MAX_VCPUS);
-    if (head.flags & ~(uint32_t)WIRE_MACHINE_POSTCOPY || head.reserved)
+    if (head.flags & ~(uint32_t)(WIRE_MACHINE_POSTCOPY | WIRE_MACHINE_SHARED) || head.reserved)
         return error_set(err, -EPROTO, "machine record: flags 0x%x are not known", head.flags);
 
     const uint8_t *p = record->meta + sizeof(head);
@@ -379,6 +417,33 @@ int wire_pages_parse(const struct wire_record *record, uint64_t ram_pages,
     if (data != head->nr_data)
         return error_set(err, -EPROTO, "pages record: runs have %llu pages of data, header says %u",
                          (unsigned long long)data, head->nr_data);
+    return 0;
+}
+
+int wire_packed_parse(const struct wire_record *record, uint64_t ram_pages,
+                      struct wire_packed_page *entries, unsigned *nr, struct error *err)
+{
+    struct wire_packed head;
+    uint64_t len = 0;
+    wire_fixed(record, &head, sizeof(head));
+    if (!head.nr || head.nr > WIRE_BATCH_PAGES || head.reserved ||
+        record->header.meta_len != sizeof(head) + head.nr * sizeof(*entries))
+        return error_set(err, -EPROTO, "packed record: %u pages in %u bytes", head.nr,
+                         record->header.meta_len);
+    memcpy(entries, record->meta + sizeof(head), head.nr * sizeof(*entries));
+    for (unsigned i = 0; i < head.nr; i++) {
+        const struct wire_packed_page *e = &entries[i];
+        if (e->page >= ram_pages || e->kind > WIRE_PACKED_DELTA || !e->len || e->len > PAGE_SIZE ||
+            (e->kind == WIRE_PACKED_RAW && e->len != PAGE_SIZE))
+            return error_set(err, -EPROTO, "packed record: page %llu of %llu, kind %u, %u bytes",
+                             (unsigned long long)e->page, (unsigned long long)ram_pages, e->kind,
+                             e->len);
+        len += e->len;
+    }
+    if (len != record->header.data_len)
+        return error_set(err, -EPROTO, "packed record: %u bytes of data, its pages have %llu",
+                         record->header.data_len, (unsigned long long)len);
+    *nr = head.nr;
     return 0;
 }
 

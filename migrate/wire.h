@@ -25,12 +25,19 @@
 //     | COMMIT -------------------------------------------------> | = guest runs =
 //     | <------------------------------------------------- RUNNING|
 //     |   post-copy only:                                         |
-//     | PAGES ... (pushed) -------------------------------------> |
+//     | PAGES, ROUND ... (pushed) ------------------------------> |
+//     | <----------------------- ROUND for each, when it is placed|
 //     |   demand: <------------------------------------------ WANT|
 //     |   demand: PAGES ----------------------------------------> |
 //     | END ----------------------------------------------------> |
-//     | <------------------------------------------------ COMPLETE|
+//     | <---------------------------------------- FAULTS, COMPLETE|
 //     | BYE ----------------------------------------------------> |
+//     |                                                           |
+//     |   post-copy broke off, over new connections:              |
+//     | HELLO(recover, id) -------------------------------------> |
+//     | <------------------------------ HELLO, DISCARD ..., READY |
+//     |   demand: HELLO(demand, id) ----------------------------> | = guest runs again =
+//     | PAGES ... as before                                       |
 //     |                                                           |
 //     | ABORT(text): either side, at any time before COMMIT       |
 //     |   query connection, when RUNNING did not come:            |
@@ -47,8 +54,10 @@
 #include "vmm/util.h"
 
 // A side speaks every version in [WIRE_OLDEST, WIRE_VERSION]: the current and the previous one.
-// Version 1 is the first, so there is no previous one yet.
-enum { WIRE_VERSION = 1, WIRE_OLDEST = 1 };
+// Version 2: ROUND is echoed after COMMIT as well, FAULTS comes before COMPLETE, and a post-copy
+// that broke off goes on over new connections (RECOVER); PACKED carries pages in fewer bytes,
+// MEMORY hands all of them over within a host.
+enum { WIRE_VERSION = 2, WIRE_OLDEST = 1 };
 
 enum wire_type {
     WIRE_HELLO = 1,
@@ -68,6 +77,9 @@ enum wire_type {
     WIRE_BYE,
     WIRE_ABORT,
     WIRE_ANSWER,
+    WIRE_FAULTS,
+    WIRE_PACKED,
+    WIRE_MEMORY,
     WIRE_TYPES,
 };
 
@@ -91,7 +103,7 @@ struct wire_header {
     uint32_t meta_len, data_len, crc;
 };
 
-enum wire_connection { WIRE_MAIN = 1, WIRE_DEMAND, WIRE_QUERY };
+enum wire_connection { WIRE_MAIN = 1, WIRE_DEMAND, WIRE_QUERY, WIRE_RECOVER };
 
 struct wire_hello {
     char magic[8];
@@ -101,7 +113,10 @@ struct wire_hello {
     uint8_t id[WIRE_ID_LEN];
 };
 
-enum { WIRE_MACHINE_POSTCOPY = 1 }; // a demand connection will follow
+enum {
+    WIRE_MACHINE_POSTCOPY = 1, // a demand connection will follow
+    WIRE_MACHINE_SHARED = 2,   // same host: MEMORY will follow, and no pages
+};
 
 struct wire_machine {  // then regions, CPUID entries, JSON
     uint64_t ram_size; // bytes
@@ -132,14 +147,37 @@ struct wire_run {   // runs are in ascending order and do not overlap
     uint32_t kind;  // enum wire_run_kind
 };
 
+enum wire_packed_kind {
+    WIRE_PACKED_RAW,   // 4096 bytes
+    WIRE_PACKED_LZ4,   // an LZ4 block
+    WIRE_PACKED_DELTA, // an LZ4 block of the page XOR what came of it last
+};
+
+struct wire_packed_page {
+    uint64_t page;
+    uint16_t len, kind; // 1 to 4096 bytes of data; enum wire_packed_kind
+    uint32_t sum;       // of the page
+};
+
+struct wire_packed { // then wire_packed_page[nr]; data has theirs, one after the other
+    uint32_t nr;     // 1 to WIRE_BATCH_PAGES
+    uint32_t reserved;
+};
+
+struct wire_memory { // then one byte, with a descriptor of guest memory (SCM_RIGHTS)
+    uint64_t size;   // bytes
+};
+
 struct wire_round { // echoed when everything before it has been dealt with
     uint32_t round; // completed
     uint32_t reserved;
     uint64_t data_pages; // sent so far
 };
 
-struct wire_discard { // then u64 words[]: a set bit = this page is not valid at the destination
-    uint64_t first;   // page index, a multiple of 64
+// Then u64 words[]: a set bit = this page is not valid at the destination. From the destination,
+// when it recovers: all that it lacks.
+struct wire_discard {
+    uint64_t first; // page index, a multiple of 64
     uint64_t pages;
 };
 
@@ -160,6 +198,14 @@ struct wire_times { // PREPARED, RUNNING, COMPLETE: the destination's figures
     uint64_t load_ns, resume_ns;
     uint64_t faults;    // userfaults taken
     uint64_t requested; // pages asked for
+};
+
+// Bucket i of latencies: up to 4 us exactly, then four buckets an octave (wire_latency_bucket).
+enum { WIRE_LATENCY_BUCKETS = 64 };
+
+struct wire_faults { // how long the guest waited for pages it asked for, the destination's clock
+    uint64_t count[WIRE_LATENCY_BUCKETS];
+    uint64_t total_ns, max_ns;
 };
 
 struct wire_commit {
@@ -226,6 +272,12 @@ int wire_unexpected(const struct wire *w, const struct wire_record *record, cons
 
 const char *wire_type_name(unsigned type);
 
+unsigned wire_latency_bucket(uint64_t ns);
+// The least latency of the bucket, us.
+uint64_t wire_latency_us(unsigned bucket);
+// What `percent` of all latencies stay below, us; 0 without any.
+uint64_t wire_latency_percentile(const struct wire_faults *faults, double percent);
+
 // --- pure parts
 
 // Lengths are within the limits of the type; unknown types and flags are errors.
@@ -268,6 +320,10 @@ int wire_pages_parse(const struct wire_record *record, uint64_t ram_pages,
                      struct wire_pages_view *view, struct error *err);
 struct wire_run wire_pages_run(const struct wire_pages_view *view, unsigned index);
 uint32_t wire_pages_sum(const struct wire_pages_view *view, unsigned index);
+
+// Copies the entries out (room for WIRE_BATCH_PAGES): pages exist, lengths add up to the data's.
+int wire_packed_parse(const struct wire_record *record, uint64_t ram_pages,
+                      struct wire_packed_page *entries, unsigned *nr, struct error *err);
 
 // ORs the record's bits into `stale` (a bitmap of ram_pages bits).
 int wire_discard_parse(const struct wire_record *record, uint64_t ram_pages, uint64_t *stale,

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 
 #include "vmm/layout.h"
@@ -68,13 +69,17 @@ static int backing_open(struct ram *ram, enum ram_backing backing, struct error 
 {
     if (backing == RAM_ANONYMOUS)
         return 0;
-    unsigned flags = MFD_CLOEXEC | (backing == RAM_HUGETLB ? MFD_HUGETLB | MFD_HUGE_2MB : 0);
+    unsigned flags =
+        MFD_CLOEXEC | MFD_ALLOW_SEALING | (backing == RAM_HUGETLB ? MFD_HUGETLB | MFD_HUGE_2MB : 0);
     ram->memfd = memfd_create("ferry-ram", flags);
     if (ram->memfd < 0)
         return error_errno(err, "guest memory: memfd_create");
     if (ftruncate(ram->memfd, (off_t)ram->size))
         return error_errno(err, "guest memory: %llu MiB memfd",
                            (unsigned long long)(ram->size / MiB));
+    // Whoever it is handed to may rely on it. Not every kernel seals huge pages.
+    if (fcntl(ram->memfd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW) && backing != RAM_HUGETLB)
+        return error_errno(err, "guest memory: sealing its size");
     return 0;
 }
 
@@ -150,6 +155,29 @@ int ram_create(struct ram *ram, const struct ram_config *config, struct error *e
                                                                .first_page = low / PAGE_SIZE,
                                                                .hva = ram->map + low,
                                                                .slot = 1};
+    return 0;
+}
+
+int ram_adopt(struct ram *ram, int fd, struct error *err)
+{
+    struct stat st;
+    int seals = fcntl(fd, F_GET_SEALS);
+    if (fstat(fd, &st))
+        return error_errno(err, "guest memory: fstat");
+    if ((uint64_t)st.st_size != ram->size || st.st_blksize != PAGE_SIZE || seals < 0 ||
+        !(seals & F_SEAL_SHRINK) || ram->unit != PAGE_SIZE)
+        return error_set(err, -EINVAL,
+                         "memory handed over: %lld bytes in pages of %ld, seals 0x%x; expected a "
+                         "memfd of %llu bytes in pages of 4 KiB that cannot shrink",
+                         (long long)st.st_size, (long)st.st_blksize, (unsigned)seals,
+                         (unsigned long long)ram->size);
+    if (mmap(ram->map, ram->size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE,
+             fd, 0) == MAP_FAILED)
+        return error_errno(err, "guest memory: mmap of what was handed over");
+    madvise(ram->map, ram->size, MADV_DONTDUMP);
+    if (ram->memfd >= 0)
+        close(ram->memfd);
+    ram->memfd = fd;
     return 0;
 }
 

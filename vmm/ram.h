@@ -88,6 +88,11 @@ struct ram {
 int ram_create(struct ram *ram, const struct ram_config *config, struct error *err);
 void ram_destroy(struct ram *ram);
 
+// The memory of another process becomes this one's, before the guest has run: `fd` is a memfd of
+// ram->size bytes in 4 KiB pages that can never shrink (F_SEAL_SHRINK: else touching it might kill
+// this process). Takes fd over when it returns 0.
+int ram_adopt(struct ram *ram, int fd, struct error *err);
+
 // Gives the regions to KVM as memory slots.
 int ram_attach(struct ram *ram, int vm_fd, struct error *err);
 // The slots again, with or without KVM's dirty log (the dirty log's own).

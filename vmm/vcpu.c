@@ -291,12 +291,25 @@ static void park(struct vcpu *vcpu)
     pthread_mutex_unlock(&vm->lock);
 }
 
+// Until nobody holds the guest any more; the signal of a kick ends the sleep early.
+static void held(const struct vm *vm)
+{
+    while (atomic_load(&vm->hold) && !should_leave(vm))
+        usleep(200);
+}
+
 // True when the guest may run, false when the thread must end.
 static bool may_run(struct vcpu *vcpu)
 {
     for (;;) {
         set_immediate_exit(vcpu, 0);
         struct vcpu_turns *turns = atomic_load_explicit(&vcpu->vm->turns, memory_order_acquire);
+        if (__builtin_expect(atomic_load(&vcpu->vm->hold), 0)) {
+            if (turns)
+                turns->give(turns, vcpu);
+            held(vcpu->vm);
+            set_immediate_exit(vcpu, 0);
+        }
         if (__builtin_expect(!should_leave(vcpu->vm), 1)) {
             if (!turns || turns->take(turns, vcpu))
                 return true;

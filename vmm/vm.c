@@ -339,6 +339,15 @@ void vm_resume(struct vm *vm)
     pthread_mutex_unlock(&vm->lock);
 }
 
+void vm_hold(struct vm *vm, bool held)
+{
+    atomic_store(&vm->hold, held);
+    pthread_mutex_lock(&vm->lock);
+    for (unsigned i = 0; held && vm->phase == VM_ACTIVE && i < vm->nr_vcpus; i++)
+        vcpu_kick(&vm->vcpus[i]);
+    pthread_mutex_unlock(&vm->lock);
+}
+
 bool vm_paused(struct vm *vm)
 {
     pthread_mutex_lock(&vm->lock);

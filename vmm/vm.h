@@ -32,7 +32,7 @@ struct vm_config {
     enum log_format log_format;
     bool trace;
     enum seccomp_mode seccomp; // of the threads; SECCOMP_OFF unless set
-    const char *kvm_path; // NULL = /dev/kvm
+    const char *kvm_path;      // NULL = /dev/kvm
 };
 
 // Why a VM stopped. The first cause wins.
@@ -87,6 +87,7 @@ struct vm {
     bool quiesced;     // the devices are
     unsigned parked;   // vCPU threads that wait in may_run
     atomic_bool pause; // what vCPU threads look at
+    atomic_bool hold;  // for a moment no vCPU enters the guest; who sets it kicks them (vm_hold)
     atomic_bool quit;
     struct vcpu_turns *_Atomic turns; // vmm/vcpu.h; NULL: vCPUs run as Linux has it
     struct vm_stop stop;
@@ -120,6 +121,9 @@ void vm_resume(struct vm *vm);
 // quiescent. Idempotent. Not from a vCPU thread.
 int vm_pause(struct vm *vm, struct error *err);
 bool vm_paused(struct vm *vm);
+// Slows the guest: while held its vCPUs stand still, though the VM is not paused, its devices work
+// and its clock goes on. Any thread.
+void vm_hold(struct vm *vm, bool held);
 
 // First caller wins; any thread, also a vCPU's. Then every vCPU thread leaves.
 void vm_request_stop(struct vm *vm, enum vm_stop_kind kind, uint32_t value, const char *fmt, ...)

@@ -52,10 +52,14 @@ _ferry()
         --placement) choices="length weight" ;;
         --net) choices="tap= tap-fd= user" ;;
         --on-reboot) choices="stop reset" ;;
-        --mode) choices="precopy postcopy hybrid" ;;
+        --mode) choices="precopy postcopy hybrid local" ;;
         --layout) choices="packed mapped" ;;
-        --compress) choices="lz4 none" ;;
-        --on-stall) choices="continue cancel switch postcopy" ;;
+        --compress)
+            choices="auto always none"
+            [ "$command" != snapshot ] || choices="lz4 none"
+            ;;
+        --prepaging) choices="none push forward bubble multi-bubble" ;;
+        --on-stall) choices="continue cancel switch postcopy throttle" ;;
         *)
             case $word:$command in
             -*:sched) choices=$(_ferry_options "$ferry" "${COMP_WORDS[@]:1:COMP_CWORD > 2 ? 2 : 1}") ;;
@@ -66,7 +70,8 @@ _ferry()
                     choices=$("$ferry" sched --help 2>/dev/null | sed -n 's/^  \([a-z]\{2,\}\)  *.*/\1/p')
                 ;;
             *:snapshot) choices="create ls verify merge rm $(_ferry_vms)" ;;
-            *:clone | *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:reset | *:stop | *:migrate) choices=$(_ferry_vms) ;;
+            *:clone | *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:reset | *:stop) choices=$(_ferry_vms) ;;
+            *:migrate) choices="$(_ferry_vms) status cancel set pause recover force-resume" ;;
             esac
             ;;
         esac

@@ -30,6 +30,9 @@ struct guest {
     unsigned cpus, ranges;
     uint64_t memory;
     enum ram_backing backing;
+    enum prepage_kind prepaging;
+    const char *listen;  // NULL: TCP over loopback
+    unsigned timeout_ms; // 0: the usual ones
     struct oracle_range range[64];
     uint64_t heartbeat[VM_MAX_VCPUS];
 };
@@ -47,6 +50,7 @@ static inline void guest_boot(struct guest *g, unsigned cpus, uint64_t memory, u
     g->bare = calloc(1, sizeof(*g->bare));
     g->cpus = cpus;
     g->memory = memory;
+    g->prepaging = PREPAGE_MULTI;
     bare_create(g->bare, &config);
     bare_run(g->bare);
     bare_wait_syncs(g->bare, 1);

@@ -46,6 +46,11 @@ static int record_take(struct wire *w, const struct wire_record *record, struct 
         return ret;
     case WIRE_PAGES:
         return page_intake_record(intake, w, record, &err);
+    case WIRE_PACKED:
+        skip = malloc(WIRE_BATCH_PAGES * PAGE_SIZE);
+        ret = page_intake_packed(intake, w, record, skip, &err);
+        free(skip);
+        return ret;
     case WIRE_DISCARD:
         return wire_discard_parse(record, intake->ram->pages, stale, &err);
     case WIRE_WANT:

@@ -197,7 +197,7 @@ class LinuxMoves(unittest.TestCase):
 
     def test_4_cancelled(self):
         def cancel(_target):
-            self.assertStatus(self.lab.ferry("migrate", self.journey.vm.name, "--cancel"), lab.OK)
+            self.assertStatus(self.lab.ferry("migrate", "cancel", self.journey.vm.name), lab.OK)
 
         target, client = self.failing_migration(cancel)
         self.assertIn("cancel", client.errors())
@@ -347,6 +347,40 @@ class BareMoves(LabTest):
                 self.assertStatus(vm.ferry("resume"), lab.OK)
         self.assertStatus(vm.ferry("stop"), lab.OK)
         self.assertEnds(vm, lab.STOPPED)
+
+    def test_post_copy_paused_and_recovered(self):
+        """The link is broken in the middle, twice: nobody runs the guest, nothing is lost."""
+        memory = 64 * MIB
+        vm = self.lab.vm("run", "--kernel", lab.bare_guest("incr.elf"), "--memory", "64M",
+                         "--backing", "memfd", "--append", "pages=4096 period_us=200",
+                         namespace=self.hosts.namespaces.sides[0])
+        oracle = Oracle(vm, memory)
+        self.beats_on(oracle, vm, {})
+        target, address = self.hosts.receive(1, "--backing", "memfd")
+        command = ["migrate", vm.name, address, "--mode", "postcopy", "--prepaging", "none"]
+        for _ in range(2):
+            # Nothing is pushed until nobody has asked for anything for a second.
+            client = self.lab.start(lab.Process([lab.FERRY, *command], env=self.lab.env))
+            client.stderr.wait(b"pushing")
+            self.assertStatus(self.lab.ferry("migrate", "pause", vm.name), lab.OK)
+            self.assertEqual(lab.FAILED, client.wait(), client.errors())
+            self.assertIn("ferry migrate recover", client.errors())
+            target.stderr.wait(b"stands still")
+            self.assertEqual("paused", target.ferry("info", "--json").json()["state"])
+            self.assertStatus(vm.ferry("resume"), lab.FAILED)
+            status = self.lab.ferry("migrate", "status", vm.name, "--json").json()
+            self.assertEqual("destination, lacking pages", status["report"]["owner"])
+            _, beats = oracle.read(target)
+            self.assertEqual(beats, oracle.read(target)[1])
+            command = ["migrate", "recover", vm.name, address]
+        report = self.assertStatus(self.lab.ferry("migrate", "recover", vm.name, address, "--json"),
+                                   lab.OK).json()
+        self.assertEqual((2, "destination"), (report["recoveries"], report["owner"]))
+        self.assertEnds(vm, lab.OK)
+        self.beats_on(oracle, target, {})
+        self.check_oracle(oracle, target, {})
+        self.assertStatus(target.ferry("stop"), lab.OK)
+        self.assertEnds(target, lab.STOPPED)
 
     def test_one_cpu_below_3_gib(self):
         self.oracle_moves(1, 64 * MIB, 0)

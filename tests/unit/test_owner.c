@@ -9,14 +9,23 @@
 #include "migrate/owner.h"
 #include "vmm/util.h"
 
-enum message { MSG_NONE, MSG_PREPARE, MSG_COMMIT, MSG_ABORT, MSG_PREPARED = 1, MSG_RUNNING = 2 };
+enum message {
+    MSG_NONE,
+    MSG_PREPARE,
+    MSG_COMMIT,
+    MSG_ABORT,
+    MSG_PREPARED = 1,
+    MSG_RUNNING = 2,
+    MSG_COMPLETE = 4
+};
 enum question { Q_NONE, Q_ASKED, Q_YES, Q_NO };
-enum { QUEUE = 3, STATES = 1 << 23, SUCCESSORS_MAX = 64 };
+enum { QUEUE = 3, STATES = 1 << 28, SUCCESSORS_MAX = 64 };
 
 struct world {
     unsigned source, dest;
     unsigned link_up, source_alive, dest_alive, started;
     unsigned question;
+    unsigned recovering;                       // the source has made a new link and said so
     unsigned to_dest[QUEUE], to_source[QUEUE]; // enum message, head first
 };
 
@@ -28,7 +37,8 @@ struct tables {
 static unsigned world_encode(const struct world *w)
 {
     unsigned n = w->source;
-    n = n << 2 | w->dest;
+    n = n << 3 | w->dest;
+    n = n << 1 | w->recovering;
     n = n << 1 | w->link_up;
     n = n << 1 | w->source_alive;
     n = n << 1 | w->dest_alive;
@@ -37,7 +47,7 @@ static unsigned world_encode(const struct world *w)
     for (unsigned i = 0; i < QUEUE; i++)
         n = n << 2 | w->to_dest[i];
     for (unsigned i = 0; i < QUEUE; i++)
-        n = n << 2 | w->to_source[i];
+        n = n << 3 | w->to_source[i];
     return n;
 }
 
@@ -52,7 +62,7 @@ static struct world world_decode(unsigned n)
 {
     struct world w;
     for (unsigned i = QUEUE; i-- > 0;)
-        w.to_source[i] = take_bits(&n, 2);
+        w.to_source[i] = take_bits(&n, 3);
     for (unsigned i = QUEUE; i-- > 0;)
         w.to_dest[i] = take_bits(&n, 2);
     w.question = take_bits(&n, 2);
@@ -60,14 +70,15 @@ static struct world world_decode(unsigned n)
     w.dest_alive = take_bits(&n, 1);
     w.source_alive = take_bits(&n, 1);
     w.link_up = take_bits(&n, 1);
-    w.dest = take_bits(&n, 2);
+    w.recovering = take_bits(&n, 1);
+    w.dest = take_bits(&n, 3);
     w.source = n;
     return w;
 }
 
 static void push(const struct world *w, unsigned *queue, unsigned message)
 {
-    if (!w->link_up)
+    if (!w->link_up || !message)
         return; // sending fails
     for (unsigned i = 0; i < QUEUE; i++)
         if (!queue[i]) {
@@ -112,7 +123,14 @@ static void dest_step(const struct tables *t, struct world *w, unsigned event)
     if (event == DEST_EV_LOADED && w->dest == DEST_PREPARED)
         push(w, w->to_source, MSG_PREPARED);
     if (rule->action == OWNER_RUN)
-        push(w, w->to_source, MSG_RUNNING);
+        push(w, w->to_source, event == DEST_EV_COMMIT ? MSG_RUNNING : MSG_NONE);
+    if (event == DEST_EV_WHOLE || (event == DEST_EV_RECOVER && w->dest == DEST_RUNNING))
+        push(w, w->to_source, MSG_COMPLETE);
+    if (rule->action == OWNER_HOLD) {
+        w->link_up = false;
+        memset(w->to_source, 0, sizeof(w->to_source)); // nothing of the old link is read any more
+        memset(w->to_dest, 0, sizeof(w->to_dest));
+    }
     if (rule->action == OWNER_DISCARD) {
         push(w, w->to_source, MSG_ABORT);
         w->link_up = false;
@@ -138,7 +156,8 @@ static struct world *next(struct successors *s)
 static void source_successors(struct successors *s)
 {
     static const unsigned any_time[] = {SOURCE_EV_LOST, SOURCE_EV_CANCEL};
-    static const unsigned heard[] = {0, SOURCE_EV_PREPARED, SOURCE_EV_ACK, SOURCE_EV_REFUSED};
+    static const unsigned heard[] = {0, SOURCE_EV_PREPARED, SOURCE_EV_ACK, SOURCE_EV_REFUSED,
+                                     SOURCE_EV_COMPLETE};
     const struct world *from = &s->from;
     if (!from->started) {
         struct world *w = next(s);
@@ -153,6 +172,13 @@ static void source_successors(struct successors *s)
     if (from->to_source[0]) {
         struct world *w = next(s);
         source_step(s->tables, w, heard[pop(w->to_source)]);
+    }
+    if (from->source == SOURCE_SEVERED && !from->recovering) {
+        struct world *w = next(s); // a new link: nothing of the old one comes through it
+        memset(w->to_source, 0, sizeof(w->to_source));
+        memset(w->to_dest, 0, sizeof(w->to_dest));
+        w->link_up = w->recovering = true;
+        source_step(s->tables, w, SOURCE_EV_RECOVER);
     }
     if (from->source != SOURCE_DOUBT)
         return;
@@ -178,6 +204,15 @@ static void dest_successors(struct successors *s)
     }
     if (s->from.question == Q_ASKED)
         dest_step(s->tables, next(s), DEST_EV_QUERY);
+    if (s->from.dest == DEST_LACKING && s->from.link_up && !s->from.recovering)
+        dest_step(s->tables, next(s), DEST_EV_WHOLE); // pages come over a link
+    if (s->from.recovering && s->from.link_up) {
+        struct world *w = next(s);
+        w->recovering = false;
+        if (w->dest == DEST_LACKING) // it had not noticed that the old link was gone
+            w->dest = s->tables->dest[DEST_LACKING][DEST_EV_LOST].next;
+        dest_step(s->tables, w, DEST_EV_RECOVER);
+    }
 }
 
 static void world_successors(struct successors *s, bool deaths)
@@ -188,7 +223,9 @@ static void world_successors(struct successors *s, bool deaths)
     if (s->from.dest_alive)
         dest_successors(s);
     next(s)->link_up = false;
-    if (!s->from.link_up) { // the rest of what was under way is lost
+    if (s->from.recovering && !s->from.link_up)
+        next(s)->recovering = false; // it never heard of the new link
+    if (!s->from.link_up) {          // the rest of what was under way is lost
         memset(next(s)->to_dest, 0, sizeof(s->from.to_dest));
         memset(next(s)->to_source, 0, sizeof(s->from.to_source));
     }
@@ -206,12 +243,15 @@ static void world_successors(struct successors *s, bool deaths)
 static const char *world_fault(const struct world *w)
 {
     bool source_runs = w->source_alive && w->source == SOURCE_RUNNING;
-    bool dest_runs = w->dest_alive && w->dest == DEST_RUNNING;
+    bool given = w->dest == DEST_LACKING || w->dest == DEST_SEVERED || w->dest == DEST_RUNNING;
+    bool dest_runs = w->dest_alive && given;
     if (source_runs && dest_runs)
         return "both run";
     if (w->source == SOURCE_GONE && w->dest != DEST_RUNNING)
-        return "the source let go of a guest the destination never took";
-    if (w->source < SOURCE_COMMITTING && w->dest == DEST_RUNNING)
+        return "the source let go of a guest that lacks pages, or that was never taken";
+    if ((w->source == SOURCE_OWES || w->source == SOURCE_SEVERED) && !given)
+        return "the source gave up a guest the destination never took";
+    if (w->source < SOURCE_COMMITTING && given)
         return "the destination took a guest that was not given";
     return NULL;
 }
@@ -282,7 +322,8 @@ END_TEST
 // The guest is somewhere: alive on exactly one side and settled there.
 static bool settled(const struct world *w)
 {
-    return (w->source == SOURCE_RUNNING && w->dest != DEST_RUNNING) ||
+    return (w->source == SOURCE_RUNNING &&
+            (w->dest == DEST_WAITING || w->dest == DEST_PREPARED || w->dest == DEST_ABORTED)) ||
            (w->source == SOURCE_GONE && w->dest == DEST_RUNNING);
 }
 
@@ -339,7 +380,8 @@ END_TEST
 // After it, no event but an explicit no, a refusal or a human's word lets the source run.
 START_TEST(test_only_no_resumes)
 {
-    static const enum owner_source after[] = {SOURCE_COMMITTING, SOURCE_DOUBT, SOURCE_GONE};
+    static const enum owner_source after[] = {SOURCE_COMMITTING, SOURCE_DOUBT, SOURCE_OWES,
+                                              SOURCE_SEVERED, SOURCE_GONE};
     for (unsigned i = 0; i < ARRAY_SIZE(after); i++)
         for (unsigned event = 0; event < SOURCE_EVENTS; event++) {
             enum owner_source state = after[i];
@@ -365,11 +407,15 @@ START_TEST(test_dest_final)
         owner_dest_step(&state, event, &action);
         ck_assert_int_eq(state, DEST_ABORTED);
         ck_assert_int_ne(action, OWNER_RUN);
-        state = DEST_RUNNING;
-        owner_dest_step(&state, event, &action);
-        ck_assert_int_eq(state, DEST_RUNNING);
-        ck_assert_int_ne(action, OWNER_SAY_NO);
-        ck_assert_int_ne(action, OWNER_DISCARD);
+        for (state = DEST_LACKING; state <= DEST_RUNNING; state++) {
+            enum owner_dest after = state;
+            owner_dest_step(&after, event, &action);
+            ck_assert_int_ge(after, DEST_LACKING);
+            ck_assert_int_le(after, DEST_RUNNING);
+            ck_assert(state != DEST_RUNNING || after == DEST_RUNNING);
+            ck_assert_int_ne(action, OWNER_SAY_NO);
+            ck_assert_int_ne(action, OWNER_DISCARD);
+        }
     }
 }
 END_TEST
@@ -377,7 +423,7 @@ END_TEST
 // The walk finds what it is there to find: each of these plausible mistakes.
 START_TEST(test_walk_finds_mistakes)
 {
-    for (unsigned mistake = 0; mistake < 6; mistake++) {
+    for (unsigned mistake = 0; mistake < 9; mistake++) {
         struct tables t = production();
         switch (mistake) {
         case 0: // resume when nobody answers
@@ -395,6 +441,15 @@ START_TEST(test_walk_finds_mistakes)
             break;
         case 4: // answering no without meaning it
             t.dest[DEST_PREPARED][DEST_EV_QUERY].next = DEST_PREPARED;
+            break;
+        case 6: // a broken link counts as the end of post-copy
+            t.source[SOURCE_OWES][SOURCE_EV_LOST].next = SOURCE_GONE;
+            break;
+        case 7: // a destination that lacks pages may be told to forget the guest
+            t.dest[DEST_SEVERED][DEST_EV_LOST].next = DEST_ABORTED;
+            break;
+        case 8: // the source takes the guest back when the link breaks in post-copy
+            t.source[SOURCE_OWES][SOURCE_EV_LOST].next = SOURCE_RUNNING;
             break;
         case 5: // letting go before the destination has taken over
             t.source[SOURCE_COMMITTING][SOURCE_EV_LOST].next = SOURCE_GONE;

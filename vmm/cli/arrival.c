@@ -115,6 +115,20 @@ static void arrived(void *context, struct vm *vm)
         vm_request_stop(vm, VM_STOP_ERROR, 0, "%s", err.text);
 }
 
+// In the receiving thread: the loop's may stand still for want of a page.
+static void severed(void *context, struct vm *vm, const struct error *why)
+{
+    struct arrival *a = context;
+    life_move(&a->session->life, why ? LIFE_PAUSED : LIFE_RUNNING, NULL);
+    if (why)
+        log_write(&vm->log, LOG_ERROR,
+                  "%s; the guest stands still until the source comes back (there: ferry migrate "
+                  "recover)",
+                  why->text);
+    else
+        log_write(&vm->log, LOG_INFO, "the source is back, the guest goes on");
+}
+
 // --- the receiving thread
 
 static void receive_done(void *arg)
@@ -187,7 +201,8 @@ static int receive_session(struct session *s, struct arrival *a, struct error *e
                                         .describe = s->hooks.describe,
                                         .create_vm = create_vm,
                                         .destroy_vm = destroy_vm,
-                                        .arrived = arrived};
+                                        .arrived = arrived,
+                                        .severed = severed};
     ret = arrival_start(a, listen_fd, &hooks, err);
     if (ret)
         return ret;

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "vmm/cli/cli.h"
+#include "vmm/cli/migrate_page.h"
 #include "vmm/control.h"
 #include "vmm/util.h"
 
@@ -15,25 +16,47 @@ static const char migrate_usage[] =
     "Moves the running VM to a host where `ferry receive` waits. On any failure before the "
     "hand-over\n"
     "the guest goes on here.\n\n"
-    "      --mode MODE        precopy (default), postcopy, hybrid\n"
+    "      --mode MODE        precopy (default), postcopy, hybrid, local (to unix:PATH:\n"
+    "                         memory is handed over, for a new ferry under a running guest)\n"
     "      --downtime-ms N    longest pause to aim at (default 300)\n"
     "      --bandwidth SIZE   bytes a second at most, e.g. 100M\n"
     "      --max-rounds N     pre-copy rounds before --on-stall applies\n"
-    "      --on-stall WHAT    continue, cancel, switch (pause longer), postcopy\n"
+    "      --on-stall WHAT    continue, cancel, switch (pause longer), postcopy, throttle\n"
+    "      --compress WHEN    pre-copy: auto (default: while it pays), always, none\n"
+    "      --delta-cache SIZE copies of sent pages, for those that change little (default 64M)\n"
+    "      --prepaging HOW    post-copy: none, push, forward, bubble, multi-bubble (default)\n"
+    "      --report FILE      the report as a page with plots (HTML)\n"
     "  -j, --json             the report as JSON\n"
     "  -q, --quiet            no progress\n\n"
-    "With NAME alone:\n"
-    "      --status           the migration under way, or how the last one ended\n"
-    "      --cancel           end it; the guest goes on here\n"
-    "      --force-resume     the hand-over was never answered: run the guest here (you know that "
-    "it\n"
-    "                         does not run there)\n\n"
+    "ferry migrate status NAME         the migration under way, or how the last one ended\n"
+    "ferry migrate cancel NAME         end it; the guest goes on here\n"
+    "ferry migrate set NAME OPTIONS    change --downtime-ms and --bandwidth while it works\n"
+    "ferry migrate pause NAME          post-copy: break the link; both sides stand still\n"
+    "ferry migrate recover NAME tcp:HOST:PORT\n"
+    "                                  post-copy whose link broke: go on over a new one\n"
+    "ferry migrate force-resume NAME   the hand-over was never answered: run the guest here (you\n"
+    "                                  know that it does not run there)\n\n"
     "example: ferry migrate web tcp:10.0.0.2:7000 --downtime-ms 30";
+
+// What comes before NAME. Without: the migration itself.
+static const struct migrate_verb {
+    const char *word, *method, *route;
+    bool target; // needs tcp:HOST:PORT after NAME
+} verbs[] = {
+    {"status", "GET", "/migration", false},
+    {"cancel", "DELETE", "/migration", false},
+    {"set", "PATCH", "/migration", false},
+    {"pause", "PUT", "/migration/pause", false},
+    {"recover", "PUT", "/migration/recover", true},
+    {"force-resume", "PUT", "/migration/force-resume", false},
+};
+static const struct migrate_verb migrate_verb = {NULL, "PUT", "/migration", true};
 
 struct migrate_args {
     json_t *request;
     bool json, quiet;
-    const char *method, *route;
+    const struct migrate_verb *verb;
+    const char *report;
 };
 
 static int put_number(json_t *request, const char *key, const char *text, uint64_t unit,
@@ -59,6 +82,18 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
     case 's':
         json_object_set_new(a->request, "on_stall", json_string(optarg));
         return 0;
+    case 'c':
+        json_object_set_new(a->request, "compress", json_string(optarg));
+        return 0;
+    case 'D':
+        return put_number(a->request, "delta-cache", optarg, 1, err);
+    case 'R':
+        a->report = optarg;
+        json_object_set_new(a->request, "history", json_true());
+        return 0;
+    case 'p':
+        json_object_set_new(a->request, "prepaging", json_string(optarg));
+        return 0;
     case 'd':
         return put_number(a->request, "downtime-ms", optarg, 1, err);
     case 'b':
@@ -71,14 +106,12 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
     case 'q':
         a->quiet = true;
         return 0;
-    case 1:
-        a->method = "GET";
-        return 0;
+    case 1: // as options, as they were before there were verbs
     case 2:
-        a->method = "DELETE";
+        a->verb = &verbs[c - 1];
         return 0;
     case 3:
-        a->route = "/migration/force-resume";
+        a->verb = &verbs[ARRAY_SIZE(verbs) - 1];
         return 0;
     default:
         return error_set(err, -EINVAL, "unknown option (ferry migrate --help)");
@@ -92,6 +125,10 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
                                           {"bandwidth", required_argument, NULL, 'b'},
                                           {"max-rounds", required_argument, NULL, 'r'},
                                           {"on-stall", required_argument, NULL, 's'},
+                                          {"compress", required_argument, NULL, 'c'},
+                                          {"delta-cache", required_argument, NULL, 'D'},
+                                          {"report", required_argument, NULL, 'R'},
+                                          {"prepaging", required_argument, NULL, 'p'},
                                           {"json", no_argument, NULL, 'j'},
                                           {"quiet", no_argument, NULL, 'q'},
                                           {"help", no_argument, NULL, 'h'},
@@ -114,13 +151,24 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
         if (ret)
             return ret;
     }
-    int wanted = !strcmp(a->method, "PUT") && !strcmp(a->route, "/migration") ? 2 : 1;
-    if (argc - optind != wanted)
+    for (unsigned i = 0; i < ARRAY_SIZE(verbs) && optind < argc; i++)
+        if (!a->verb && !strcmp(argv[optind], verbs[i].word))
+            a->verb = &verbs[i];
+    if (a->verb && optind < argc && !strcmp(argv[optind], a->verb->word))
+        optind++;
+    if (!a->verb)
+        a->verb = &migrate_verb;
+    if (argc - optind != (a->verb->target ? 2 : 1))
         return error_set(err, -EINVAL, "expected NAME%s (ferry migrate --help)",
-                         wanted == 2 ? " and tcp:HOST:PORT" : "");
-    if (wanted == 2)
+                         a->verb->target ? " and tcp:HOST:PORT" : "");
+    if (a->verb->target)
         json_object_set_new(a->request, "to", json_string(argv[optind + 1]));
     return 0;
+}
+
+static json_int_t event_number(json_t *event, const char *key)
+{
+    return json_integer_value(json_object_get(event, key));
 }
 
 static void show_progress(json_t *event, void *arg)
@@ -128,13 +176,22 @@ static void show_progress(json_t *event, void *arg)
     const struct migrate_args *a = arg;
     if (a->quiet || a->json)
         return;
-    json_int_t sent = json_integer_value(json_object_get(event, "sent_bytes"));
-    json_int_t left = json_integer_value(json_object_get(event, "remaining_bytes"));
-    json_int_t rate = json_integer_value(json_object_get(event, "bandwidth"));
-    fprintf(stderr, "%-10s round %2lld  sent %6lld MiB  left %6lld MiB  %5lld MiB/s\n",
+    json_int_t all = event_number(event, "round_bytes"),
+               left = event_number(event, "remaining_bytes");
+    fprintf(stderr, "%-10s round %2lld %3lld %%  left %6lld MiB  %6.1f MiB/s  dirty %6.1f MiB/s",
             json_string_value(json_object_get(event, "phase")) ?: "?",
-            (long long)json_integer_value(json_object_get(event, "round")), (long long)(sent >> 20),
-            (long long)(left >> 20), (long long)(rate >> 20));
+            (long long)event_number(event, "round"),
+            (long long)(all > 0 && left <= all ? (all - left) * 100 / all : 0),
+            (long long)(left >> 20), (double)event_number(event, "bandwidth") / (1 << 20),
+            (double)event_number(event, "dirty_rate") / (1 << 20));
+    if (event_number(event, "throttle_percent"))
+        fprintf(stderr, "  held %lld %%", (long long)event_number(event, "throttle_percent"));
+    if (json_object_get(event, "expected_downtime_us"))
+        fprintf(stderr, "  downtime %.1f ms",
+                (double)event_number(event, "expected_downtime_us") / 1000);
+    if (json_object_get(event, "time_left_us"))
+        fprintf(stderr, "  %.1f s to go", (double)event_number(event, "time_left_us") / 1e6);
+    fputc('\n', stderr);
 }
 
 static void print_report(json_t *report, int indent)
@@ -156,7 +213,7 @@ static void print_report(json_t *report, int indent)
 
 int cli_migrate(int argc, char **argv)
 {
-    struct migrate_args args = {.request = json_object(), .method = "PUT", .route = "/migration"};
+    struct migrate_args args = {.request = json_object()};
     struct error err = {0};
     char path[108];
     json_t *report = NULL;
@@ -164,12 +221,15 @@ int cli_migrate(int argc, char **argv)
     if (!ret)
         ret = control_path(argv[optind], path, sizeof(path), &err);
     if (!ret)
-        ret = control_call(path, args.method, args.route,
+        ret = control_call(path, args.verb->method, args.verb->route,
                            json_object_size(args.request) ? args.request : NULL, &report,
                            show_progress, &args, &err);
     json_decref(args.request);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
+    if (args.report)
+        ret = migrate_page_write(args.report, argv[optind], report, &err);
+    json_object_del(report, "history"); // the page has it
     if (args.json) {
         json_dumpf(report, stdout, JSON_INDENT(2));
         printf("\n");
@@ -177,5 +237,5 @@ int cli_migrate(int argc, char **argv)
         print_report(report, 0);
     }
     json_decref(report);
-    return EXIT_OK;
+    return ret ? cli_fail(&err) : EXIT_OK;
 }
