@@ -368,6 +368,7 @@ static int save_live(struct save *s, struct error *err)
     struct capture_counts counts;
     capture_counts(c, &counts);
     s->report->aside_pages = counts.aside;
+    s->report->fault_ns = counts.fault_ns;
     capture_free(c);
     return ret;
 }
