@@ -31,7 +31,7 @@ _ferry()
         choices=$(_ferry_commands "$ferry")
     else
         case $previous in
-        --kernel | -k | --initrd | -i | --config | --config-file)
+        --kernel | -k | --initrd | -i | --config | --config-file | --failure-log | --svg)
             mapfile -t COMPREPLY < <(compgen -f -- "$word")
             return
             ;;
@@ -51,7 +51,8 @@ _ferry()
             case $word:$command in
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
             *:snapshot) choices="create ls verify merge rm $(_ferry_vms)" ;;
-            *:clone | *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:migrate) choices=$(_ferry_vms) ;;
+            *:checkpoint) choices="ls $(_ferry_vms)" ;;
+            *:rollback | *:clone | *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:stop | *:migrate) choices=$(_ferry_vms) ;;
             esac
             ;;
         esac
