@@ -131,8 +131,10 @@ static int parent_prepare(struct save *s, const char **parent, struct error *err
                          "snapshot %s: a diff of what? This VM has no snapshot yet (name a parent)",
                          s->params->path);
     int ret = snapfile_peek(*parent, &info, err);
-    if (ret)
+    if (ret) {
+        error_prefix(err, "snapshot %s: its parent", s->params->path);
         return ret;
+    }
     if (t && t->logging && !memcmp(t->id, info.id, sizeof(info.id)))
         return 0;
     s->old = malloc(SNAPFILE_CHUNK_PAGES * PAGE_SIZE);
