@@ -16,8 +16,8 @@ import ferrylab as lab
 from ferrylab import LabTest
 
 COMMANDS = ("run", "check", "info", "console", "pause", "resume", "stop", "ls", "ps", "kill", "rm", "prune",
-            "top", "events", "set", "snapshot", "restore", "migrate",
-            "receive", "version")
+            "top", "events", "set", "snapshot", "clone", "checkpoint", "rollback", "restore",
+            "migrate", "receive", "version")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
 SHORT = re.compile(r"(?m)^ +-(\w), --([a-z-]+)")
 ESCAPE = b"\x1d"  # Ctrl-]
