@@ -31,10 +31,11 @@ struct scan_arg {
 #define SCAN_SWAPPED (1ull << 4)
 
 enum {
-    FAULT_BATCH = 32, // taken from the kernel at once
-    HUGE_PAGES = 512, // 4 KiB pages of a 2 MiB page
-    TAKE_PAGES = 64,  // a drain's step: as many pages as a snapshot's chunk
-    ARM_PAGES = 1024, // protected under the lock at once: some 80 us
+    FAULT_BATCH = 32,         // taken from the kernel at once
+    FAULT_WAY_NS = 50 * 1000, // of a fault that another thread serves: there and back
+    HUGE_PAGES = 512,         // 4 KiB pages of a 2 MiB page
+    TAKE_PAGES = 64,          // a drain's step: as many pages as a snapshot's chunk
+    ARM_PAGES = 1024,         // protected under the lock at once: some 80 us
     ASIDE_BYTES = 16 << 20,
 };
 
@@ -297,6 +298,7 @@ static int faults_take(struct capture *c, struct error *err)
     if (len < 0)
         return errno == EAGAIN || errno == EINTR ? 0 : error_errno(err, "reading userfaultfd");
     int ret = 0;
+    uint64_t begin = time_ns();
     pthread_mutex_lock(&c->lock);
     for (size_t i = 0; i < (size_t)len / sizeof(msgs[0]) && !ret; i++) {
         uint64_t page;
@@ -305,6 +307,7 @@ static int faults_take(struct capture *c, struct error *err)
             continue;
         c->counts.faults += c->frozen;
         ret = fault_serve(c, page, err);
+        c->counts.fault_ns += time_ns() - begin + FAULT_WAY_NS;
     }
     pthread_mutex_unlock(&c->lock);
     return ret;

@@ -75,19 +75,15 @@ static int directory_make(const char *path, struct error *err)
     return 0;
 }
 
-int checkpoint_failure_note(const char *dir, const char *what, struct error *err)
+int checkpoint_failure_note(const char *dir, int64_t at, const char *what, struct error *err)
 {
     char path[PATH_MAX], line[64];
     if ((size_t)snprintf(path, sizeof(path), "%s/failures", dir) >= sizeof(path))
         return error_set(err, -ENAMETOOLONG, "%.100s...: name too long", dir);
-    int ret = directory_make(dir, err);
-    if (ret)
-        return ret;
     autoclose int fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
     if (fd < 0)
         return error_errno(err, "%s", path);
-    int len =
-        snprintf(line, sizeof(line), "%lld%s%s\n", (long long)time(NULL), *what ? " " : "", what);
+    int len = snprintf(line, sizeof(line), "%lld%s%s\n", (long long)at, *what ? " " : "", what);
     return write(fd, line, (size_t)len) == len ? 0 : error_errno(err, "%s", path);
 }
 

@@ -53,6 +53,6 @@ void checkpointer_status(struct checkpointer *c, struct checkpoint_status *statu
 
 // The MTBF that a log of failures gives.
 int checkpoint_failure_read(const char *path, double *mtbf, struct error *err);
-// The log of failures in a directory of checkpoints, which is made if it is missing: `what` is
-// "start", "stop" or "" for a failure.
-int checkpoint_failure_note(const char *dir, const char *what, struct error *err);
+// The log of failures in a directory of checkpoints: `what` is "start", "stop" or "" for a failure,
+// `at` seconds since 1970. -ENOENT: there is no such directory.
+int checkpoint_failure_note(const char *dir, int64_t at, const char *what, struct error *err);

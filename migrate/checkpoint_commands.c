@@ -165,6 +165,7 @@ static int save(void *context, const char *path, const char *parent,
     life_return(cc->life);
     *made = (struct checkpoint_measure) {.full = report.kind == SNAPFILE_FULL,
                                          .pause_ns = report.pause_ns,
+                                         .fault_ns = report.fault_ns / cc->vm->nr_vcpus,
                                          .total_ns = report.total_ns,
                                          .bytes = report.stored_bytes};
     return ret;

@@ -504,6 +504,14 @@ int migrate_commands_base(struct migrate_commands *mc, const char *path,
     return snapshot_track_base(&mc->track, mc->vm, path, id, log, err);
 }
 
+bool migrate_commands_based(struct migrate_commands *mc)
+{
+    pthread_mutex_lock(&mc->lock);
+    bool based = mc->working || mc->track.path; // while one is taken, the next is refused anyway
+    pthread_mutex_unlock(&mc->lock);
+    return based;
+}
+
 // --- the short ones
 
 static void get_migration(struct control_request *req, json_t *args, void *context)

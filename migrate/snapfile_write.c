@@ -351,6 +351,11 @@ int snapfile_set_section(struct snapfile_writer *w, enum snapfile_section sectio
 
 // --- beginning
 
+static bool temp_name(const char *tail)
+{
+    return !strncmp(tail, ".tmp-", 5) && strspn(tail + 5, "0123456789abcdef") == 6 && !tail[11];
+}
+
 // What writers that were killed left behind. One that still lives holds a lock on its file.
 static void stale_remove(const struct snapfile_path *place)
 {
@@ -359,9 +364,7 @@ static void stale_remove(const struct snapfile_path *place)
     DIR *dir = dup_fd < 0 ? NULL : fdopendir(dup_fd);
     const struct dirent *entry;
     while (dir && (entry = readdir(dir))) {
-        const char *tail = entry->d_name + len;
-        if (strncmp(entry->d_name, place->name, len) || strncmp(tail, ".tmp-", 5) ||
-            strlen(tail) != 11)
+        if (strncmp(entry->d_name, place->name, len) || !temp_name(entry->d_name + len))
             continue;
         autoclose int fd =
             openat(place->dir_fd, entry->d_name, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
@@ -397,6 +400,7 @@ static int parent_take(struct snapfile_writer *w, const char *path, struct error
     struct snapfile_path place;
     struct stat mine, theirs;
     struct snapfile_header h;
+    char name[SNAPFILE_NAME_MAX];
     int ret = snapfile_path_open(&place, path, err);
     if (!ret && (fstat(w->place.dir_fd, &mine) || fstat(place.dir_fd, &theirs)))
         ret = error_errno(err, "snapshot %s: its directory", path);
@@ -407,8 +411,8 @@ static int parent_take(struct snapfile_writer *w, const char *path, struct error
     if (!ret && !strcmp(place.name, w->place.name))
         ret = error_set(err, -EINVAL, "snapshot %s: would replace its own parent", w->path);
     for (unsigned depth = 0; !ret; depth++) {
-        int fd = snapfile_header_read(place.dir_fd, depth ? h.parent : place.name,
-                                      depth ? h.parent : path, &h, err);
+        snprintf(name, sizeof(name), "%s", depth ? h.parent : place.name);
+        int fd = snapfile_header_read(place.dir_fd, name, depth ? name : path, &h, err);
         if (fd < 0) {
             ret = fd;
             break;
@@ -471,8 +475,14 @@ static int temp_create(struct snapfile_writer *w, struct error *err)
             continue;
         if (w->fd < 0)
             break;
-        flock(w->fd, LOCK_EX | LOCK_NB); // says that its writer lives
-        return 0;
+        // The lock says that its writer lives. Another one may have come between and removed it.
+        struct stat st;
+        bool locked = !flock(w->fd, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK;
+        if (locked && !fstat(w->fd, &st) && st.st_nlink)
+            return 0;
+        close(w->fd);
+        w->fd = -1;
+        errno = EBUSY;
     }
     w->temp[0] = 0;
     return error_errno(err, "snapshot %s: cannot create a file beside it", w->path);

@@ -32,24 +32,23 @@ static int track_log(struct snapshot_track *t, struct vm *vm, struct error *err)
     return ret;
 }
 
-static int track_name(struct snapshot_track *t, const char *path, const uint8_t *id,
-                      struct error *err)
+// Takes `path`.
+static void track_name(struct snapshot_track *t, char *path, const uint8_t *id)
 {
-    char *copy = strdup(path);
-    if (!copy)
-        return error_set(err, -ENOMEM, "no memory");
     free(t->path);
-    t->path = copy;
+    t->path = path;
     memcpy(t->id, id, sizeof(t->id));
-    return 0;
 }
 
 int snapshot_track_base(struct snapshot_track *t, struct vm *vm, const char *path,
                         const uint8_t id[SNAPFILE_ID_LEN], bool log, struct error *err)
 {
     snapshot_track_end(t, vm);
-    int ret = track_name(t, path, id, err);
-    return ret || !log ? ret : track_log(t, vm, err);
+    char *copy = strdup(path);
+    if (!copy)
+        return error_set(err, -ENOMEM, "no memory");
+    track_name(t, copy, id);
+    return log ? track_log(t, vm, err) : 0;
 }
 
 void snapshot_track_end(struct snapshot_track *t, struct vm *vm)
@@ -131,8 +130,10 @@ static int parent_prepare(struct save *s, const char **parent, struct error *err
                          "snapshot %s: a diff of what? This VM has no snapshot yet (name a parent)",
                          s->params->path);
     int ret = snapfile_peek(*parent, &info, err);
-    if (ret)
+    if (ret) {
+        error_prefix(err, "snapshot %s: its parent", s->params->path);
         return ret;
+    }
     if (t && t->logging && !memcmp(t->id, info.id, sizeof(info.id)))
         return 0;
     s->old = malloc(SNAPFILE_CHUNK_PAGES * PAGE_SIZE);
@@ -368,6 +369,7 @@ static int save_live(struct save *s, struct error *err)
     struct capture_counts counts;
     capture_counts(c, &counts);
     s->report->aside_pages = counts.aside;
+    s->report->fault_ns = counts.fault_ns;
     capture_free(c);
     return ret;
 }
@@ -393,8 +395,16 @@ static int save_end(struct save *s, struct error *err)
         ret = snapfile_set_section(s->w, SNAPFILE_DISKS, s->disks, strlen(s->disks), err);
     if (ret)
         return ret;
+    // Before there is no way back: file and track agree about which is the last one.
+    char *name = strdup(s->params->path);
+    if (!name)
+        return error_set(err, -ENOMEM, "no memory");
     ret = snapfile_commit(s->w, &file, err);
     s->w = NULL;
+    if (ret || !t) {
+        free(name);
+        name = NULL;
+    }
     if (ret)
         return ret;
     s->report->data_pages = file.data_pages;
@@ -405,7 +415,9 @@ static int save_end(struct save *s, struct error *err)
     memcpy(s->report->id, file.id, sizeof(file.id));
     if (t && t->logging)
         memset(t->dirty, 0, ram_bitmap_words(&s->vm->ram) * 8);
-    return t ? track_name(t, s->params->path, file.id, err) : 0;
+    if (t)
+        track_name(t, name, file.id);
+    return 0;
 }
 
 int snapshot_save(struct vm *vm, const struct snapshot_params *params,

@@ -58,6 +58,7 @@ struct snapshot_report {
     uint64_t pause_ns;    // the guest stood still (0 when it was paused before)
     bool live;            // it ran while its memory was written
     uint64_t aside_pages; // live: pages it wrote to meanwhile, before they were taken
+    uint64_t fault_ns;    // live: what its vCPUs, all together, waited to write
     uint64_t total_ns;
     unsigned depth; // files in the chain
 };

@@ -165,12 +165,17 @@ def diff(mib, memory=512):
 # --- restoring
 
 
-def mapping(pid, size):
+def spans(pid, size):
+    """Stretches of address space of at least `size`; a file may be mapped in several pieces."""
+    found = []
     with open(f"/proc/{pid}/maps") as f:
         for line in f:
             start, end = (int(word, 16) for word in re.match(r"(\w+)-(\w+)", line).groups())
-            if end - start >= size:
-                yield start, end
+            if found and found[-1][1] == start:
+                found[-1][1] = end
+            else:
+                found.append([start, end])
+    return [span for span in found if span[1] - span[0] >= size]
 
 
 def first_change(machine, memory, gap):
@@ -183,7 +188,7 @@ def first_change(machine, memory, gap):
             raise Failed(f"it ended: {machine.errors[-300:]!r}")
         with contextlib.suppress(OSError, ValueError, Failed):
             with open(f"/proc/{machine.pid}/mem", "r+b", buffering=0) as mem:
-                for start, end in mapping(machine.pid, memory * MIB):
+                for start, end in spans(machine.pid, memory * MIB):
                     for base in range(start, min(start + 4 * MIB, end - memory * MIB + 1), PAGE):
                         mem.seek(base + probe_gpa)
                         if mem.read(len(probe)) == probe:
@@ -206,7 +211,7 @@ def saved(vmm_name, memory, mib, layout):
     directory = tempfile.TemporaryDirectory(prefix="ferry-bench-snapshot-")
     path = os.path.join(directory.name, "saved")
     vmm = Ferry() if vmm_name == "ferry" else Qemu()
-    with running(vmm, memory, mib) as guest:
+    with running(vmm, memory, mib, rate=20 * RATE) as guest:
         if vmm_name == "ferry":
             ferry("snapshot", guest.machine.name, path, "--layout", layout)
         else:
@@ -238,6 +243,30 @@ def restore_qemu(memory, mib):
         return {"first_ms": took / 1e6, "rate": mib / (took / 1e9)}
 
 
+# --- clones
+
+
+def private_mib(pid):
+    with open(f"/proc/{pid}/smaps_rollup") as f:
+        return sum(int(line.split()[1]) for line in f if line.startswith("Private_")) / 1024
+
+
+def clone(count, memory):
+    """`count` clones of an idle guest; memory that is a clone's own, a share of its RAM."""
+    with running(Ferry(), memory, 1, rate=10) as guest:
+        made = []
+        try:
+            report = ferry("clone", guest.machine.name, "--count", str(count))
+            made = report["clones"]
+            pids = [ferry("info", name)["pid"] for name in made]
+            own = sum(private_mib(pid) for pid in pids) / count
+            return {"pause_ms": report["pause_us"] / 1e3, "total_ms": report["total_us"] / 1e3,
+                    "own": own / memory * 100}
+        finally:
+            for name in made:
+                ferry("stop", name)
+
+
 def register():
     gap = "longest time the guest did not run"
     rate = "MiB of guest data a second"
@@ -266,7 +295,12 @@ def register():
              "qemu": functools.partial(restore_qemu, 640, 512)},
             [Metric("first_ms", "eager: exec to the guest going on", "ms"),
              Metric("rate", f"eager: {rate}", "MiB/s")], runs=3))
-    for memory, mib in ((128, 96), (4096, 2048)):
+    add(Row("snapshot", "clone", "8 clones of a running, idle 256 MiB guest",
+            {"ferry": functools.partial(clone, 8, 256)},
+            [Metric("pause_ms", "clone: pause of the parent", "ms", goal=10),
+             Metric("total_ms", "clone: until all 8 run", "ms", goal=1000),
+             Metric("own", "clone: memory of its own, of its RAM", "%", goal=5)], runs=5))
+    for memory, mib in ((128, 96), (4096, 1024)):
         label = "128M" if memory == 128 else "4G"
         add(Row("snapshot", f"lazy {label}", f"a {label} guest with {mib} MiB written to goes on at "
                 "once; QEMU reads it all",

@@ -31,7 +31,7 @@ _ferry()
         choices=$(_ferry_commands "$ferry")
     else
         case $previous in
-        --kernel | -k | --initrd | -i | --config | --config-file)
+        --kernel | -k | --initrd | -i | --config | --config-file | --failure-log | --svg)
             mapfile -t COMPREPLY < <(compgen -f -- "$word")
             return
             ;;
@@ -70,7 +70,8 @@ _ferry()
                     choices=$("$ferry" sched --help 2>/dev/null | sed -n 's/^  \([a-z]\{2,\}\)  *.*/\1/p')
                 ;;
             *:snapshot) choices="create ls verify merge rm $(_ferry_vms)" ;;
-            *:clone | *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:reset | *:stop) choices=$(_ferry_vms) ;;
+            *:checkpoint) choices="ls $(_ferry_vms)" ;;
+            *:rollback | *:clone | *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:reset | *:stop) choices=$(_ferry_vms) ;;
             *:migrate) choices="$(_ferry_vms) status cancel set pause recover force-resume" ;;
             esac
             ;;

@@ -360,6 +360,10 @@ class Life(ApiTest):
         self.bad(api, "PUT", "/snapshot/create", paths, "running")
         self.good(api, "PATCH", "/vm", {"state": "Paused"})
         self.good(api, "PATCH", "/vm", {"state": "Paused"})
+        first = {"snapshot_path": snap + ".0", "snapshot_type": "Diff"}  # of nothing yet: all
+        self.good(api, "PUT", "/snapshot/create", first)
+        self.assertEqual("full", self.assertStatus(self.lab.ferry("snapshot", "verify", snap + ".0",
+                                                                  "--json"), lab.OK).json()["kind"])
         self.good(api, "PUT", "/snapshot/create", {**paths, "snapshot_type": "Full"})
         self.assertEqual("Paused", self.good(api, "GET", "/", status=200)["state"])
         self.good(api, "PATCH", "/vm", {"state": "Resumed"})

@@ -215,6 +215,7 @@ class Checkpoints(LabTest):
         result = self.lab.ferry("run", "--kernel", "/nowhere", "--checkpoints", where)
         self.assertStatus(result, lab.FAILED)
         self.assertNotIn("again", result.stderr)
+        self.assertFalse(os.path.exists(where))
         for wrong in ("", ",keep=1", f"{where},keep", f"{where},mtbf=x", f"{where},restarts=-1"):
             self.assertStatus(self.lab.ferry("run", "--kernel", "/nowhere", "--checkpoints", wrong),
                               lab.USAGE)

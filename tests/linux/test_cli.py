@@ -16,7 +16,7 @@ import ferrylab as lab
 from ferrylab import LabTest
 
 COMMANDS = ("run", "check", "info", "console", "pause", "resume", "stop", "reset", "ls", "ps", "kill", "rm", "prune",
-            "top", "events", "set", "snapshot", "restore", "migrate",
+            "top", "events", "set", "snapshot", "clone", "checkpoint", "rollback", "restore", "migrate",
             "receive", "version", "sched")
 SCHED = ("daemon", "status", "top", "set", "trace", "sim")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")

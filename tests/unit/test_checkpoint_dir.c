@@ -363,9 +363,9 @@ START_TEST(mtbf_is_measured)
     struct checkpoint_saver saver;
     struct checkpoint_status status;
     struct error err = {0};
-    ck_assert_int_eq(checkpoint_failure_note(base, "start", &err), 0);
+    ck_assert_int_eq(checkpoint_failure_note(base, time(NULL), "start", &err), 0);
     for (int i = 0; i < 3; i++)
-        ck_assert_int_eq(checkpoint_failure_note(base, "", &err), 0);
+        ck_assert_int_eq(checkpoint_failure_note(base, time(NULL), "", &err), 0);
     struct checkpointer *c = begin(&g, &saver, 4);
     checkpointer_status(c, &status);
     checkpointer_stop(c);

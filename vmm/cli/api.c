@@ -534,7 +534,8 @@ static void put_snapshot_create(struct control_request *req, json_t *args, void 
     struct snapshot_params params;
     const char *type = json_string_value(json_object_get(args, "snapshot_type"));
     snapshot_params_default(&params, json_string_value(json_object_get(args, "snapshot_path")));
-    params.diff = params.log = type && !strcmp(type, "Diff");
+    params.log = type && !strcmp(type, "Diff");
+    params.diff = params.log && migrate_commands_based(api->session->migrate);
     json_t *machine = json_object_get(api->config, "machine-config");
     params.log |= json_is_true(json_object_get(machine, "track_dirty_pages"));
     migrate_commands_snapshot(api->session->migrate, &params, req);

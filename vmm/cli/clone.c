@@ -28,7 +28,7 @@ static const char usage[] =
     "of\n"
     "its disks' overlays, which are all it may write, and a new VM generation id.\n\n"
     "      --dir DIR    where memory and overlays are put (default /dev/shm)\n"
-    "      --from FILE  clones of a snapshot (made with --layout mapped), whose name stays\n"
+    "      --from FILE  clones of a snapshot (of the mapped layout), whose name stays\n"
     "  -j, --json       what was made, as JSON\n\n"
     "What follows -- goes to each `ferry restore`, with {} for the child's number: the network, "
     "say,\n"

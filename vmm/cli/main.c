@@ -38,7 +38,7 @@ static void help(FILE *out)
     fprintf(out, "Ferry: small Linux guests on KVM that move while they run.\n\n"
                  "usage: ferry COMMAND [OPTIONS]     (ferry COMMAND --help for each)\n\n");
     for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
-        fprintf(out, "  %-10s %s\n", commands[i].name, commands[i].help);
+        fprintf(out, "  %-11s %s\n", commands[i].name, commands[i].help);
     fprintf(out, "\nexample: ferry run --kernel vmlinux --initrd initramfs.cpio --memory 128M\n");
 }
 

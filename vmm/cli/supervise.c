@@ -91,6 +91,8 @@ struct watch {
     const struct supervise *s;
     sigset_t signals, before;
     bool ending;       // it was told to end
+    int64_t start;     // seconds since 1970
+    bool noted;        // in the log of failures
     uint32_t first;    // checkpoints up to this one are of an earlier guest
     uint32_t newest;   // when the child was started
     unsigned in_a_row; // restarts without a new checkpoint
@@ -198,11 +200,18 @@ static void hold_off(struct watch *w)
         pass_on(w, 0, &info);
 }
 
+static int note(struct watch *w, const char *what, struct error *err)
+{
+    int ret = w->noted ? 0 : checkpoint_failure_note(w->s->dir, w->start, "start", err);
+    w->noted = !ret;
+    return ret ? ret : checkpoint_failure_note(w->s->dir, time(NULL), what, err);
+}
+
 static bool again(struct watch *w, int status, char path[PATH_MAX])
 {
     struct error err;
     bool died = !w->ending && crashed(w, status);
-    if (checkpoint_failure_note(w->s->dir, died ? "" : "stop", &err))
+    if (note(w, died ? "" : "stop", &err) && err.code != -ENOENT) // no checkpoint was ever begun
         say(w, "%s", err.text);
     if (!died)
         return false;
@@ -224,7 +233,7 @@ static bool again(struct watch *w, int status, char path[PATH_MAX])
 
 int supervise(const struct supervise *s, int *status, struct error *err)
 {
-    struct watch w = {.s = s, .first = newest_number(s->dir)};
+    struct watch w = {.s = s, .first = newest_number(s->dir), .start = time(NULL)};
     char path[PATH_MAX] = "";
     pid_t pid;
     int ended = 0, ret;
@@ -235,9 +244,6 @@ int supervise(const struct supervise *s, int *status, struct error *err)
     sigaddset(&w.signals, SIGHUP);
     sigaddset(&w.signals, SIGCHLD);
     sigprocmask(SIG_BLOCK, &w.signals, &w.before);
-    ret = checkpoint_failure_note(s->dir, "start", err);
-    if (ret)
-        return ret;
     do {
         ret = start(&w, path, &pid, err);
         if (!ret)
