@@ -387,19 +387,24 @@ bool sched_client_attached(const struct sched_client *c)
 
 // --- turns
 
-// Sleeps while `grant` is WAIT and *look is 0; 0, or -1 with errno.
-static int turn_wait(_Atomic uint32_t *grant, const uint32_t *look)
+static bool must_wait(uint32_t grant)
+{
+    return grant == GRANT_WAIT || grant == GRANT_QUEUED;
+}
+
+// Sleeps while `grant` is `value` and *look is 0; 0, or -1 with errno.
+static int turn_wait(_Atomic uint32_t *grant, uint32_t value, const uint32_t *look)
 {
     enum { LOOK_NS = 20000000 };
     struct futex_waitv both[2] = {
-        {.val = GRANT_WAIT, .uaddr = (uintptr_t)grant, .flags = FUTEX_32},
+        {.val = value, .uaddr = (uintptr_t)grant, .flags = FUTEX_32},
         {.val = 0, .uaddr = (uintptr_t)look, .flags = FUTEX_32 | FUTEX_PRIVATE_FLAG}};
     int ret = (int)syscall(SYS_futex_waitv, both, 2, 0, NULL, 0);
     if (ret >= 0 || errno != ENOSYS)
         return ret;
     // Before Linux 5.16: a signal that comes just before the wait is seen a moment later.
     const struct timespec moment = {0, LOOK_NS};
-    ret = (int)syscall(SYS_futex, grant, FUTEX_WAIT, GRANT_WAIT, &moment, NULL, 0);
+    ret = (int)syscall(SYS_futex, grant, FUTEX_WAIT, value, &moment, NULL, 0);
     if (ret && errno == ETIMEDOUT)
         errno = EINTR;
     return ret;
@@ -407,7 +412,7 @@ static int turn_wait(_Atomic uint32_t *grant, const uint32_t *look)
 
 bool sched_client_may(const struct sched_client *c, unsigned i)
 {
-    return !c->wants[i] && atomic_load(&c->page->slots[i].grant) != GRANT_WAIT;
+    return !c->wants[i] && !must_wait(atomic_load(&c->page->slots[i].grant));
 }
 
 // The daemon writes `grant` before it reads `want`, we write `want` before we read `grant`: one of
@@ -415,22 +420,21 @@ bool sched_client_may(const struct sched_client *c, unsigned i)
 bool sched_client_take(struct sched_client *c, unsigned i, const uint32_t *look)
 {
     struct sched_slot *slot = &c->page->slots[i];
-    if (c->wants[i] && atomic_load(&slot->grant) != GRANT_WAIT) {
-        atomic_store(&slot->want, WANT_RUNNING);
-        c->wants[i] = false;
-    }
-    if (atomic_load(&slot->grant) != GRANT_WAIT)
+    if (!c->wants[i] && !must_wait(atomic_load(&slot->grant)))
         return true;
-    if (atomic_exchange(&slot->want, WANT_TURN) != WANT_TURN)
-        ring(c);
+    uint32_t before = atomic_exchange(&slot->want, WANT_TURN);
     c->wants[i] = true;
-    turn_wait(&slot->grant, look);
-    if (atomic_load(&slot->grant) == GRANT_WAIT)
+    uint32_t grant = atomic_load(&slot->grant);
+    if (grant == GRANT_WAIT && before != WANT_TURN)
+        ring(c);
+    if (must_wait(grant))
+        turn_wait(&slot->grant, grant, look);
+    if (must_wait(atomic_load(&slot->grant)))
         return false;
     atomic_store(&slot->want, WANT_RUNNING);
     c->wants[i] = false;
     // Revoked in between: what is seen now was written before `want` was read.
-    return atomic_load(&slot->grant) != GRANT_WAIT;
+    return !must_wait(atomic_load(&slot->grant));
 }
 
 void sched_client_give(struct sched_client *c, unsigned i)

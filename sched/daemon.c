@@ -704,7 +704,7 @@ int sched_daemon_create(struct sched_daemon **out, const struct sched_daemon_con
     d->config = *config;
     d->log = *config->log;
     d->start_ns = time_ns();
-    d->tick_at_ns = d->poll_at_ns = d->brief_at_ns = CREDIT_NEVER;
+    d->poll_at_ns = d->brief_at_ns = CREDIT_NEVER;
     d->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     d->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     d->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

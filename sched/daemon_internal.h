@@ -104,7 +104,7 @@ struct sched_daemon {
     uint32_t next_id;
     int epoll_fd, listen_fd, timer_fd, stop_fd;
     struct source listen_source, timer_source, stop_source;
-    uint64_t tick_at_ns, poll_at_ns, brief_at_ns, armed_ns;
+    uint64_t ticked_ns, poll_at_ns, brief_at_ns, armed_ns;
     bool swept;        // dead connections are to be freed
     unsigned requests; // in this window
     uint64_t window_ns;

@@ -129,7 +129,12 @@ struct sched_trace_name {
 // --- the page
 
 // Zero lets a thread run, so that a page of zeroes is a VM without a scheduler.
-enum sched_grant { GRANT_FREE = 0, GRANT_WAIT, GRANT_RUN };
+enum sched_grant {
+    GRANT_FREE = 0,
+    GRANT_RUN,
+    GRANT_WAIT,   // ring when you want a turn
+    GRANT_QUEUED, // your turn comes; no need to ring
+};
 enum sched_want { WANT_RUNNING = 0, WANT_TURN, WANT_NOTHING };
 
 // Either side writes only its own words; the daemon believes none of the VM's: what a thread really

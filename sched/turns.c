@@ -80,14 +80,21 @@ static void sleeps(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
     v->brief_until_ns = 0;
     policy(v, sleeper_policy(d, v));
     sched_watch_listen(&v->watch, true);
-    sched_watch_read(&v->watch, now); // it may have woken before we listened
-    if (!v->watch.asleep && !sched_watch_polls(&v->watch))
+    sched_watch_read(&v->watch, now); // it may have woken before we listened, or rung
+    if ((!v->watch.asleep && !sched_watch_polls(&v->watch)) ||
+        (atomic_load(&v->slot->want) == WANT_TURN && !v->stuck))
         woke(d, v, now);
+}
+
+static void block(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    atomic_store(&v->slot->grant, GRANT_WAIT);
+    credit_block(&d->credit, &v->credit, now);
 }
 
 static void fell_asleep(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
-    credit_block(&d->credit, &v->credit, now);
+    block(d, v, now);
     sleeps(d, v, now);
 }
 
@@ -131,7 +138,7 @@ void vcpu_look(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
     }
     if (want == WANT_NOTHING) {
         if (v->credit.state != CREDIT_BLOCKED)
-            credit_block(&d->credit, &v->credit, now);
+            block(d, v, now);
     } else if (v->credit.state == CREDIT_BLOCKED) {
         v->stuck &= v->charged_ns == v->stuck_cpu_ns;
         if (!asleep || (want == WANT_TURN && !v->stuck))
@@ -170,13 +177,14 @@ static void turn_begin(struct sched_daemon *d, struct sched_vcpu *v, unsigned pc
 
 static void turn_end(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
-    atomic_store(&v->slot->grant, GRANT_WAIT);
+    bool blocked = v->credit.state == CREDIT_BLOCKED;
+    atomic_store(&v->slot->grant, blocked ? GRANT_WAIT : GRANT_QUEUED);
     v->loose_cpu_ns = v->charged_ns;
     v->loose_since_ns = now;
     v->woken = false;
-    if (v->credit.state == CREDIT_BLOCKED && v->watch.asleep)
+    if (blocked && v->watch.asleep)
         return;
-    if (v->credit.state != CREDIT_BLOCKED)
+    if (!blocked)
         policy(v, SCHED_POLICY_PLAIN); // it used up its turn: not one that sleeps mostly
     v->revoked = true;
     kick(d, v);
@@ -214,8 +222,11 @@ static void restrain(struct sched_daemon *d, uint64_t now)
             if (!v->woken)
                 continue;
             v->woken = false;
-            if (v->credit.state == CREDIT_RUNNING || v->watch.asleep ||
-                atomic_load(&v->slot->want) == WANT_TURN)
+            if (v->credit.state == CREDIT_RUNNING)
+                continue;
+            if (v->credit.state != CREDIT_BLOCKED)
+                atomic_store(&v->slot->grant, GRANT_QUEUED);
+            if (v->watch.asleep || atomic_load(&v->slot->want) == WANT_TURN)
                 continue;
             v->revoked = true;
             v->loose_cpu_ns = v->charged_ns;
@@ -281,10 +292,10 @@ static void arm(struct sched_daemon *d, uint64_t now)
     uint64_t at = d->brief_at_ns;
     bool awake = anybody_awake(d), polled = anybody_polled(d);
     if (!awake && !polled) {
-        d->tick_at_ns = d->poll_at_ns = CREDIT_NEVER;
+        d->poll_at_ns = CREDIT_NEVER;
     } else {
-        d->tick_at_ns = least(d->tick_at_ns, now + d->credit.params.tick_ns);
-        at = least(at, least(d->tick_at_ns, credit_next(&d->credit)));
+        at = least(at, d->ticked_ns + d->credit.params.slice_ns);
+        at = least(at, credit_next(&d->credit));
         d->poll_at_ns = polled ? least(d->poll_at_ns, now + POLL_NS) : CREDIT_NEVER;
         at = least(at, d->poll_at_ns);
     }
@@ -340,7 +351,7 @@ void turns_settle(struct sched_daemon *d)
 {
     enum { ROUNDS = 4 };
     uint64_t now = time_ns();
-    if (now >= d->poll_at_ns || now >= d->tick_at_ns)
+    if (now >= d->poll_at_ns || now >= d->ticked_ns + d->credit.params.tick_ns)
         turns_tick(d, now);
     transits_check(d, now);
     briefs_check(d, now);
@@ -354,7 +365,7 @@ void turns_settle(struct sched_daemon *d)
     arm(d, now);
 }
 
-// --- the tick
+// --- the tick: whenever something is done anyway, and once a slice
 
 // It has had CPU time for most of a tick although its turn was over before.
 static void discipline(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
@@ -396,10 +407,10 @@ static void vm_listen(struct sched_daemon *d, struct sched_vm *vm)
 
 void turns_tick(struct sched_daemon *d, uint64_t now)
 {
-    bool tick = now >= d->tick_at_ns;
+    bool tick = now >= d->ticked_ns + d->credit.params.tick_ns;
     d->poll_at_ns = CREDIT_NEVER;
     if (tick)
-        d->tick_at_ns = CREDIT_NEVER; // armed anew
+        d->ticked_ns = now;
     for (struct sched_vm *vm = d->vms; vm; vm = vm->next) {
         if (tick) {
             vm->events = 0;

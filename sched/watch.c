@@ -34,26 +34,27 @@ static int proc_open(const struct sched_watch *w, const char *file)
     return open(path, O_RDONLY | O_CLOEXEC);
 }
 
-static int perf_open(const struct sched_watch *w, bool in, void **map)
+// The tracepoint that tells a thread's going to sleep from its being preempted; 0: not to be had.
+static uint64_t switch_tracepoint(void)
 {
-    struct perf_event_attr attr = {.size = sizeof(attr),
-                                   .type = PERF_TYPE_SOFTWARE,
-                                   .sample_type = PERF_SAMPLE_TIME,
-                                   .sample_id_all = 1,
-                                   .context_switch = 1,
-                                   .use_clockid = 1,
-                                   .clockid = CLOCK_MONOTONIC};
-    if (in) {
-        attr.config = PERF_COUNT_SW_DUMMY;
-        attr.watermark = 1;
-        attr.wakeup_watermark = 1;
-    } else {
-        attr.config = PERF_COUNT_SW_CONTEXT_SWITCHES;
-        attr.sample_period = 1;
-        attr.wakeup_events = 1;
-    }
+    char text[32];
     autoclose int fd =
-        (int)syscall(SYS_perf_event_open, &attr, w->tid, -1, -1, PERF_FLAG_FD_CLOEXEC);
+        open("/sys/kernel/tracing/events/sched/sched_switch/id", O_RDONLY | O_CLOEXEC);
+    ssize_t n = fd < 0 ? -1 : read(fd, text, sizeof(text) - 1);
+    if (n <= 0)
+        return 0;
+    text[n] = 0;
+    return strtoull(text, NULL, 10);
+}
+
+static int perf_map(const struct sched_watch *w, struct perf_event_attr *attr, void **map)
+{
+    attr->size = sizeof(*attr);
+    attr->sample_type = PERF_SAMPLE_TIME;
+    attr->sample_id_all = attr->context_switch = attr->use_clockid = 1;
+    attr->clockid = CLOCK_MONOTONIC;
+    autoclose int fd =
+        (int)syscall(SYS_perf_event_open, attr, w->tid, -1, -1, PERF_FLAG_FD_CLOEXEC);
     if (fd < 0)
         return -errno;
     void *p = mmap(NULL, MAP_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -61,6 +62,36 @@ static int perf_open(const struct sched_watch *w, bool in, void **map)
         return -errno;
     *map = p;
     return take_fd(&fd);
+}
+
+// Preempted threads are of no interest to whom it wakes; without the tracepoint they wake it, too.
+static int out_open(const struct sched_watch *w, void **map)
+{
+    struct perf_event_attr tracepoint = {.type = PERF_TYPE_TRACEPOINT,
+                                         .config = switch_tracepoint(),
+                                         .sample_period = 1,
+                                         .wakeup_events = 1};
+    struct perf_event_attr any = {.type = PERF_TYPE_SOFTWARE,
+                                  .config = PERF_COUNT_SW_CONTEXT_SWITCHES,
+                                  .sample_period = 1,
+                                  .wakeup_events = 1};
+    int fd = tracepoint.config ? perf_map(w, &tracepoint, map) : -ENOENT;
+    if (fd >= 0 && !ioctl(fd, PERF_EVENT_IOC_SET_FILTER, "prev_state & 255"))
+        return fd;
+    if (fd >= 0) {
+        munmap(*map, MAP_BYTES);
+        close(fd);
+    }
+    return perf_map(w, &any, map);
+}
+
+static int in_open(const struct sched_watch *w, void **map)
+{
+    struct perf_event_attr attr = {.type = PERF_TYPE_SOFTWARE,
+                                   .config = PERF_COUNT_SW_DUMMY,
+                                   .watermark = 1,
+                                   .wakeup_watermark = 1};
+    return perf_map(w, &attr, map);
 }
 
 int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, struct error *err)
@@ -74,8 +105,8 @@ int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, str
         return error_set(err, code, "thread %d of process %d: %s", (int)tid, (int)pid,
                          code == -ESRCH ? "there is none" : strerror(-code));
     }
-    if (perf && (w->out_fd = perf_open(w, false, &w->out_map)) >= 0) {
-        w->in_fd = perf_open(w, true, &w->in_map);
+    if (perf && (w->out_fd = out_open(w, &w->out_map)) >= 0) {
+        w->in_fd = in_open(w, &w->in_map);
         if (w->in_fd < 0) {
             munmap(w->out_map, MAP_BYTES);
             close(w->out_fd);

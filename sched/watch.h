@@ -4,8 +4,9 @@
 // With an in-kernel local APIC a halted vCPU sleeps inside KVM_RUN, and nobody is told. The
 // kernel's context-switch records (perf_event_open(2), `context_switch`) say so within tens of
 // microseconds. Two descriptors, since a record cannot choose whom it wakes:
-//  - `out`: wakes the poller whenever the thread leaves its CPU (a sample each), and holds all
-//    records;
+//  - `out`: wakes the poller when the thread goes to sleep (a sample of the tracepoint
+//  sched_switch;
+//    where there is none, also when it is preempted), and holds all records;
 //  - `in`: wakes it whenever it gets on one. Only listened to while the thread sleeps: a poller
 //    that wakes on the watched thread's own CPU drives it away and so makes the next record, for
 //    ever.

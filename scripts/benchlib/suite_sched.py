@@ -21,7 +21,7 @@ from vmms import FERRY, Failed, bare_guest, program
 CPU_S = 4         # CPU time that the VMs of a row have together in one run
 WINDOW_S = 0.4    # ... and in one window of it
 WAKES = 150
-LOOPS = 400_000_000
+LOOPS = 6_000_000_000
 LIMIT_S = 240
 
 
