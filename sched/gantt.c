@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "sched/shapes.h"
+#include "vmm/svg.h"
 #include "vmm/util.h"
 
 enum {
@@ -28,16 +28,29 @@ enum {
     TICKS = 8,
 };
 
+// Colours that differ in lightness too, for those who cannot tell all hues apart.
+static const char *const palette[] = {"#2f6fb2", "#e08a2e", "#3f9b6b", "#b5495b", "#7a62a8",
+                                      "#8a8f3a", "#3aa5b5", "#c77fb0", "#6b5344"};
+static const char waiting_color[] = "#5f6f7f";
+
+static const struct svg_pen frame = {"#bbb", 1, false}, grid = {"#e4e4e4", 1, false},
+                            zero = {"#888", 1, true}, period = {"#ccc", 0.6, true};
+static const struct svg_font head = {15, SVG_INK, SVG_START, true, 0},
+                             label_right = {12, SVG_INK, SVG_END, false, 0},
+                             label_left = {12, SVG_INK, SVG_START, false, 0},
+                             small_right = {10.5, SVG_GRAY, SVG_END, false, 0},
+                             small_middle = {10.5, SVG_GRAY, SVG_MIDDLE, false, 0};
+
 struct vcpu {
     uint32_t vm, id;
-    unsigned shade;
+    const char *color;
     uint64_t run_ns; // in the span
     bool single;     // its VM's only one
 };
 
 struct picture {
     const struct gantt *g;
-    struct shapes svg;
+    struct svg svg;
     struct vcpu *vcpus; // in the order of ids
     size_t nr_vcpus;
     int64_t credit_least, credit_most;
@@ -83,7 +96,7 @@ static int find_vcpus(struct picture *p)
         bool first = !i || p->vcpus[i - 1].vm != p->vcpus[i].vm;
         bool last = i + 1 == p->nr_vcpus || p->vcpus[i + 1].vm != p->vcpus[i].vm;
         shade += first && i;
-        p->vcpus[i].shade = shade;
+        p->vcpus[i].color = palette[shade % ARRAY_SIZE(palette)];
         p->vcpus[i].single = first && last;
     }
     return 0;
@@ -153,11 +166,11 @@ static void draw_axis(struct picture *p)
         if ((double)i * step < from - step / 1e6)
             continue;
         double x = LEFT + ((double)i * step - from) / (to - from) * (WIDTH - LEFT - RIGHT);
-        shape_line(&p->svg, x, TOP - 4, x, bottom, "grid");
+        svg_line(&p->svg, x, TOP - 4, x, bottom, grid);
         snprintf(text, sizeof(text), "%g", (double)i * step);
-        shape_text(&p->svg, x, TOP - 8, "small", "middle", text);
+        svg_text(&p->svg, x, TOP - 8, small_middle, "%s", text);
     }
-    shape_text(&p->svg, LEFT - 24, TOP - 8, "small", "end", "ms");
+    svg_text(&p->svg, LEFT - 24, TOP - 8, small_right, "%s", "ms");
 }
 
 // --- Who ran where
@@ -173,8 +186,8 @@ static void draw_run(struct picture *p, unsigned pcpu, const struct record *r, u
     name_of(p, v, name, sizeof(name));
     snprintf(label, sizeof(label), "%s: %.3f ms, %s", name, (double)(to - from) / 1e6,
              credit_class_name(r->class));
-    shape_bar(&p->svg, x, y, width < 0.4 ? 0.4 : width, ROW, v->shade,
-              r->class == CREDIT_OVER ? 0.55 : 1, label);
+    svg_bar(&p->svg, x, y, width < 0.4 ? 0.4 : width, ROW, v->color,
+            r->class == CREDIT_OVER ? 0.55 : 1, label);
     v->run_ns += to - from;
 }
 
@@ -185,8 +198,8 @@ static void draw_pcpu(struct picture *p, unsigned pcpu)
     const double y = TOP + pcpu * (ROW + ROW_GAP);
     char text[32];
     snprintf(text, sizeof(text), "pCPU %d", g->cpus ? g->cpus[pcpu] : (int)pcpu);
-    shape_text(&p->svg, LEFT - 12, y + ROW * 0.68, "label", "end", text);
-    shape_line(&p->svg, LEFT, y + ROW, WIDTH - RIGHT, y + ROW, "frame");
+    svg_text(&p->svg, LEFT - 12, y + ROW * 0.68, label_right, "%s", text);
+    svg_line(&p->svg, LEFT, y + ROW, WIDTH - RIGHT, y + ROW, frame);
     for (size_t i = 0; i < record_count(g->log); i++) {
         const struct record *r = record_at(g->log, i);
         if (r->at_ns >= g->to_ns)
@@ -240,8 +253,8 @@ static void waiting_pass(struct picture *p, struct waiting *w, bool draw)
         const uint64_t at = r ? r->at_ns : p->g->to_ns;
         if (at > since && at > p->g->from_ns) {
             if (draw && w->nr)
-                shape_bar(&p->svg, x_of(p, since), wait_y(p, w->nr), x_of(p, at) - x_of(p, since),
-                          wait_top(p) + WAIT_HEIGHT - wait_y(p, w->nr), 9, 0.45, NULL);
+                svg_bar(&p->svg, x_of(p, since), wait_y(p, w->nr), x_of(p, at) - x_of(p, since),
+                        wait_top(p) + WAIT_HEIGHT - wait_y(p, w->nr), waiting_color, 0.45, NULL);
             if (w->nr > p->waiting_most)
                 p->waiting_most = w->nr;
             since = at;
@@ -261,13 +274,13 @@ static int draw_waiting(struct picture *p)
     waiting_pass(p, &w, false);
     waiting_pass(p, &w, true);
     free(w.state);
-    shape_text(&p->svg, LEFT, wait_top(p) - 8, "label", "start",
-               "vCPUs that wait for a pCPU (parked ones, whose VM has used up its cap, do not)");
-    shape_line(&p->svg, LEFT, wait_top(p) + WAIT_HEIGHT, WIDTH - RIGHT, wait_top(p) + WAIT_HEIGHT,
-               "frame");
+    svg_text(&p->svg, LEFT, wait_top(p) - 8, label_left, "%s",
+             "vCPUs that wait for a pCPU (parked ones, whose VM has used up its cap, do not)");
+    svg_line(&p->svg, LEFT, wait_top(p) + WAIT_HEIGHT, WIDTH - RIGHT, wait_top(p) + WAIT_HEIGHT,
+             frame);
     snprintf(text, sizeof(text), "%u", p->waiting_most);
-    shape_text(&p->svg, LEFT - 12, wait_top(p) + 8, "small", "end", text);
-    shape_text(&p->svg, LEFT - 12, wait_top(p) + WAIT_HEIGHT, "small", "end", "0");
+    svg_text(&p->svg, LEFT - 12, wait_top(p) + 8, small_right, "%s", text);
+    svg_text(&p->svg, LEFT - 12, wait_top(p) + WAIT_HEIGHT, small_right, "%s", "0");
     return 0;
 }
 
@@ -296,7 +309,7 @@ static void curve_point(struct picture *p, uint64_t at, int64_t credit_ns)
         p->credit_most = credit_ns > p->credit_most ? credit_ns : p->credit_most;
         return;
     }
-    shape_curve_point(&p->svg, x_of(p, at), credit_y(p, credit_ns));
+    svg_path_point(&p->svg, x_of(p, at), credit_y(p, credit_ns));
 }
 
 // Straight from event to event: credit falls only while the vCPU runs, and both ends of that are
@@ -338,19 +351,19 @@ static void draw_credits(struct picture *p)
     const double span = (double)(p->credit_most - p->credit_least) / CREDIT_NS;
     const double step = nice_step(span * 1.6);
     char text[64];
-    shape_text(&p->svg, LEFT, top - 8, "label", "start",
-               "credits (10 are one ms of CPU time; below 0 is OVER, paler above)");
+    svg_text(&p->svg, LEFT, top - 8, label_left, "%s",
+             "credits (10 are one ms of CPU time; below 0 is OVER, paler above)");
     for (int64_t i = (int64_t)((double)p->credit_least / CREDIT_NS / step);
          (double)i * step * CREDIT_NS <= (double)p->credit_most; i++) {
         double y = credit_y(p, (int64_t)((double)i * step * CREDIT_NS));
-        shape_line(&p->svg, LEFT, y, WIDTH - RIGHT, y, i ? "grid" : "zero");
+        svg_line(&p->svg, LEFT, y, WIDTH - RIGHT, y, i ? grid : zero);
         snprintf(text, sizeof(text), "%g", (double)i * step);
-        shape_text(&p->svg, LEFT - 12, y + 4, "small", "end", text);
+        svg_text(&p->svg, LEFT - 12, y + 4, small_right, "%s", text);
     }
     for (size_t i = 0; i < p->nr_vcpus && i < CURVES_MAX; i++) {
-        shape_curve_begin(&p->svg, p->vcpus[i].shade);
+        svg_path_begin(&p->svg);
         curve(p, &p->vcpus[i]);
-        shape_curve_end(&p->svg);
+        svg_path_end(&p->svg, (struct svg_pen) {p->vcpus[i].color, 1.4, false});
     }
 }
 
@@ -367,8 +380,8 @@ static void draw_legend(struct picture *p)
         if (strlen(name) > 13)
             strcpy(name + 12, "~");
         snprintf(text, sizeof(text), "%s %.1f%%", name, 100 * (double)p->vcpus[i].run_ns / span);
-        shape_bar(&p->svg, x, y - 9, 10, 10, p->vcpus[i].shade, 1, NULL);
-        shape_text(&p->svg, x + 15, y, "label", "start", text);
+        svg_bar(&p->svg, x, y - 9, 10, 10, p->vcpus[i].color, 1, NULL);
+        svg_text(&p->svg, x + 15, y, label_left, "%s", text);
     }
 }
 
@@ -380,15 +393,13 @@ static void draw_accountings(struct picture *p)
         if (r->kind != CREDIT_EV_CREDIT || !drawn(p->g, r) || r->at_ns == last)
             continue;
         last = r->at_ns;
-        shape_line(&p->svg, x_of(p, last), TOP, x_of(p, last), credit_top(p) + CREDIT_HEIGHT,
-                   "period");
+        svg_line(&p->svg, x_of(p, last), TOP, x_of(p, last), credit_top(p) + CREDIT_HEIGHT, period);
     }
 }
 
 static int draw(struct picture *p)
 {
-    shape_begin(&p->svg, WIDTH, height(p), p->g->title);
-    shape_text(&p->svg, LEFT, 22, "head", "start", p->g->title);
+    svg_text(&p->svg, LEFT, 22, head, "%s", p->g->title);
     draw_axis(p);
     for (unsigned i = 0; i < p->g->nr_pcpus; i++)
         draw_pcpu(p, i);
@@ -398,24 +409,28 @@ static int draw(struct picture *p)
     draw_accountings(p);
     draw_credits(p);
     draw_legend(p);
-    shape_end(&p->svg);
     return 0;
 }
 
 int gantt_write(const struct gantt *g, FILE *out, struct error *err)
 {
-    struct picture p = {.g = g, .svg.out = out};
+    struct picture p = {.g = g};
     if (g->to_ns <= g->from_ns)
         return error_set(err, -EINVAL, "nothing to draw: the picture would end before it begins");
     int ret = find_vcpus(&p);
     if (!ret) {
         credit_range(&p);
+        ret = svg_begin(&p.svg, WIDTH, height(&p), g->title);
+    }
+    autofree char *text = NULL;
+    if (!ret) {
         ret = draw(&p);
+        text = svg_end(&p.svg);
     }
     free(p.vcpus);
-    if (ret)
-        return error_set(err, ret, "no memory for the picture");
-    if (fflush(out) || ferror(out))
+    if (ret || !text)
+        return error_set(err, ret ? ret : -ENOMEM, "no memory for the picture");
+    if (fputs(text, out) < 0 || fflush(out) || ferror(out))
         return error_set(err, -EIO, "the picture could not be written");
     return 0;
 }

@@ -66,13 +66,42 @@ void svg_line(struct svg *svg, double x1, double y1, double x2, double y2, struc
 void svg_rect(struct svg *svg, double x, double y, double width, double height, const char *fill,
               double opacity)
 {
+    svg_bar(svg, x, y, width, height, fill, opacity, NULL);
+}
+
+void svg_bar(struct svg *svg, double x, double y, double width, double height, const char *fill,
+             double opacity, const char *label)
+{
     if (!isfinite(x + y + width + height) || width < 0 || height < 0)
         return;
     fprintf(svg->out, "<rect x=\"%.2f\" y=\"%.2f\" width=\"%.2f\" height=\"%.2f\" fill=\"%s\"", x,
             y, width, height, fill);
     if (opacity < 1)
         fprintf(svg->out, " fill-opacity=\"%g\"", opacity);
-    fputs("/>\n", svg->out);
+    if (!label) {
+        fputs("/>\n", svg->out);
+        return;
+    }
+    fputs("><title>", svg->out);
+    escaped(svg->out, label);
+    fputs("</title></rect>\n", svg->out);
+}
+
+void svg_path_begin(struct svg *svg)
+{
+    fputs("<polyline fill=\"none\" stroke-linejoin=\"round\" points=\"", svg->out);
+}
+
+void svg_path_point(struct svg *svg, double x, double y)
+{
+    if (isfinite(x + y))
+        fprintf(svg->out, "%.1f,%.1f ", x, y);
+}
+
+void svg_path_end(struct svg *svg, struct svg_pen pen)
+{
+    fputc('"', svg->out);
+    stroke(svg, pen);
 }
 
 void svg_circle(struct svg *svg, double x, double y, double radius, const char *color, bool hollow)

@@ -36,8 +36,16 @@ struct svg_pen {
 void svg_line(struct svg *svg, double x1, double y1, double x2, double y2, struct svg_pen pen);
 void svg_rect(struct svg *svg, double x, double y, double width, double height, const char *fill,
               double opacity);
+// The same with a text that is shown under the pointer.
+void svg_bar(struct svg *svg, double x, double y, double width, double height, const char *fill,
+             double opacity, const char *label);
 // Filled, with a white rim; hollow: a ring of that colour.
 void svg_circle(struct svg *svg, double x, double y, double radius, const char *color, bool hollow);
+
+// A line through points that are given one by one.
+void svg_path_begin(struct svg *svg);
+void svg_path_point(struct svg *svg, double x, double y);
+void svg_path_end(struct svg *svg, struct svg_pen pen);
 
 struct svg_font {
     double size;
