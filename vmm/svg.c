@@ -16,7 +16,9 @@ static void escaped(FILE *out, const char *text)
             fputs("&gt;", out);
         else if (*text == '&')
             fputs("&amp;", out);
-        else if ((unsigned char)*text >= ' ' || *text == '\t')
+        else if ((unsigned char)*text >= 127) // may be no UTF-8, which would be no XML
+            fputc('?', out);
+        else if (*text >= ' ' || *text == '\t')
             fputc(*text, out);
     }
 }
