@@ -486,7 +486,8 @@ struct landlock_asked {
 enum { LANDLOCK_SCOPES_SINCE = 6, LANDLOCK_SCOPES = 3 };
 #define LANDLOCK_FILES                                                                            \
     (LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE | LANDLOCK_ACCESS_FS_READ_DIR | \
-     LANDLOCK_ACCESS_FS_MAKE_REG | LANDLOCK_ACCESS_FS_MAKE_SOCK | LANDLOCK_ACCESS_FS_REMOVE_FILE)
+     LANDLOCK_ACCESS_FS_MAKE_REG | LANDLOCK_ACCESS_FS_MAKE_DIR | LANDLOCK_ACCESS_FS_MAKE_SOCK |   \
+     LANDLOCK_ACCESS_FS_REMOVE_FILE)
 #define LANDLOCK_ALL (2 * LANDLOCK_ACCESS_FS_MAKE_SYM - 1)
 
 static int landlock_allow(int rules, const char *path, uint64_t access, bool needed,
