@@ -21,7 +21,7 @@ static const struct cli_command commands[] = {
     {"prune", cli_prune, "remove what all dead VMs left"},
     {"top", cli_top, "a live view of what the VMs of this host use"},
     {"events", cli_events, "what happens to a VM, a line each"},
-    {"set", cli_set, "change a device of a running VM"},
+    {"set", cli_set, "change a running VM: devices, memory, weight, cap"},
     {"snapshot", cli_snapshot, "save a running VM to a file; list, check, merge such files"},
     {"clone", cli_clone, "make copies of a running VM that share its memory"},
     {"checkpoint", cli_checkpoint, "save a guest now and then, as often as pays"},
