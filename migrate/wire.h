@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one format of guests in motion: migration streams and snapshot files are sequences of the
-// same records. docs/formats.md explains it; everything here is pure parsing and building.
+// The format of guests in motion: a migration stream is a sequence of records. docs/formats.md
+// explains it; everything here is pure parsing and building.
 //
 //   record := header (16 bytes), meta (meta_len), data (data_len)        all little endian
 //   header := u16 type, u16 flags, u32 meta_len, u32 data_len, u32 crc
@@ -43,8 +43,6 @@
 //     |   query connection, when RUNNING did not come:            |
 //     | HELLO(query, id) ---------------------------------------> |
 //     | <------------------------------------- ANSWER(yes|no|...) |
-//
-//   snapshot file := file header, MACHINE, STATE, PAGES ..., END
 #pragma once
 
 #include <linux/kvm.h>

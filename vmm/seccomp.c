@@ -105,7 +105,7 @@ static const struct rule rules[] = {
     IOCTL(KVM_GET_PIT2, LW),
     IOCTL(KVM_SET_PIT2, LW),
     IOCTL(KVM_GET_MSR_INDEX_LIST, LW),
-    IOCTL(KVM_GET_MSRS, LW),
+    IOCTL(KVM_GET_MSRS, LWV), // a vCPU's: where its guest wants its steal time
     IOCTL(KVM_SET_MSRS, LW),
     IOCTL(KVM_SET_CPUID2, LW),
     IOCTL(KVM_GET_LAPIC, LW),
@@ -152,6 +152,7 @@ static const struct rule rules[] = {
 
     // The C library's heap, locks, threads and clocks.
     CALL(futex, ALL),
+    CALL(futex_waitv, V | W | L), // turns: sched/client.c
     CALL(read, ALL),
     CALL(write, ALL),
     CALL(readv, ALL),

@@ -59,6 +59,7 @@ struct vm_stop {
 enum vm_phase { VM_CREATED, VM_PAUSED, VM_ACTIVE, VM_STOPPED };
 
 struct vcpu;
+struct vcpu_turns;
 
 struct vm {
     char name[64];
@@ -88,6 +89,7 @@ struct vm {
     atomic_bool pause; // what vCPU threads look at
     atomic_bool hold;  // for a moment no vCPU enters the guest; who sets it kicks them (vm_hold)
     atomic_bool quit;
+    struct vcpu_turns *_Atomic turns; // vmm/vcpu.h; NULL: vCPUs run as Linux has it
     struct vm_stop stop;
     // Called once, in the thread that caused the stop, without the lock; e.g. loop_stop.
     void (*on_stop)(struct vm *vm, void *arg);
