@@ -198,6 +198,7 @@ static bool wait_until_due(struct checkpointer *c)
 static void *checkpointer_main(void *arg)
 {
     struct checkpointer *c = arg;
+    seccomp_enter_or_abort(SECCOMP_WORKER, c->saver->seccomp);
     while (wait_until_due(c))
         take_one(c);
     return NULL;

@@ -10,6 +10,7 @@
 #include "migrate/checkpoint_policy.h"
 #include "vmm/error.h"
 #include "vmm/log.h"
+#include "vmm/seccomp.h"
 
 struct checkpoint_saver {
     // Saves the guest to `path`: a diff of `parent`, a file beside it, or a full one (NULL); sets
@@ -19,6 +20,7 @@ struct checkpoint_saver {
     void (*cancel)(void *context); // any thread: a save under way shall end, as shall later ones
     void *context;
     const struct log *log;
+    enum seccomp_mode seccomp; // of the thread; SECCOMP_OFF unless set
 };
 
 struct checkpoint_params {

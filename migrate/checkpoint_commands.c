@@ -212,7 +212,7 @@ int checkpoint_commands_start(struct checkpoint_commands *cc, json_t *body, stru
     if (ret)
         return ret;
     cc->log = params.settings.chain > 1;
-    cc->saver = (struct checkpoint_saver) {save, cancel, cc, &cc->vm->log};
+    cc->saver = (struct checkpoint_saver) {save, cancel, cc, &cc->vm->log, cc->vm->config.seccomp};
     ret = checkpointer_start(&cc->checkpointer, &params, &cc->saver, err);
     if (ret) {
         migration_free(&cc->m);

@@ -387,7 +387,7 @@ static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)
                  const struct migrate_params *params, struct control_request *req,
                  struct error *err)
 {
-    bool recover = fn == recover_main; // whose VM is migrating still
+    bool recover = fn == recover_main; // which is migrating still
     int ret = recover ? 0 : life_move(mc->life, state, err);
     if (ret)
         return ret;

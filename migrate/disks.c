@@ -45,6 +45,7 @@ static int copy_extent(int from, int to, off_t at, off_t end, struct error *err)
     return 0;
 }
 
+// `to` is empty.
 static int copy_sparse(int from, int to, struct error *err)
 {
     struct stat st;
@@ -285,4 +286,107 @@ int disks_thaw(const void *section, size_t len, const char *path, const char *na
     json_decref(list);
     json_decref(texts);
     return ret;
+}
+
+// --- for the guest that is there
+
+struct disks_back {
+    unsigned nr;
+    struct pair {
+        int from, to;
+    } pairs[]; // -1: a disk that nobody writes to
+};
+
+static int back_open_one(struct pair *p, const char *text, bool frozen, size_t i, const char *path,
+                         struct error *err)
+{
+    char from[PATH_MAX], to[PATH_MAX];
+    size_t len = 0;
+    const char *overlay = overlay_of(text, &len);
+    if (!frozen)
+        return is_read_only(text)
+                   ? 0
+                   : error_set(err, -EINVAL, "%s: disk%zu was read-only, here it is written to",
+                               path, i);
+    if (!overlay || len >= sizeof(to))
+        return error_set(err, -EINVAL, "%s: disk%zu had an overlay, here it has none", path, i);
+    memcpy(to, overlay, len);
+    to[len] = 0;
+    int ret = name_make(from, path, i, NULL, err);
+    if (ret)
+        return ret;
+    p->from = open(from, O_RDONLY | O_CLOEXEC);
+    if (p->from < 0)
+        return error_errno(err, "%s", from);
+    p->to = open(to, O_RDWR | O_CLOEXEC);
+    return p->to < 0 ? error_errno(err, "%s", to) : 0;
+}
+
+static int back_open(struct disks_back *back, json_t *list, json_t *texts, const char *path,
+                     struct error *err)
+{
+    int ret = 0;
+    for (size_t i = 0; !ret && i < json_array_size(list); i++) {
+        struct pair *p = &back->pairs[back->nr++];
+        *p = (struct pair) {-1, -1};
+        bool frozen = json_is_true(json_object_get(json_array_get(list, i), "frozen"));
+        ret = back_open_one(p, json_string_value(json_array_get(texts, i)), frozen, i, path, err);
+    }
+    return ret;
+}
+
+int disks_back_open(struct disks_back **out, const void *section, size_t len, const char *path,
+                    const char *disks, struct error *err)
+{
+    json_t *texts;
+    int ret = texts_of(disks, &texts, err);
+    if (ret)
+        return ret;
+    json_t *list = json_loadb(section, len, 0, NULL);
+    size_t nr = json_array_size(list);
+    struct disks_back *back = calloc(1, sizeof(*back) + nr * sizeof(back->pairs[0]));
+    if (!json_is_array(list))
+        ret = error_set(err, -EBADMSG, "%s: list of disks", path);
+    else if (nr != json_array_size(texts))
+        ret = error_set(err, -EINVAL, "%s: %zu disks, this VM has %zu", path, nr,
+                        json_array_size(texts));
+    else if (!back)
+        ret = error_set(err, -ENOMEM, "no memory");
+    else
+        ret = back_open(back, list, texts, path, err);
+    json_decref(list);
+    json_decref(texts);
+    if (ret) {
+        disks_back_close(back);
+        return ret;
+    }
+    *out = back;
+    return 0;
+}
+
+int disks_back_copy(const struct disks_back *back, struct error *err)
+{
+    for (const struct pair *p = back->pairs; p < back->pairs + back->nr; p++) {
+        if (p->from < 0)
+            continue;
+        if (ftruncate(p->to, 0))
+            return error_errno(err, "emptying an overlay");
+        int ret = ioctl(p->to, FICLONE, p->from) ? copy_sparse(p->from, p->to, err) : 0;
+        if (ret)
+            return ret;
+        if (fsync(p->to))
+            return error_errno(err, "an overlay");
+    }
+    return 0;
+}
+
+void disks_back_close(struct disks_back *back)
+{
+    for (struct pair *p = back ? back->pairs : NULL; back && p < back->pairs + back->nr; p++) {
+        if (p->from >= 0)
+            close(p->from);
+        if (p->to >= 0)
+            close(p->to);
+    }
+    free(back);
 }

@@ -28,3 +28,12 @@ int disks_check(const char *disks, struct error *err);
 // frozen.
 int disks_thaw(const void *section, size_t len, const char *path, const char *name, char **disks,
                struct error *err);
+
+// Frozen overlays that go back into the overlays of a VM that is there. disks_back_open opens both
+// sides of each and changes nothing: -EINVAL where `disks` (the VM's texts) are others.
+// disks_back_copy: after an error an overlay may be half of each.
+struct disks_back;
+int disks_back_open(struct disks_back **back, const void *section, size_t len, const char *path,
+                    const char *disks, struct error *err);
+int disks_back_copy(const struct disks_back *back, struct error *err);
+void disks_back_close(struct disks_back *back); // NULL is fine

@@ -198,6 +198,7 @@ static int poison_wait_ms(struct lazy *lz)
 static void *fault_main(void *arg)
 {
     struct lazy *lz = arg;
+    seccomp_enter_or_abort(SECCOMP_WORKER, lz->params.seccomp);
     for (;;) {
         struct pollfd p[2] = {{.fd = lz->uffd, .events = POLLIN},
                               {.fd = lz->stop_fd, .events = POLLIN}};
@@ -311,6 +312,7 @@ static void set_save(struct lazy *lz)
 static void *fetch_main(void *arg)
 {
     struct lazy *lz = arg;
+    seccomp_enter_or_abort(SECCOMP_WORKER, lz->params.seccomp);
     set_fetch(lz);
     bool go = fill_wait(lz);
     set_save(lz);

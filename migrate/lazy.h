@@ -22,6 +22,7 @@
 #include "vmm/error.h"
 #include "vmm/log.h"
 #include "vmm/ram.h"
+#include "vmm/seccomp.h"
 
 enum lazy_mode { LAZY_NONE, LAZY_FAULT, LAZY_MAP };
 
@@ -34,6 +35,7 @@ struct lazy_params {
     // A page cannot be had. Called once, in a thread of lazy's; must not wait for vCPUs.
     void (*failed)(void *context, const struct error *err);
     void *context;
+    enum seccomp_mode seccomp; // of the threads; SECCOMP_OFF unless set
 };
 void lazy_params_default(struct lazy_params *params, const char *path);
 

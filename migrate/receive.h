@@ -41,8 +41,8 @@ int receive_create(struct receive **r, int listen_fd, const struct migrate_hooks
 int receive_run(struct receive *r, struct vm **vm, struct receive_report *report,
                 struct error *err);
 
-// Any thread: makes receive_run give up, unless the guest is already ours; then it only ends waiting
-// for a source that has gone.
+// Any thread: makes receive_run give up, unless the guest is already ours; then it only ends
+// waiting for a source that has gone.
 void receive_cancel(struct receive *r);
 
 // After receive_run. A VM that broke in post-copy must have been stopped (vm_request_stop) before,

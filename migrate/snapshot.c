@@ -515,6 +515,7 @@ static int load_lazy(struct snapfile **f, struct vm *vm, const struct snapshot_l
     params.log = &vm->log;
     params.failed = load_failed;
     params.context = vm;
+    params.seccomp = vm->config.seccomp;
     int ret = lazy_create(lazy, &vm->ram, *f, &params, err);
     if (!ret)
         *f = NULL;
@@ -585,6 +586,77 @@ int snapshot_load_as(const struct snapshot_load_params *params, const struct mig
     machine_free(&machine);
     report->total_ns = time_ns() - start;
     return ret;
+}
+
+// --- going back
+
+struct snapshot_back {
+    struct vm *vm;
+    struct snapfile *f;
+    struct disks_back *disks; // NULL: they stay as they are
+};
+
+static int back_disks(struct snapshot_back *b, const char *path, const struct migrate_hooks *hooks,
+                      struct error *err)
+{
+    size_t len;
+    autofree char *texts = NULL;
+    const void *section = snapfile_section(b->f, SNAPFILE_DISKS, &len);
+    if (!section || !hooks->disks)
+        return 0;
+    int ret = hooks->disks(hooks->context, b->vm, &texts, err);
+    return ret ? ret : disks_back_open(&b->disks, section, len, path, texts, err);
+}
+
+int snapshot_back_open(struct snapshot_back **out, const char *path, struct vm *vm,
+                       const struct migrate_hooks *hooks, struct error *err)
+{
+    struct machine machine;
+    struct snapshot_back *b = calloc(1, sizeof(*b));
+    if (!b)
+        return error_set(err, -ENOMEM, "no memory");
+    b->vm = vm;
+    int ret = snapfile_open(&b->f, path, err);
+    if (!ret)
+        ret = machine_take(b->f, path, &machine, err);
+    if (!ret) {
+        ret = machine_same(&machine, vm, hooks, err);
+        machine_free(&machine);
+        if (ret)
+            error_prefix(err, "%s", path);
+    }
+    if (!ret)
+        ret = back_disks(b, path, hooks, err);
+    if (ret) {
+        snapshot_back_close(b);
+        return ret;
+    }
+    *out = b;
+    return 0;
+}
+
+int snapshot_back_load(struct snapshot_back *b, struct error *err)
+{
+    struct stream_mem blob;
+    size_t len;
+    const struct snapfile_target target = {.at = target_at, .context = b->vm};
+    const void *state = snapfile_section(b->f, SNAPFILE_STATE, &len);
+    int ret = vm_clear(b->vm, err);
+    if (!ret)
+        ret = snapfile_load(b->f, &target, 0, err);
+    if (!ret && b->disks)
+        ret = disks_back_copy(b->disks, err);
+    stream_mem_reader(&blob, "guest state", state, len);
+    return ret ? ret : vm_load_again(b->vm, &blob.stream, err); // reads the overlays' tables anew
+}
+
+void snapshot_back_close(struct snapshot_back *b)
+{
+    if (!b)
+        return;
+    disks_back_close(b->disks);
+    snapfile_close(b->f);
+    free(b);
 }
 
 // --- without a VM

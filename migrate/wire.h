@@ -55,8 +55,8 @@
 
 // A side speaks every version in [WIRE_OLDEST, WIRE_VERSION]: the current and the previous one.
 // Version 2: ROUND is echoed after COMMIT as well, FAULTS comes before COMPLETE, and a post-copy
-// that broke off goes on over new connections (RECOVER); PACKED carries pages in fewer bytes, MEMORY
-// hands all of them over within a host.
+// that broke off goes on over new connections (RECOVER); PACKED carries pages in fewer bytes,
+// MEMORY hands all of them over within a host.
 enum { WIRE_VERSION = 2, WIRE_OLDEST = 1 };
 
 enum wire_type {
@@ -177,7 +177,7 @@ struct wire_round { // echoed when everything before it has been dealt with
 // Then u64 words[]: a set bit = this page is not valid at the destination. From the destination,
 // when it recovers: all that it lacks.
 struct wire_discard {
-    uint64_t first;   // page index, a multiple of 64
+    uint64_t first; // page index, a multiple of 64
     uint64_t pages;
 };
 

@@ -280,6 +280,7 @@ static void *watch_main(void *arg)
     struct sched_client *c = arg;
     struct error err;
     pthread_setname_np(pthread_self(), "sched");
+    seccomp_enter_or_abort(SECCOMP_WORKER, c->config.seccomp);
     thread_prompt();
     for (;;) {
         bool attached = c->fd >= 0;

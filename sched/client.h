@@ -13,6 +13,7 @@
 
 #include "sched/proto.h"
 #include "vmm/error.h"
+#include "vmm/seccomp.h"
 
 struct sched_client;
 
@@ -23,6 +24,7 @@ struct sched_client_config {
     unsigned nr; // threads, 1 to SCHED_VCPUS_MAX
     const pid_t *tids;
     int signal;
+    enum seccomp_mode seccomp; // of the watching thread; SECCOMP_OFF unless set
     // The daemon was found (0) or lost (-errno, `why`). In the client's own thread, or in attach.
     void (*changed)(void *arg, int code, const char *why);
     void *arg;

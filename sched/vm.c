@@ -139,6 +139,7 @@ int sched_tie(struct sched_tie **out, struct vm *vm, const char *socket,
                                                .nr = vm->nr_vcpus,
                                                .tids = tids,
                                                .signal = vcpu_signal(),
+                                               .seccomp = vm->config.seccomp,
                                                .changed = changed,
                                                .arg = tie};
     int ret = sched_client_create(&tie->client, &config, err);

@@ -53,11 +53,11 @@ _ferry()
         --net) choices="tap= tap-fd= user" ;;
         --on-reboot) choices="stop reset" ;;
         --mode) choices="precopy postcopy hybrid local" ;;
-        --compress)
-            choices="lz4 none"
-            [ "$command" != migrate ] || choices="auto always none"
-            ;;
         --layout) choices="packed mapped" ;;
+        --compress)
+            choices="auto always none"
+            [ "$command" != snapshot ] || choices="lz4 none"
+            ;;
         --prepaging) choices="none push forward bubble multi-bubble" ;;
         --on-stall) choices="continue cancel switch postcopy throttle" ;;
         *)

@@ -31,8 +31,8 @@ struct guest {
     uint64_t memory;
     enum ram_backing backing;
     enum prepage_kind prepaging;
-    const char *listen;  // where its migrations arrive; NULL: TCP over loopback
-    unsigned timeout_ms; // of those; 0: the usual ones
+    const char *listen;  // NULL: TCP over loopback
+    unsigned timeout_ms; // 0: the usual ones
     struct oracle_range range[64];
     uint64_t heartbeat[VM_MAX_VCPUS];
 };

@@ -218,6 +218,10 @@ class Checkpoints(LabTest):
         for wrong in ("", ",keep=1", f"{where},keep", f"{where},mtbf=x", f"{where},restarts=-1"):
             self.assertStatus(self.lab.ferry("run", "--kernel", "/nowhere", "--checkpoints", wrong),
                               lab.USAGE)
+        result = self.lab.ferry("run", "--kernel", "/nowhere", "--checkpoints", where, "--jail",
+                                self.lab.path("jail"))
+        self.assertStatus(result, lab.USAGE)
+        self.assertIn("--checkpoints and --jail", result.stderr)
 
     def test_linux_goes_on(self):
         """What was counted after the checkpoint is counted again; nothing else is missing."""

@@ -68,6 +68,10 @@ int cli_run(int argc, char **argv)
         ret = error_set(&err, -EINVAL,
                         "--kernel FILE is needed, or --config-file FILE, or --api-sock PATH "
                         "(ferry run --help)");
+    if (!ret && *options.jail.dir && options.checkpoints)
+        ret = error_set(&err, -EINVAL,
+                        "--checkpoints and --jail: a VM in a jail is not started again; have its "
+                        "checkpoints taken by API (PUT /checkpoint, with a path in the jail)");
     if (!ret)
         ret = session_default_name(&options, &err);
     if (ret) {

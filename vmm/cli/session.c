@@ -588,51 +588,50 @@ void session_disks_forget(struct session *s, const struct snapfile *file)
             options_remove_device(o, i - 1);
 }
 
-static int rollback_load(struct session *s, const struct snapfile *file, const char *path,
-                         bool runs, struct error *err)
+// From here on there is no way back to the guest that was there.
+static int rollback_load(struct session *s, struct snapshot_back *back, struct error *err)
 {
-    struct snapshot_report report;
-    struct lazy *lazy;
-    const struct snapshot_load_params params = {.path = path, .name = s->options->name};
-    session_vm_drop(s); // s->usage goes on with the VM that comes
-    session_disks_forget(s, file);
-    session_hooks(s, &s->hooks);
-    s->restored = true;
-    int ret = snapshot_load_as(&params, &s->hooks, &s->vm, &lazy, &report, err);
+    lazy_free(s->lazy); // what it would still fetch is of the guest that was
+    s->lazy = NULL;
+    int ret = snapshot_back_load(back, err);
     if (!ret && s->board.vmgenid)
         ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
     if (ret) {
-        session_vm_drop(s);
-        s->lost = true;
-        life_move(&s->life, LIFE_FAILED, NULL);
-        loop_stop(s->loop);
-        return error_prefix(err, "the guest is lost");
+        error_prefix(err, "the guest is lost");
+        vm_request_stop(s->vm, VM_STOP_ERROR, 0, "%s", err->text);
     }
-    if (runs)
+    return ret;
+}
+
+static int rollback(struct session *s, struct snapshot_back *back, struct error *err)
+{
+    enum life_state before = life_get(&s->life);
+    int ret = life_move(&s->life, LIFE_STARTING, err);
+    if (ret)
+        return ret;
+    bool paused = !vm_pause(s->vm, err);
+    ret = paused ? rollback_load(s, back, err) : err->code;
+    if (ret && paused)
+        return ret;
+    life_move(&s->life, before, NULL);
+    if (before == LIFE_RUNNING)
         vm_resume(s->vm);
-    session_arrived(s);
-    return 0;
+    return ret;
 }
 
 int session_rollback(struct session *s, const char *path, struct error *err)
 {
-    struct snapfile *file; // what can be known without giving up the guest that is there
-    int ret = snapfile_open(&file, path, err);
+    struct snapshot_back *back;
+    int ret = snapshot_back_open(&back, path, s->vm, &s->hooks, err);
     if (ret)
         return ret;
     json_t *body = json_incref(checkpoint_commands_body(s->checkpoints));
     checkpoint_commands_stop(s->checkpoints); // one may be under way: that is given up
-    bool runs = life_get(&s->life) == LIFE_RUNNING;
-    ret = life_move(&s->life, LIFE_STARTING, err);
-    if (!ret)
-        ret = vm_pause(s->vm, err); // from here on no vCPU says that it has stopped
-    if (!ret) {
-        s->vm->on_stop = NULL;
-        ret = rollback_load(s, file, path, runs, err);
-    }
-    snapfile_close(file);
-    if (!s->lost && body && checkpoint_commands_start(s->checkpoints, body, err))
-        log_write(&s->vm->log, LOG_ERROR, "no more checkpoints: %s", err->text);
+    ret = rollback(s, back, err);
+    snapshot_back_close(back);
+    struct error none;
+    if (body && !vm_stopped(s->vm) && checkpoint_commands_start(s->checkpoints, body, &none))
+        log_write(&s->vm->log, LOG_ERROR, "no more checkpoints: %s", none.text);
     json_decref(body);
     return ret;
 }
@@ -683,7 +682,7 @@ int session_run(struct session *s)
     if (s->arrival)
         arrival_settle(s->arrival);
     if (!s->vm) // an arrival that failed: its error says why; or ended before anything began
-        return s->arrival || s->lost ? EXIT_FAILED : EXIT_OK;
+        return s->arrival ? EXIT_FAILED : EXIT_OK;
     if (s->control)
         control_loop_only(s->control);
     vm_join(s->vm); // what the vCPUs' threads use is taken from here on

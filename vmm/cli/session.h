@@ -37,7 +37,6 @@ struct session {
     struct migrate_commands *migrate;
     struct checkpoint_commands *checkpoints;
     bool restored; // the guest came from a file, though options->kernel may be set
-    bool lost;     // it could not be built again
     struct migrate_hooks hooks;
     struct lazy *lazy;       // a guest that was restored before its memory was there
     struct arrival *arrival; // `ferry receive`: the guest that comes in, NULL otherwise
@@ -96,8 +95,9 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
 int session_checkpoints(struct session *s, const char *from, struct error *err);
 // The options' disks, once a snapshot brings the state that they had at its instant.
 void session_disks_forget(struct session *s, const struct snapfile *file);
-// The running or paused guest is replaced by the one in the file, which goes on if this one ran.
-// An error with s->lost set: there is no guest any more, and the loop ends.
+// The running or paused guest is replaced, in the same VM, by the one in the file, which goes on if
+// this one ran. The file must be of this machine. An error with the VM stopped: there is no guest
+// any more.
 int session_rollback(struct session *s, const char *path, struct error *err);
 json_t *session_info(struct session *s);                        // what GET /info says
 int session_commands_add(struct session *s, struct error *err); // vmm/cli/commands.c
