@@ -304,11 +304,11 @@ static bool may_run(struct vcpu *vcpu)
     for (;;) {
         set_immediate_exit(vcpu, 0);
         struct vcpu_turns *turns = atomic_load_explicit(&vcpu->vm->turns, memory_order_acquire);
-        if (__builtin_expect(atomic_load(&vcpu->vm->hold), 0)) {
+        if (__builtin_expect(atomic_load(&vcpu->vm->hold), 0) && !should_leave(vcpu->vm)) {
             if (turns)
                 turns->give(turns, vcpu);
             held(vcpu->vm);
-            set_immediate_exit(vcpu, 0);
+            continue; // the scheduler may have changed meanwhile
         }
         if (__builtin_expect(!should_leave(vcpu->vm), 1)) {
             if (!turns || turns->take(turns, vcpu))
