@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import time
 
-from rows import Metric, Row, add
+from rows import Absent, Metric, Row, add
 from suite_boot import khz
 from suite_migrate import GAP_LONGEST, GAP_RESET, GAP_TOTAL, image_probe, wait_for
 from vmms import FERRY, Failed, Ferry, GuestMemory, Machine, Qemu, Qmp, bare_guest, program
@@ -138,10 +138,43 @@ def copy(mib):
         return {"rate": mib / (time.monotonic() - began)}
 
 
-def save_raw(memory, mib):
+def save_layout(memory, mib, layout):
     with place() as directory, running(Ferry(), memory, mib) as guest:
         began = time.monotonic()
-        ferry("snapshot", guest.machine.name, os.path.join(directory, "a"), "--layout", "mapped")
+        ferry("snapshot", guest.machine.name, os.path.join(directory, "a"), "--layout", layout)
+        return {"rate": mib / (time.monotonic() - began)}
+
+
+def lz4(*args):
+    if not shutil.which("lz4"):
+        raise Absent("no lz4 (package lz4)")
+    subprocess.run(["lz4", "-q", "-f", *args], check=True)
+
+
+def compress(mib):
+    with place() as directory:
+        path = data_file(directory, mib)
+        began = time.monotonic()
+        lz4("-1", path, path + ".lz4")
+        sync(path + ".lz4")
+        return {"rate": mib / (time.monotonic() - began)}
+
+
+@functools.lru_cache(maxsize=None)
+def compressed(mib):
+    directory = tempfile.TemporaryDirectory(prefix="ferry-bench-snapshot-")
+    path = data_file(directory.name, mib)
+    lz4("-1", path, path + ".lz4")
+    os.unlink(path)
+    return directory, path + ".lz4"
+
+
+def unpack(mib):
+    """One file after the other into memory of /dev/shm, as a guest's memory is."""
+    _, path = compressed(mib)
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as out:
+        began = time.monotonic()
+        lz4("-d", path, out.name)
         return {"rate": mib / (time.monotonic() - began)}
 
 
@@ -270,17 +303,23 @@ def clone(count, memory):
 def register():
     gap = "longest time the guest did not run"
     rate = "MiB of guest data a second"
-    add(Row("snapshot", "save", "a running 1 GiB guest with 768 MiB written to, which goes on "
+    add(Row("snapshot", "save", "a running 1 GiB guest with 256 MiB written to, which goes on "
             f"writing to {RATE} pages/s; QEMU: stop, migrate to a file, cont",
-            {"ferry": functools.partial(save_ferry, 1024, 768),
-             "qemu": functools.partial(save_qemu, 1024, 768)},
+            {"ferry": functools.partial(save_ferry, 1024, 256),
+             "qemu": functools.partial(save_qemu, 1024, 256)},
             [Metric("pause_ms", "save: pause the VMM reports", "ms", goal=10),
              Metric("gap_ms", f"save: {gap}", "ms"),
              Metric("rate", f"save: {rate}", "MiB/s", goal_ratio_least=("qemu", 1))], runs=3))
-    add(Row("snapshot", "raw", "512 MiB of guest data written as they are, beside cp of a file of "
+    add(Row("snapshot", "raw", "256 MiB of guest data written as they are, beside cp of a file of "
             "that size, both synced",
-            {"ferry": functools.partial(save_raw, 640, 512), "cp": functools.partial(copy, 512)},
+            {"ferry": functools.partial(save_layout, 384, 256, "mapped"),
+             "cp": functools.partial(copy, 256)},
             [Metric("rate", f"raw: {rate}", "MiB/s", goal_ratio_least=("cp", 0.8))], runs=3))
+    add(Row("snapshot", "packed", "256 MiB of guest data compressed while the guest runs, beside "
+            "lz4 -1 of a file of that size, both synced",
+            {"ferry": functools.partial(save_layout, 384, 256, "packed"),
+             "lz4": functools.partial(compress, 256)},
+            [Metric("rate", f"packed: {rate}", "MiB/s", goal_ratio_least=("lz4", 0.8))], runs=3))
     for mib in (4, 32, 256):
         add(Row("snapshot", f"diff {mib}M", f"a diff of a running guest that has written to {mib} "
                 "MiB since the one before",
@@ -289,12 +328,13 @@ def register():
                  Metric("pages", f"diff {mib}M: pages in it", "pages"),
                  Metric("share", f"diff {mib}M: pause / (2 ms + 1 us a page)", "", goal=1)],
                 runs=3))
-    add(Row("snapshot", "eager", "512 MiB of guest data read back before the guest goes on, from "
-            "exec to its first count",
-            {"ferry": functools.partial(restore_ferry, 640, 512, "packed"),
-             "qemu": functools.partial(restore_qemu, 640, 512)},
+    add(Row("snapshot", "eager", "256 MiB of guest data read back before the guest goes on, from "
+            "exec to its first count; beside lz4 -d",
+            {"ferry": functools.partial(restore_ferry, 384, 256, "packed"),
+             "qemu": functools.partial(restore_qemu, 384, 256),
+             "lz4": functools.partial(unpack, 256)},
             [Metric("first_ms", "eager: exec to the guest going on", "ms"),
-             Metric("rate", f"eager: {rate}", "MiB/s")], runs=3))
+             Metric("rate", f"eager: {rate}", "MiB/s", goal_ratio_least=("lz4", 0.8))], runs=3))
     add(Row("snapshot", "clone", "8 clones of a running, idle 256 MiB guest",
             {"ferry": functools.partial(clone, 8, 256)},
             [Metric("pause_ms", "clone: pause of the parent", "ms", goal=10),

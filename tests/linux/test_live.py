@@ -39,7 +39,7 @@ class Live(lab.LabTest):
         self.vm.command("cd /mnt; head -c 65536 /bin/busybox >blob; sha256sum blob >sums")
         # At work from here on: disk, memory, clock.
         self.vm.command("echo 'i=0; while :; do i=$((i+1)); echo $i >>log; cat /proc/uptime >>log; "
-                        "cp blob copy; sync; done' >load; sh load &")
+                        "cp blob copy; sync; sleep 1; done' >load; sh load &")
 
     def file(self, name):
         return os.path.join(self.directory, name)
@@ -68,21 +68,18 @@ class Live(lab.LabTest):
         self.assertEqual("full", report["kind"])
         self.assertGreater(self.check(self.vm), 0)  # it goes on
         self.save("mapped", "--layout", "mapped")
-        for name, *how in (("packed",), ("packed", "--lazy"), ("packed", "--lazy"),
-                           ("mapped", "--lazy"), ("mapped", "--map")):
+        for name, *how in (("packed",), ("packed", "--lazy"), ("mapped", "--map")):
             with self.subTest(name=name, how=how):
                 vm = self.lab.vm("restore", self.file(name), "--disks", *how)
                 self.check(vm)
                 self.assertEqual(1, vm.command("dmesg").count(RESEEDED))
+                # A copy of a copy, which may still be on its way.
+                again = self.file("again")
+                self.assertStatus(vm.ferry("snapshot", again, "--disks"), lab.OK)
+                self.assertStatus(self.lab.ferry("snapshot", "verify", again), lab.OK)
                 vm.ferry("stop")
                 vm.child.wait()
         self.assertTrue(os.path.exists(self.file("packed.ws")))
-        # The original is none the worse, and a copy of a copy is as good.
-        lazy = self.lab.vm("restore", self.file("packed"), "--disks", "--lazy")
-        again = self.file("again")
-        self.assertStatus(lazy.ferry("snapshot", again, "--disks"), lab.OK)
-        self.check(self.lab.vm("restore", again, "--disks"))
-        self.check(self.vm)
 
     def test_clones(self):
         sockets = self.file("console{}")
