@@ -173,6 +173,13 @@ class Checkpoints(LabTest):
         self.assertEqual(pid, self.info(vm.name)["pid"])
         result = self.assertStatus(vm.ferry("rollback", "999"), lab.FAILED)
         self.assertIn("no checkpoint '999'", result.stderr)
+        # Another machine's: nothing has happened.
+        other = self.bare("--vmgenid", "false")
+        self.oracle(other)
+        self.assertStatus(other.ferry("snapshot", self.lab.path("other")), lab.OK)
+        result = self.assertStatus(vm.ferry("rollback", self.lab.path("other")), lab.USAGE)
+        self.assertIn("another machine", result.stderr)
+        self.stop(other)
         self.beats_on(oracle, vm, {0: self.beat(oracle, vm)})
         self.stop(vm)
         self.assertEnds(vm, lab.STOPPED)

@@ -81,6 +81,18 @@ class Live(lab.LabTest):
                 vm.child.wait()
         self.assertTrue(os.path.exists(self.file("packed.ws")))
 
+    def test_rollback_with_disks(self):
+        """The same process, the same disk file: memory and disk go back together."""
+        self.save("then")
+        pid = self.lab.ferry("info", self.vm.name, "--json").json()["pid"]
+        self.vm.command("echo 1 >/mnt/after; sync")
+        self.assertStatus(self.vm.ferry("rollback", self.file("then")), lab.OK)
+        self.vm.command("echo 3 >/proc/sys/vm/drop_caches")
+        self.assertIn("No such file", self.vm.command("cat /mnt/after"))
+        self.check(self.vm)
+        info = self.lab.ferry("info", self.vm.name, "--json").json()
+        self.assertEqual([pid, "running"], [info["pid"], info["state"]])
+
     def test_clones(self):
         sockets = self.file("console{}")
         made = self.assertStatus(self.vm.ferry("clone", "--count", "2", "--name", self.vm.name + "c",

@@ -239,7 +239,8 @@ static const char rollback_usage[] =
     "The guest of VM NAME becomes what it was at CHECKPOINT: a number or a name of `ferry\n"
     "checkpoint ls NAME`, or a snapshot file's path; without it, the newest. Every byte is "
     "checked\n"
-    "first. Name, console, disks and sockets of the VM stay; what the guest did since is gone.";
+    "first. Name, console, disks and sockets of the VM stay; what the guest did since is gone.\n"
+    "example: ferry rollback web 12";
 
 static int rollback_find(const char *vm, const char *which, char path[PATH_MAX], struct error *err)
 {
