@@ -198,17 +198,17 @@ def diff(mib, memory=512):
 # --- restoring
 
 
-def spans(pid, size):
-    """Stretches of address space of at least `size`; a file may be mapped in several pieces."""
-    found = []
+def places(pid, size):
+    """Where memory of at least `size` may begin: a file may be mapped in several pieces."""
     with open(f"/proc/{pid}/maps") as f:
-        for line in f:
-            start, end = (int(word, 16) for word in re.match(r"(\w+)-(\w+)", line).groups())
-            if found and found[-1][1] == start:
-                found[-1][1] = end
-            else:
-                found.append([start, end])
-    return [span for span in found if span[1] - span[0] >= size]
+        found = [[int(word, 16) for word in re.match(r"(\w+)-(\w+)", line).groups()]
+                 for line in f]
+    ends = {}  # of a mapping -> of all that lie one behind the other
+    for start, end in reversed(found):
+        ends[start] = ends.get(end, end)
+    for start, _ in found:
+        if ends[start] - start >= size:
+            yield from range(start, min(start + 4 * MIB, ends[start] - size + 1), PAGE)
 
 
 def first_change(machine, memory, gap):
@@ -221,11 +221,10 @@ def first_change(machine, memory, gap):
             raise Failed(f"it ended: {machine.errors[-300:]!r}")
         with contextlib.suppress(OSError, ValueError, Failed):
             with open(f"/proc/{machine.pid}/mem", "r+b", buffering=0) as mem:
-                for start, end in spans(machine.pid, memory * MIB):
-                    for base in range(start, min(start + 4 * MIB, end - memory * MIB + 1), PAGE):
-                        mem.seek(base + probe_gpa)
-                        if mem.read(len(probe)) == probe:
-                            return counting(GuestMemory(mem, base), gap) - machine.began
+                for base in places(machine.pid, memory * MIB):
+                    mem.seek(base + probe_gpa)
+                    if mem.read(len(probe)) == probe:
+                        return counting(GuestMemory(mem, base), gap) - machine.began
     raise Failed("the guest does not go on")
 
 
@@ -262,14 +261,24 @@ def restore_ferry(memory, mib, layout, *how):
         return {"first_ms": took / 1e6, "rate": mib / (took / 1e9)}
 
 
+def monitor(directory):
+    limit = time.monotonic() + 60
+    while True:
+        try:
+            return Qmp(directory)
+        except OSError:
+            if time.monotonic() > limit:
+                raise
+            time.sleep(0.001)
+
+
 def restore_qemu(memory, mib):
     _, path, gap = saved("qemu", memory, mib, None)
     vmm, directory = Qemu(), tempfile.mkdtemp(prefix="ferry-bench-")
     argv = vmm._argv(directory, bare_guest("dirty"), None, "", memory, 1)
     with vmm._start(argv + ["-incoming", f"exec:cat {path}"], directory, memory) as machine:
         # It was saved while it stood still, so it has to be told to go on.
-        wait_for(lambda: os.path.exists(f"{directory}/qmp"), "QEMU's monitor")
-        with Qmp(directory) as qmp:
+        with monitor(directory) as qmp:
             wait_for(lambda: qmp.call("query-status")["status"] == "paused", "QEMU to load")
             qmp.call("cont")
         took = first_change(machine, memory, gap)
