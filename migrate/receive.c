@@ -649,6 +649,20 @@ static int say_missing(struct receive *r, struct error *err)
     return ret ? ret : wire_put(&r->main.wire, WIRE_READY, 0, NULL, 0, NULL, 0, err);
 }
 
+// False: the connection for page requests did not come. A source that comes back once more has lost
+// this link before it could: nobody waits for it any longer.
+static bool wait_demand(struct receive *r)
+{
+    struct timespec end = time_deadline(r->params.handshake_ms);
+    int late = 0;
+    pthread_mutex_lock(&r->lock);
+    while (r->demand.fd < 0 && r->again.fd < 0 && !r->cancelled && late != ETIMEDOUT)
+        late = pthread_cond_timedwait(&r->changed, &r->lock, &end);
+    bool there = r->demand.fd >= 0;
+    pthread_mutex_unlock(&r->lock);
+    return there;
+}
+
 // The source has come back: says what is missing and lets the guest go on.
 static int rejoin(struct receive *r, struct error *err)
 {
@@ -657,7 +671,7 @@ static int rejoin(struct receive *r, struct error *err)
     channel_init(&r->main, take_fd(&r->again.fd), -1, r->params.handshake_ms, r->again.name);
     pthread_mutex_unlock(&r->lock);
     int ret = say_missing(r, err);
-    if (!ret && !wait_flag(r, NULL, &r->demand.fd, r->params.handshake_ms))
+    if (!ret && !wait_demand(r))
         ret = error_set(err, -ETIMEDOUT, "the connection for page requests did not come");
     if (ret)
         return ret;
