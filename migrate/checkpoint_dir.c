@@ -137,6 +137,8 @@ static bool file_remove(const char *path)
     for (unsigned i = 0; i < CHECKPOINT_DISKS; i++)
         if ((size_t)snprintf(disk, sizeof(disk), "%s.disk%u", path, i) < sizeof(disk))
             unlink(disk);
+    if ((size_t)snprintf(disk, sizeof(disk), "%s.ws", path) < sizeof(disk))
+        unlink(disk); // of a lazy restore
     return true;
 }
 

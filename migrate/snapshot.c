@@ -2,6 +2,8 @@
 #include "migrate/snapshot.h"
 
 #include <errno.h>
+#include <limits.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "migrate/bitmap.h"
@@ -9,6 +11,7 @@
 #include "migrate/disks.h"
 #include "migrate/machine.h"
 #include "migrate/pages.h"
+#include "migrate/workset.h"
 #include "vmm/stream.h"
 #include "vmm/vm.h"
 
@@ -689,6 +692,35 @@ int snapshot_verify(const char *path, struct snapshot_report *report, struct err
     snapfile_close(f);
     report->total_ns = time_ns() - start;
     return ret;
+}
+
+static char *disks_section(const char *path)
+{
+    struct snapfile *f;
+    size_t len;
+    if (snapfile_open(&f, path, NULL))
+        return NULL;
+    const void *section = snapfile_section(f, SNAPFILE_DISKS, &len);
+    char *text = section ? strndup(section, len) : NULL;
+    snapfile_close(f);
+    return text;
+}
+
+int snapshot_remove(const char *path, struct error *err)
+{
+    struct snapfile_info info;
+    char beside[PATH_MAX];
+    int ret = snapfile_peek(path, &info, err);
+    if (ret)
+        return ret;
+    autofree char *disks = disks_section(path);
+    ret = snapfile_remove(path, err);
+    if (ret)
+        return ret;
+    disks_drop(disks, path);
+    if ((size_t)snprintf(beside, sizeof(beside), "%s.ws", path) < sizeof(beside))
+        workset_remove(beside, info.id);
+    return 0;
 }
 
 static int merge_sections(const struct snapfile *f, struct snapfile_writer *w, struct error *err)

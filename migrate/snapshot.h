@@ -105,6 +105,11 @@ void snapshot_back_close(struct snapshot_back *back); // NULL is fine
 // Checks all that can be checked without building a VM: every byte of the chain.
 int snapshot_verify(const char *path, struct snapshot_report *report, struct error *err);
 
+// As snapfile_remove, with what lies beside the file and is nobody else's: its working set and its
+// frozen overlays (where the chain can still be read: its section says which). The copies of those
+// that guests were given, FILE.diskN.NAME, are disks of VMs, and stay.
+int snapshot_remove(const char *path, struct error *err);
+
 // One full file from a chain. `params->path` may be the chain's newest file.
 int snapshot_merge(const char *child, const struct snapshot_params *params,
                    struct snapshot_report *report, struct error *err);

@@ -111,3 +111,12 @@ int workset_save(const struct workset *ws, const char *path, const uint8_t id[SN
         unlink(temp);
     return ret;
 }
+
+void workset_remove(const char *path, const uint8_t id[SNAPFILE_ID_LEN])
+{
+    struct workset_header h;
+    autoclose int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd >= 0 && read(fd, &h, sizeof(h)) == sizeof(h) &&
+        !memcmp(h.magic, WORKSET_MAGIC, sizeof(h.magic)) && !memcmp(h.id, id, SNAPFILE_ID_LEN))
+        unlink(path);
+}

@@ -23,5 +23,7 @@ void workset_free(struct workset *ws);
 // -EBADMSG: it is not this snapshot's, or damaged.
 int workset_load(struct workset *ws, const char *path, const uint8_t id[SNAPFILE_ID_LEN],
                  uint64_t pages, struct error *err);
+void workset_remove(const char *path,
+                    const uint8_t id[SNAPFILE_ID_LEN]); // if it is that snapshot's
 int workset_save(const struct workset *ws, const char *path, const uint8_t id[SNAPFILE_ID_LEN],
                  struct error *err);

@@ -79,6 +79,28 @@ class Files(LabTest):
         self.assertEqual(["three"], list(self.listed()))
         self.restore(three)
 
+    def test_rm_takes_what_is_the_files_own(self):
+        base, overlay, a, b = (self.file(n) for n in ("base", "overlay", "a", "b"))
+        with open(base, "wb") as f:
+            f.truncate(1 << 20)
+        vm = self.lab.vm("run", "--kernel", lab.bare_guest("incr.elf"), "--memory", "32M", "--append",
+                         "pages=64", "--disk", f"{base},overlay={overlay}")
+        vm.wait_for(b"sync 1")
+        self.snapshot(vm.name, a, "--disks")
+        self.snapshot(vm.name, b)
+        self.assertEnds(self.running(vm), lab.STOPPED)
+        vm = self.lab.vm("restore", a, "--disks", "--lazy")
+        self.assertEnds(self.running(vm), lab.STOPPED)
+        for name in ("b.disk0", "b.ws"):  # a disk and a file of somebody's, called so
+            with open(self.file(name), "w") as f:
+                f.write(name)
+        self.assertEqual({"base", "overlay", "a", "a.ws", "a.disk0", "a.disk0." + vm.name, "b", "b.ws",
+                          "b.disk0"}, set(os.listdir(self.directory)))
+        self.snapshot("rm", a)
+        self.snapshot("rm", b)
+        self.assertEqual({"base", "overlay", "a.disk0." + vm.name, "b.disk0", "b.ws"},
+                         set(os.listdir(self.directory)))
+
     def test_damage_and_loss(self):
         base, _ = self.create("base")
         diff, _ = self.create("diff", "--diff")

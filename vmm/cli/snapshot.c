@@ -30,7 +30,8 @@ static const char usage[] =
     "ls      the snapshots of a directory, children below their parents.\n"
     "verify  reads FILE and its parents and checks every byte.\n"
     "merge   makes one full snapshot of FILE and its parents.\n"
-    "rm      removes FILE unless another snapshot needs it.\n\n"
+    "rm      removes FILE, its working set and frozen overlays, unless another snapshot needs "
+    "it.\n\n"
     "example: ferry snapshot web web.1; ferry snapshot web web.2 --diff; ferry restore web.2";
 
 struct args {
@@ -207,7 +208,7 @@ static int rm(int argc, char **argv, struct error *err)
 {
     struct args args;
     int ret = parse(argc, argv, "", 1, 1, &args, err);
-    return ret ? ret : snapfile_remove(args.word[0], err);
+    return ret ? ret : snapshot_remove(args.word[0], err);
 }
 
 // --- ls
