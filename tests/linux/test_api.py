@@ -393,6 +393,74 @@ class Life(ApiTest):
         self.good(api, "PUT", "/stop", {})
         self.assertEnds(second, lab.STOPPED)
 
+    def test_load_that_does_not_wait(self):
+        """Lazily and mapped, under the filters: the same memory, read by a snapshot of the loaded VM, also of
+        one that has run; a page that is damaged ends the VM."""
+        packed, mapped, out = (self.lab.path(n) for n in ("packed", "mapped", "out"))
+        pages = slice(4096, 4096 + (32 << 20))  # docs/formats.md: where a mapped file has its pages
+
+        def memory(api, path):
+            self.good(api, "PUT", "/snapshot/file", {"path": path, "layout": "mapped"}, status=200)
+            with open(path, "rb") as f:
+                return f.read()[pages]
+
+        vm, api = self.waiting()
+        self.good(api, "PUT", "/boot-source", {"kernel_image_path": lab.bare_guest("incr.elf"),
+                                               "boot_args": "pages=64"})
+        self.good(api, "PUT", "/machine-config", {"vcpu_count": 1, "mem_size_mib": 32})
+        self.start(api)
+        vm.wait_for(b"sync 1")
+        self.good(api, "PATCH", "/vm", {"state": "Paused"})
+        self.good(api, "PUT", "/snapshot/create", {"snapshot_path": packed})
+        expected = memory(api, mapped)
+        self.good(api, "PUT", "/stop", {})
+        self.assertEnds(vm, lab.STOPPED)
+
+        for path, how in ((packed, {"lazy": True}), (mapped, {"lazy": True}), (mapped, {"map": True})):
+            vm, api = self.waiting("--seccomp", "on")
+            load = {"snapshot_path": path, "enable_diff_snapshots": True, **how}
+            with self.subTest(path=path, how=how):
+                self.bad(api, "PUT", "/snapshot/load", {**load, "lazy": True, "map": True}, "not both")
+                if path == packed:
+                    wrong = {"snapshot_path": path, "map": True}
+                    self.bad(api, "PUT", "/snapshot/load", wrong, "mapped layout")
+                self.good(api, "PUT", "/snapshot/load", load)
+                self.assertEqual("Paused", self.good(api, "GET", "/", status=200)["state"])
+                loaded = memory(api, out)
+                other = [i for p in range(0, 32 << 20, 4096) if expected[p:p + 4096] != loaded[p:p + 4096]
+                         for i in range(p, p + 4096) if expected[i] != loaded[i]]
+                self.assertTrue(other)  # a new VM generation id, which has 16 bytes, and that is all
+                self.assertLess(other[-1] - other[0], 16)
+                self.good(api, "PATCH", "/vm", {"state": "Resumed"})
+                while not self.good(api, "GET", "/info", status=200)["vcpus"][0]["cpu_ns"]:
+                    self.assertIsNone(vm.child.poll(), vm.errors())
+                self.good(api, "PATCH", "/vm", {"state": "Paused"})
+                self.good(api, "PUT", "/snapshot/create",
+                          {"snapshot_path": self.lab.path("diff"), "snapshot_type": "Diff"})
+                self.assertStatus(self.lab.ferry("snapshot", "verify", self.lab.path("diff")), lab.OK)
+                self.good(api, "PUT", "/stop", {})
+                self.assertEnds(vm, lab.STOPPED)
+                os.unlink(self.lab.path("diff"))
+
+        with open(mapped, "r+b") as f:  # every page that is there, but for the tables below 1 MiB
+            data = f.read()
+            for page in range(1 << 20, 32 << 20, 4096):
+                if any(expected[page:page + 4096]):
+                    f.seek(4096 + page)
+                    f.write(bytes([data[4096 + page] ^ 1]))
+        vm, api = self.waiting()
+        eager = {"snapshot_path": mapped, "resume_vm": True}
+        self.bad(api, "PUT", "/snapshot/load", eager, "damaged")
+        if os.path.exists(mapped + ".ws"):
+            os.unlink(mapped + ".ws")  # else they are fetched at once
+        self.good(api, "PUT", "/snapshot/load", {"snapshot_path": mapped, "lazy": True})
+        try:
+            api.call("PATCH", "/vm", {"state": "Resumed"})
+        except (ConnectionError, http.client.HTTPException):
+            pass  # it has ended meanwhile
+        self.assertEnds(vm, lab.FAILED)
+        self.assertRegex(vm.errors(), "chunk .* damaged")
+
     def test_config_file(self):
         path = self.lab.path("vm.json")
         config = {"boot-source": {"kernel_image_path": lab.bare_guest("poweroff.elf"),

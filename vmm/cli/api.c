@@ -548,18 +548,30 @@ static const char *memory_path(json_t *args)
     return path ? path : json_string_value(json_object_get(args, "mem_file_path"));
 }
 
+static int load_mode(json_t *args, enum lazy_mode *mode, struct error *err)
+{
+    bool lazy = json_is_true(json_object_get(args, "lazy"));
+    bool map = json_is_true(json_object_get(args, "map"));
+    *mode = map ? LAZY_MAP : lazy ? LAZY_FAULT : LAZY_NONE;
+    return lazy && map ? error_set(err, -EINVAL, "lazy or map, not both") : 0;
+}
+
 static int snapshot_take(struct api *api, json_t *args, struct error *err)
 {
     struct session *s = api->session;
     struct snapshot_report report;
     const char *memory = memory_path(args);
-    int ret = memory ? configure_file(api, memory, err) : 0;
+    enum lazy_mode mode;
+    int ret = load_mode(args, &mode, err);
+    if (ret)
+        return ret;
+    ret = memory ? configure_file(api, memory, err) : 0;
     json_object_del(api->config, "boot-source"); // what boots is in the snapshot
     if (!ret)
         ret = api_machine(s, api->config, err);
     if (!ret)
-        ret = session_load(s, json_string_value(json_object_get(args, "snapshot_path")), &report,
-                           err);
+        ret = session_load(s, json_string_value(json_object_get(args, "snapshot_path")), mode,
+                           &report, err);
     bool track = json_is_true(json_object_get(args, "track_dirty_pages")) ||
                  json_is_true(json_object_get(args, "enable_diff_snapshots"));
     if (!ret && s->migrate)
@@ -630,6 +642,8 @@ static const struct schema_field load_fields[] = {
     {"resume_vm", SCHEMA_BOOL},
     {"track_dirty_pages", SCHEMA_BOOL},
     {"enable_diff_snapshots", SCHEMA_BOOL},
+    {"lazy", SCHEMA_BOOL},
+    {"map", SCHEMA_BOOL},
     {NULL},
 };
 

@@ -11,7 +11,6 @@
 #include "devices/platform.h"
 #include "devices/ucall.h"
 #include "devices/virtio_pci.h"
-#include "migrate/lazy.h"
 #include "migrate/snapshot.h"
 #include "vmm/cli/api.h"
 #include "vmm/cli/arrival.h"
@@ -558,15 +557,19 @@ void session_arrived(struct session *s)
     life_move(&s->life, vm_paused(s->vm) ? LIFE_PAUSED : LIFE_RUNNING, NULL);
 }
 
-int session_load(struct session *s, const char *path, struct snapshot_report *report,
-                 struct error *err)
+int session_load(struct session *s, const char *path, enum lazy_mode mode,
+                 struct snapshot_report *report, struct error *err)
 {
+    struct snapshot_load_params params = {.path = path, .mode = mode};
+    lazy_params_default(&params.lazy, path);
     int ret = life_move(&s->life, LIFE_STARTING, err);
     if (ret)
         return ret;
     session_hooks(s, &s->hooks);
     s->restored = true;
-    ret = snapshot_load(path, &s->hooks, &s->vm, report, err);
+    ret = snapshot_load_as(&params, &s->hooks, &s->vm, &s->lazy, report, err);
+    if (!ret && s->board.vmgenid) // the file may be loaded many times
+        ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
     if (ret) {
         s->restored = false;
         session_vm_drop(s);

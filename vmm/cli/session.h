@@ -7,6 +7,7 @@
 #include "devices/virtio_mmio.h"
 #include "migrate/checkpoint_commands.h"
 #include "migrate/commands.h"
+#include "migrate/lazy.h"
 #include "sched/vm.h"
 #include "vmm/cli/options.h"
 #include "vmm/cli/usage.h"
@@ -16,7 +17,6 @@
 #include "vmm/vm.h"
 
 struct api;
-struct lazy;
 struct snapshot_report;
 
 struct session {
@@ -87,9 +87,10 @@ void session_vm_drop(struct session *s); // the VM alone, before anything works 
 void session_drop(struct session *s);    // the VM and what belongs to it, with the API
 void session_destroy(struct session *s);
 
-// Builds the VM that a snapshot file holds; it is paused then.
-int session_load(struct session *s, const char *path, struct snapshot_report *report,
-                 struct error *err);
+// Builds the VM that a snapshot file holds; it is paused then. `mode`: its memory is there, or
+// comes when it is touched.
+int session_load(struct session *s, const char *path, enum lazy_mode mode,
+                 struct snapshot_report *report, struct error *err);
 // Begins the checkpoints that --checkpoints asks for. `from` (may be NULL): the directory the guest
 // came from; what was asked for there last counts then.
 int session_checkpoints(struct session *s, const char *from, struct error *err);
