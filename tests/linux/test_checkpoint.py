@@ -111,6 +111,26 @@ class Checkpoints(LabTest):
             words = [line.split()[1:] for line in f]
         self.assertEqual([["start"]] + kills * [[]] + [["stop"]], words)
 
+    def test_kill_is_the_end(self):
+        """For the process that would start it again, too; a VM that is not watched ends as before."""
+        where = self.lab.path("checkpoints")
+        for rounds in range(20 if lab.LONG else 3):
+            vm = self.bare("--checkpoints", f"{where},interval=100ms,keep=2")
+            self.oracle(vm)
+            self.made(vm.name, 2)
+            killed = self.assertStatus(vm.ferry("kill", "--json"), lab.OK).json()
+            self.assertNotEqual(vm.pid, killed["pid"])
+            self.assertEqual(128 + signal.SIGKILL, vm.wait(), vm.errors())
+            self.assertNotIn("starts again", vm.errors())
+            with open(os.path.join(where, "failures")) as f:
+                self.assertEqual("stop", f.read().split()[-1])
+            self.assertStatus(vm.ferry("kill"), lab.FAILED)
+        # Nobody would start this one again.
+        vm = self.bare("--checkpoints", f"{where}2,interval=100ms,restarts=0")
+        self.oracle(vm)
+        self.assertEqual(vm.pid, self.assertStatus(vm.ferry("kill", "--json"), lab.OK).json()["pid"])
+        self.assertEqual(-signal.SIGKILL, vm.wait())
+
     def test_newest_is_damaged(self):
         where = self.lab.path("checkpoints")
         vm = self.bare()

@@ -342,12 +342,13 @@ struct restore {
     const char *path;
 };
 
-static int restore_run(void *context, const char *checkpoint)
+static int restore_run(void *context, const char *checkpoint, pid_t supervisor)
 {
     const struct restore *r = context;
     struct session session;
     struct error err = {0};
     bool continues = checkpoint || r->options->newest;
+    r->options->supervisor = supervisor;
     int ret = session_init(&session, r->options, &err);
     if (!ret)
         ret = arrival_restore(&session, checkpoint ? checkpoint : r->path, continues, &err);
@@ -376,7 +377,7 @@ int cli_restore(int argc, char **argv)
     }
     struct restore restore = {&options, path ? path : found};
     if (!options.checkpoints)
-        return restore_run(&restore, NULL);
+        return restore_run(&restore, NULL, 0);
     ret = supervise_vm(options.checkpoints, options.name, restore_run, &restore, &status, &err);
     options_free(&options);
     return ret ? cli_fail(&err) : status;

@@ -9,6 +9,7 @@
 
 #include "vmm/cli/cli.h"
 #include "vmm/cli/registry.h"
+#include "vmm/cli/supervise.h"
 #include "vmm/control.h"
 #include "vmm/util.h"
 
@@ -313,10 +314,14 @@ int cli_rm(int argc, char **argv)
 
 static int kill_one(const struct registry_entry *e, const struct list_args *args, struct error *err)
 {
-    if (e->fate != REGISTRY_ALIVE)
+    // Told first, so that it takes the death for the end that it is.
+    const union sigval value = {.sival_int = SUPERVISE_KILL};
+    if (e->supervisor && sigqueue(e->supervisor, SIGTERM, value) && errno != ESRCH)
+        return error_errno(err, "VM %s, its supervisor, pid %d", e->name, (int)e->supervisor);
+    if (e->fate != REGISTRY_ALIVE && !e->supervisor)
         return error_set(err, -ESRCH, "VM %s is dead already (ferry rm %s removes what it left)",
                          e->name, e->name);
-    if (kill(e->pid, SIGKILL))
+    if (e->fate == REGISTRY_ALIVE && kill(e->pid, SIGKILL) && (errno != ESRCH || !e->supervisor))
         return error_errno(err, "VM %s, pid %d", e->name, (int)e->pid);
     if (args->json) {
         json_t *killed = json_pack("{s:s, s:i}", "name", e->name, "pid", (int)e->pid);
@@ -332,7 +337,8 @@ int cli_kill(int argc, char **argv)
         argc, argv,
         "ferry kill NAME [--json]\n\n"
         "Ends a VM's process at once, whatever it does; for one that `ferry stop` cannot\n"
-        "reach. Its guest loses what it has not flushed.\n"
+        "reach. Its guest loses what it has not flushed. One that --checkpoints would start\n"
+        "again is not.\n"
         "example: ferry kill web",
         "j", kill_one);
 }

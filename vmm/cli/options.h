@@ -34,6 +34,7 @@ struct vm_options {
     char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
     char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file, *metrics_listen;
     char *checkpoints, *newest;
+    pid_t supervisor; // vmm/cli/supervise.h; 0: nobody starts this VM again
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
     struct jail_config jail;

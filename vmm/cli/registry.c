@@ -64,9 +64,15 @@ static json_t *record_of(const struct session *s)
             const struct virtio_vsock_config *c = (const void *)o->devices[i].config;
             file_add(files, c->path);
         }
-    return json_pack("{s:s, s:i, s:I, s:i, s:I, s:o}", "name", o->name, "pid", (int)getpid(),
-                     "start_ticks", (json_int_t)start_ticks(getpid()), "cpus", (int)o->vm.cpus,
-                     "memory_bytes", (json_int_t)o->vm.ram.size, "files", files);
+    json_t *record =
+        json_pack("{s:s, s:i, s:I, s:i, s:I, s:o}", "name", o->name, "pid", (int)getpid(),
+                  "start_ticks", (json_int_t)start_ticks(getpid()), "cpus", (int)o->vm.cpus,
+                  "memory_bytes", (json_int_t)o->vm.ram.size, "files", files);
+    if (o->supervisor)
+        json_object_set_new(record, "supervisor",
+                            json_pack("{s:i, s:I}", "pid", (int)o->supervisor, "start_ticks",
+                                      (json_int_t)start_ticks(o->supervisor)));
+    return record;
 }
 
 int registry_write(const struct session *s, struct error *err)
@@ -120,6 +126,15 @@ static pid_t listener(const char *name)
     return peer.pid;
 }
 
+// The process that a record, or a part of it, tells of; 0: it is gone.
+static pid_t process_of(const json_t *record)
+{
+    pid_t pid = (pid_t)json_integer_value(json_object_get(record, "pid"));
+    unsigned long long ticks =
+        (unsigned long long)json_integer_value(json_object_get(record, "start_ticks"));
+    return pid > 0 && ticks && start_ticks(pid) == ticks ? pid : 0;
+}
+
 static void entry_read(struct registry_entry *e, const char *name)
 {
     char path[PATH_SIZE];
@@ -127,9 +142,8 @@ static void entry_read(struct registry_entry *e, const char *name)
     snprintf(e->name, sizeof(e->name), "%s", name);
     e->record = record_path(name, path, NULL) ? json_object() : record_read(path);
     e->pid = (pid_t)json_integer_value(json_object_get(e->record, "pid"));
-    unsigned long long ticks =
-        (unsigned long long)json_integer_value(json_object_get(e->record, "start_ticks"));
-    if (e->pid > 0 && ticks && start_ticks(e->pid) == ticks) {
+    e->supervisor = process_of(json_object_get(e->record, "supervisor"));
+    if (process_of(e->record)) {
         e->fate = REGISTRY_ALIVE;
         return;
     }

@@ -20,7 +20,8 @@ struct registry_entry {
     char name[64];
     enum registry_fate fate;
     pid_t pid;
-    json_t *record; // as the VM wrote it, or {} if it is damaged or missing
+    pid_t supervisor; // starts it again when it dies (vmm/cli/supervise.h); 0: nobody does
+    json_t *record;   // as the VM wrote it, or {} if it is damaged or missing
 };
 
 struct registry {

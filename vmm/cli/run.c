@@ -44,11 +44,12 @@ static int boot(struct session *s, struct error *err)
     return ret ? ret : session_run(s);
 }
 
-static int run(void *context, const char *checkpoint)
+static int run(void *context, const char *checkpoint, pid_t supervisor)
 {
     struct vm_options *options = context;
     struct session session;
     struct error err = {0};
+    options->supervisor = supervisor;
     int ret = session_init(&session, options, &err);
     if (!ret)
         ret = checkpoint ? arrival_restore(&session, checkpoint, true, &err) : boot(&session, &err);
@@ -85,7 +86,7 @@ int cli_run(int argc, char **argv)
         return ret > 0 ? status : cli_fail(&err);
     }
     if (!options.checkpoints || options.dry_run)
-        return run(&options, NULL);
+        return run(&options, NULL, 0);
     ret = supervise_vm(options.checkpoints, options.name, run, &options, &status, &err);
     options_free(&options);
     return ret ? cli_fail(&err) : status;

@@ -142,6 +142,7 @@ static void choose(const struct watch *w, char path[PATH_MAX])
 
 static int start(struct watch *w, const char *checkpoint, pid_t *pid, struct error *err)
 {
+    pid_t supervisor = getpid();
     w->newest = newest_number(w->s->dir);
     *pid = fork();
     if (*pid < 0)
@@ -149,15 +150,16 @@ static int start(struct watch *w, const char *checkpoint, pid_t *pid, struct err
     if (*pid)
         return 0;
     sigprocmask(SIG_SETMASK, &w->before, NULL);
-    exit(w->s->run(w->s->context, checkpoint && *checkpoint ? checkpoint : NULL));
+    exit(w->s->run(w->s->context, checkpoint && *checkpoint ? checkpoint : NULL, supervisor));
 }
 
 // A terminal sends its signals to both of us; others are sent to us alone.
 static void pass_on(struct watch *w, pid_t pid, const siginfo_t *info)
 {
+    bool at_once = info->si_code == SI_QUEUE && info->si_value.sival_int == SUPERVISE_KILL;
     w->ending = true;
     if (pid && info->si_code != SI_KERNEL)
-        kill(pid, info->si_signo);
+        kill(pid, at_once ? SIGKILL : info->si_signo);
 }
 
 static int wait_for(struct watch *w, pid_t pid)
@@ -190,6 +192,17 @@ static bool crashed(const struct watch *w, int status)
     }
 }
 
+// It may have been told to end, and killed, before it looked (`ferry kill`).
+static void signals_take(struct watch *w)
+{
+    static const struct timespec none = {0};
+    siginfo_t info;
+    int number;
+    while ((number = sigtimedwait(&w->signals, &info, &none)) > 0)
+        if (number != SIGCHLD)
+            pass_on(w, 0, &info);
+}
+
 // Longer each time; a signal ends it.
 static void hold_off(struct watch *w)
 {
@@ -210,6 +223,7 @@ static int note(struct watch *w, const char *what, struct error *err)
 static bool again(struct watch *w, int status, char path[PATH_MAX])
 {
     struct error err;
+    signals_take(w);
     bool died = !w->ending && crashed(w, status);
     if (note(w, died ? "" : "stop", &err) && err.code != -ENOENT) // no checkpoint was ever begun
         say(w, "%s", err.text);
@@ -254,8 +268,8 @@ int supervise(const struct supervise *s, int *status, struct error *err)
 }
 
 int supervise_vm(const char *option, const char *name,
-                 int (*run)(void *context, const char *checkpoint), void *context, int *status,
-                 struct error *err)
+                 int (*run)(void *context, const char *checkpoint, pid_t supervisor), void *context,
+                 int *status, struct error *err)
 {
     json_t *body;
     struct supervise s = {.name = name, .run = run, .context = context};
@@ -265,7 +279,7 @@ int supervise_vm(const char *option, const char *name,
     s.dir = json_string_value(json_object_get(body, "dir"));
     ret = s.restarts ? supervise(&s, status, err) : 0;
     if (!s.restarts)
-        *status = run(context, NULL);
+        *status = run(context, NULL, 0);
     json_decref(body);
     return ret;
 }

@@ -4,10 +4,11 @@
 #pragma once
 
 #include <jansson.h>
+#include <sys/types.h>
 
 #include "vmm/error.h"
 
-enum { SUPERVISE_RESTARTS = 5, SUPERVISE_RESTARTS_MAX = 1000 };
+enum { SUPERVISE_RESTARTS = 5, SUPERVISE_RESTARTS_MAX = 1000, SUPERVISE_KILL = 0x6b696c6c };
 
 // "DIR[,mtbf=SPAN|,interval=SPAN][,daly][,keep=N][,hourly=N][,chain=N][,restarts=N]" as the body of
 // PUT /checkpoint (caller's reference), and how often to start again without a new checkpoint.
@@ -15,16 +16,20 @@ int supervise_parse(const char *text, json_t **body, unsigned *restarts, struct 
 
 // The two together: `run` in a child, under the option's text. See struct supervise.
 int supervise_vm(const char *option, const char *name,
-                 int (*run)(void *context, const char *checkpoint), void *context, int *status,
-                 struct error *err);
+                 int (*run)(void *context, const char *checkpoint, pid_t supervisor), void *context,
+                 int *status, struct error *err);
 
 struct supervise {
     const char *name; // of the VM
     const char *dir;
     unsigned restarts;
     // In the child: runs the VM, from that checkpoint or, NULL, as at first. The exit status.
-    int (*run)(void *context, const char *checkpoint);
+    // `supervisor`: the parent; 0: nobody waits to start it again.
+    int (*run)(void *context, const char *checkpoint, pid_t supervisor);
     void *context;
 };
-// Returns in the parent only, with the last child's exit status. Before any thread is started.
+// SIGTERM, SIGINT and SIGHUP go on to the child, and whatever it dies of then is the end, also if
+// it has died already. A SIGTERM queued with the value SUPERVISE_KILL kills the child (`ferry
+// kill`). Returns in the parent only, with the last child's exit status. Before any thread is
+// started.
 int supervise(const struct supervise *s, int *status, struct error *err);
