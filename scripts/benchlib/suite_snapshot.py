@@ -7,10 +7,13 @@ did not run. Files go to $TMPDIR; every figure of a save includes their way to t
 
 import contextlib
 import functools
+import http.client
 import json
 import os
 import re
 import shutil
+import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -198,8 +201,9 @@ def diff(mib, memory=512):
 # --- restoring
 
 
-def places(pid, size):
-    """Where memory of at least `size` may begin: a file may be mapped in several pieces."""
+def places(pid, size, most=1024):
+    """Where memory of at least `size` may begin, `most` pages of each mapping: a file may be mapped
+    in several pieces."""
     with open(f"/proc/{pid}/maps") as f:
         found = [[int(word, 16) for word in re.match(r"(\w+)-(\w+)", line).groups()]
                  for line in f]
@@ -208,7 +212,8 @@ def places(pid, size):
         ends[start] = ends.get(end, end)
     for start, _ in found:
         if ends[start] - start >= size:
-            yield from range(start, min(start + 4 * MIB, ends[start] - size + 1), PAGE)
+            yield from range(start, min(start + most * PAGE, ends[start] - size + 1),
+                             PAGE)
 
 
 def first_change(machine, memory, gap):
@@ -285,6 +290,115 @@ def restore_qemu(memory, mib):
         return {"first_ms": took / 1e6, "rate": mib / (took / 1e9)}
 
 
+# --- the first request: one pass over all that the guest has written to
+
+
+class Api(http.client.HTTPConnection):
+    def __init__(self, path):
+        super().__init__("localhost")
+        self.path = path
+
+    def connect(self):
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.connect(self.path)
+
+    def call(self, method, route, body):
+        self.request(method, route, json.dumps(body))
+        answer = self.getresponse()
+        text = answer.read()
+        if answer.status >= 300:
+            raise Failed(f"{method} {route}: {answer.status}: {text[-300:]!r}")
+
+
+def api_of(path):
+    wait_for(lambda: os.path.exists(path), "the API's socket")
+    api = Api(path)
+    limit = time.monotonic() + 10
+    while True:
+        try:
+            api.connect()
+            return api
+        except ConnectionRefusedError:
+            if time.monotonic() > limit:
+                raise
+
+
+@functools.lru_cache(maxsize=None)
+def stopped(memory, mib):
+    """A paused guest in a file: (directory, path, where it counts, how far it is)."""
+    directory = tempfile.TemporaryDirectory(prefix="ferry-bench-snapshot-")
+    path = os.path.join(directory.name, "saved")
+    with running(Ferry(), memory, mib, rate=0) as guest:
+        ferry("pause", guest.machine.name)
+        ferry("snapshot", guest.machine.name, path)
+        return directory, path, guest.gap, guest.total()
+
+
+def settle(pid):
+    """Until its memory no longer grows: what is fetched ahead is there."""
+    last, since = None, time.monotonic()
+    while time.monotonic() < since + 0.3:
+        with open(f"/proc/{pid}/statm") as f:
+            now = int(f.read().split()[1])
+        if now != last:
+            last, since = now, time.monotonic()
+        time.sleep(0.01)
+
+
+def has_reached(guests, gap, end):
+    for guest in guests:
+        with contextlib.suppress(OSError):  # its page is not there yet
+            if end <= guest.read_u64(gap + GAP_TOTAL) < end + (1 << 40):
+                return True
+    return False
+
+
+def one_pass(path, guests, gap, end):
+    """ms from the request to go on until the guest has been at all its pages."""
+    sent_read, sent_write = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            os.write(sent_write, struct.pack("=Q", time.monotonic_ns()))
+            Api(path).call("PATCH", "/vm", {"state": "Resumed"})
+        finally:
+            os._exit(0)
+    limit = time.monotonic() + 20
+    while not has_reached(guests, gap, end):
+        if time.monotonic() > limit:
+            raise Failed("the guest stands still")
+    now = time.monotonic_ns()
+    os.waitpid(pid, 0)
+    began = struct.unpack("=Q", os.read(sent_read, 8))[0]
+    os.close(sent_read)
+    os.close(sent_write)
+    return (now - began) / 1e6
+
+
+def first_pass(memory, mib, known, **how):
+    """`known`: the working set has been recorded; False: it is not."""
+    _, path, gap, start = stopped(memory, mib)
+    if known and how and not os.path.exists(path + ".ws"):
+        first_pass(memory, mib, False, **how)
+    if not known:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path + ".ws")
+    with place() as directory:
+        socket_path = os.path.join(directory, "api")
+        argv = [program(FERRY, "ninja -C build"), "--api-sock", socket_path, "--control", "false"]
+        with Machine(argv, memory, None) as machine:
+            api = api_of(socket_path)
+            api.call("PUT", "/snapshot/load", {"snapshot_path": path, **how})
+            settle(machine.pid)
+            with open(f"/proc/{machine.pid}/mem", "rb", buffering=0) as mem:
+                # A guest whose pages are not there cannot be looked for: all that may be its memory.
+                guests = [GuestMemory(mem, base) for base in places(machine.pid, memory * MIB, 1)]
+                took = one_pass(socket_path, guests, gap, start + mib * 256)
+            Api(socket_path).call("PUT", "/stop", {})
+            machine.child.wait(60)  # FILE.ws is written
+            return {"pass_ms": took}
+
+
 # --- clones
 
 
@@ -344,6 +458,13 @@ def register():
              "lz4": functools.partial(unpack, 256)},
             [Metric("first_ms", "eager: exec to the guest going on", "ms"),
              Metric("rate", f"eager: {rate}", "MiB/s", goal_ratio_least=("lz4", 0.8))], runs=3))
+    add(Row("snapshot", "first pass", "a restored, paused 128 MiB guest goes on and writes to each of "
+            "16 MiB of pages once: fetched ahead, as they are touched, all read before",
+            {"ferry": functools.partial(first_pass, 128, 16, True, lazy=True),
+             "unknown": functools.partial(first_pass, 128, 16, False, lazy=True),
+             "resident": functools.partial(first_pass, 128, 16, True)},
+            [Metric("pass_ms", "first pass after a lazy restore", "ms",
+                    goal_ratio=("resident", 1.3))], runs=5))
     add(Row("snapshot", "clone", "8 clones of a running, idle 256 MiB guest",
             {"ferry": functools.partial(clone, 8, 256)},
             [Metric("pause_ms", "clone: pause of the parent", "ms", goal=10),
