@@ -391,7 +391,7 @@ def first_pass(memory, mib, known, **how):
             api.call("PUT", "/snapshot/load", {"snapshot_path": path, **how})
             settle(machine.pid)
             with open(f"/proc/{machine.pid}/mem", "rb", buffering=0) as mem:
-                # A guest whose pages are not there cannot be looked for: all that may be its memory.
+                # It cannot be looked for while its pages are not there: all that may be it.
                 guests = [GuestMemory(mem, base) for base in places(machine.pid, memory * MIB, 1)]
                 took = one_pass(socket_path, guests, gap, start + mib * 256)
             Api(socket_path).call("PUT", "/stop", {})
@@ -458,7 +458,7 @@ def register():
              "lz4": functools.partial(unpack, 256)},
             [Metric("first_ms", "eager: exec to the guest going on", "ms"),
              Metric("rate", f"eager: {rate}", "MiB/s", goal_ratio_least=("lz4", 0.8))], runs=3))
-    add(Row("snapshot", "first pass", "a restored, paused 128 MiB guest goes on and writes to each of "
+    add(Row("snapshot", "first pass", "a restored 128 MiB guest goes on and writes to each of "
             "16 MiB of pages once: fetched ahead, as they are touched, all read before",
             {"ferry": functools.partial(first_pass, 128, 16, True, lazy=True),
              "unknown": functools.partial(first_pass, 128, 16, False, lazy=True),
