@@ -337,8 +337,8 @@ int cli_kill(int argc, char **argv)
         argc, argv,
         "ferry kill NAME [--json]\n\n"
         "Ends a VM's process at once, whatever it does; for one that `ferry stop` cannot\n"
-        "reach. Its guest loses what it has not flushed. One that --checkpoints would start\n"
-        "again is not.\n"
+        "reach. Its guest loses what it has not flushed. A VM with checkpoints is not started\n"
+        "again.\n"
         "example: ferry kill web",
         "j", kill_one);
 }
