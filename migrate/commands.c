@@ -21,7 +21,8 @@ struct migrate_commands {
     pthread_t thread;
     struct control_request *req; // of the long command
     struct migrate_params params;
-    char *target; // address or path
+    char *target;    // address or path
+    struct tls *tls; // of params
     struct migrate_report report;
     bool have_report;
     struct error last; // why the last migration failed
@@ -191,6 +192,18 @@ static const char *const compressions[] = {"auto", "always", "none", NULL};
 static const char *const stalls[] = {"continue", "cancel", "switch", "postcopy", "throttle", NULL};
 enum { DOWNTIME_MAX_MS = 3600 * 1000, ROUNDS_MAX = 1000 * 1000 };
 
+// Contents, not names of files: this process may not see the files that the caller does. The
+// certificates are PEM, the shared key is NAME:HEX DIGITS.
+// clang-format off
+#define SECURITY_FIELDS                                                                       \
+    {"tls_ca", SCHEMA_STRING, .min = 1, .max = TLS_TEXT_MAX},                                 \
+    {"tls_cert", SCHEMA_STRING, .min = 1, .max = TLS_TEXT_MAX},                               \
+    {"tls_key", SCHEMA_STRING, .min = 1, .max = TLS_TEXT_MAX},                                \
+    {"psk", SCHEMA_STRING, .min = 1, .max = TLS_TEXT_MAX},                                    \
+    {"tls_name", SCHEMA_STRING, .min = 1}, /* what the other side's certificate must name */  \
+    {"insecure", SCHEMA_BOOL}              /* in clear to another host */
+// clang-format on
+
 static const struct schema_field migrate_fields[] = {
     {"to", SCHEMA_STRING, .required = true, .min = 1},
     {"mode", SCHEMA_STRING, .choices = modes},
@@ -202,11 +215,13 @@ static const struct schema_field migrate_fields[] = {
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},
+    SECURITY_FIELDS,
     {NULL},
 };
 
 static const struct schema_field recover_fields[] = {
     {"to", SCHEMA_STRING, .required = true, .min = 1},
+    SECURITY_FIELDS,
     {NULL},
 };
 
@@ -220,6 +235,27 @@ static const struct schema_field snapshot_fields[] = {
     {"path", SCHEMA_STRING, .required = true, .min = 1},
     {NULL},
 };
+
+// Makes p->security.tls if there is something to make it of; else it stays what it was.
+static int security_args(struct migrate_params *p, json_t *args, struct error *err)
+{
+    static const char *const keys[TLS_PARTS] = {"tls_ca", "tls_cert", "tls_key", "psk"};
+    struct tls_texts texts = {0}; // borrowed from args
+    for (unsigned i = 0; i < TLS_PARTS; i++)
+        texts.text[i] = (char *)json_string_value(json_object_get(args, keys[i]));
+    json_t *insecure = json_object_get(args, "insecure");
+    if (json_is_boolean(insecure))
+        p->security.insecure = json_is_true(insecure);
+    const char *peer = json_string_value(json_object_get(args, "tls_name"));
+    struct tls *tls = NULL;
+    if (!tls_texts_given(&texts))
+        return peer ? error_set(err, -EINVAL, "tls_name: without certificates there is no name")
+                    : 0;
+    int ret = tls_create(&tls, &texts, peer, err);
+    if (!ret)
+        p->security.tls = tls;
+    return ret;
+}
 
 // `args` are as the schema says.
 static int migrate_args(struct migrate_params *p, json_t *args, struct error *err)
@@ -248,7 +284,7 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
         ret = pack_when_parse(json_string_value(compress), &p->compress, err);
     if (!ret && json_is_string(prepaging))
         ret = prepage_parse(json_string_value(prepaging), &p->prepaging, err);
-    return ret;
+    return ret ? ret : security_args(p, args, err);
 }
 
 // --- the long commands
@@ -369,6 +405,15 @@ static int prepare(struct migrate_commands *mc, const char *target, bool recover
     return migration_init(&mc->m, err);
 }
 
+// Under the lock or before the thread is there.
+static void keep_tls(struct migrate_commands *mc, const struct tls *tls)
+{
+    if (tls == mc->tls)
+        return;
+    tls_free(mc->tls);
+    mc->tls = (struct tls *)tls; // ours from now on
+}
+
 static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)(void *),
                  const char *target, const struct migrate_params *params,
                  struct control_request *req, struct error *err)
@@ -383,8 +428,10 @@ static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)
     if (params && params->keep_history)
         history_start(&mc->m.history);
     mc->m.on_progress_arg = mc;
-    if (params)
+    if (params) {
+        keep_tls(mc, params->security.tls);
         mc->params = *params;
+    }
     mc->params.to = mc->target;
     mc->req = req;
     mc->working = true;
@@ -400,6 +447,14 @@ static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)
     return 0;
 }
 
+static void refuse(struct migrate_commands *mc, const struct migrate_params *params,
+                   struct control_request *req, const struct error *err)
+{
+    if (params->security.tls != mc->tls)
+        tls_free((struct tls *)params->security.tls);
+    control_reply_error(req, err);
+}
+
 static void put_migration(struct control_request *req, json_t *args, void *context)
 {
     struct migrate_commands *mc = context;
@@ -411,7 +466,7 @@ static void put_migration(struct control_request *req, json_t *args, void *conte
     if (!ret)
         ret = start(mc, LIFE_MIGRATING, migrate_main, params.to, &params, req, &err);
     if (ret)
-        control_reply_error(req, &err);
+        refuse(mc, &params, req, &err);
 }
 
 static void put_recover(struct control_request *req, json_t *args, void *context)
@@ -420,9 +475,11 @@ static void put_recover(struct control_request *req, json_t *args, void *context
     struct migrate_params params = mc->params; // of the migration that broke off
     struct error err;
     params.to = json_string_value(json_object_get(args, "to"));
-    int ret = start(mc, LIFE_MIGRATING, recover_main, params.to, &params, req, &err);
+    int ret = security_args(&params, args, &err);
+    if (!ret)
+        ret = start(mc, LIFE_MIGRATING, recover_main, params.to, &params, req, &err);
     if (ret)
-        control_reply_error(req, &err);
+        refuse(mc, &params, req, &err);
 }
 
 static void put_pause(struct control_request *req, json_t *args, void *context)
@@ -573,6 +630,7 @@ void migrate_commands_destroy(struct migrate_commands *mc)
         pthread_join(mc->thread, NULL);
     }
     migration_free(&mc->m);
+    tls_free(mc->tls);
     free(mc->target);
     pthread_mutex_destroy(&mc->lock);
     free(mc);

@@ -14,7 +14,8 @@ struct receive_params {
     // How long to wait for the source's new connection when post-copy broke off; 0 = for ever.
     unsigned recover_ms;
     uint64_t ram_max; // bytes a guest may have; 0 = no limit
-    bool one_try;     // fail on the first connection that is no migration, instead of waiting on
+    struct channel_security security;
+    bool one_try; // fail on the first connection that is no migration, instead of waiting on
 };
 void receive_params_default(struct receive_params *params);
 
@@ -41,8 +42,8 @@ int receive_create(struct receive **r, int listen_fd, const struct migrate_hooks
 int receive_run(struct receive *r, struct vm **vm, struct receive_report *report,
                 struct error *err);
 
-// Any thread: makes receive_run give up, unless the guest is already ours; then it only ends waiting
-// for a source that has gone.
+// Any thread: makes receive_run give up, unless the guest is already ours; then it only ends
+// waiting for a source that has gone.
 void receive_cancel(struct receive *r);
 
 // After receive_run. A VM that broke in post-copy must have been stopped (vm_request_stop) before,

@@ -42,7 +42,11 @@ _ferry()
         --log-format) choices="text json" ;;
         --control | --vmgenid) choices="true false" ;;
         --seccomp) choices="on off log" ;;
-        --jail)
+        --psk | --tls-ca | --tls-cert | --tls-key)
+            mapfile -t COMPREPLY < <(compgen -f -- "$word")
+            return
+            ;;
+        --jail | --tls)
             mapfile -t COMPREPLY < <(compgen -d -- "$word")
             return
             ;;

@@ -32,13 +32,14 @@ struct vm_options {
     struct console_config console;
     char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
     char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file;
+    char *tls, *tls_ca, *tls_cert, *tls_key, *psk;    // files, of `receive`
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
     struct jail_config jail;
     unsigned stop_timeout_s; // for a guest that was asked to end; 0: it is not asked
     bool pci;                // transport of the virtio devices
     bool console_given;      // by an option, not by default
-    bool dry_run, mark, ucall, debug_exit, control, vmgenid, reboots;
+    bool dry_run, mark, ucall, debug_exit, control, vmgenid, reboots, insecure;
 };
 
 void options_init(struct vm_options *o);
