@@ -84,6 +84,7 @@ struct virtio_balloon {
     struct ram_hinter hinter;
     enum hint_state hint_state;
     uint32_t hint_next;       // the next command's number
+    uint32_t hint_said;       // the driver's last; shown
     _Atomic uint64_t *hinted; // the migration's, while it asks
 
     uint64_t inflated, reported, hinted_bytes, kept; // shown
@@ -343,6 +344,7 @@ static void hint_end(struct ram_hinter *h)
 // begins; anything else is old, or an end.
 static void hint_says(struct virtio_balloon *b, uint32_t command)
 {
+    b->hint_said = command;
     if (command == b->space.hint_cmd && b->hint_state == HINT_ASKED)
         b->hint_state = HINT_ACTIVE;
     else if (command != b->space.hint_cmd && b->hint_state == HINT_ACTIVE)
@@ -595,6 +597,8 @@ static void balloon_show(struct device *dev, json_t *out)
     show_number(out, "reported_bytes", b->reported);
     show_number(out, "hinted_bytes", b->hinted_bytes);
     show_number(out, "kept_bytes", b->kept);
+    show_number(out, "hint_command", b->space.hint_cmd);
+    show_number(out, "hint_answer", b->hint_said);
     show_number(out, "stats_seconds", b->config.stats);
     json_object_set_new(out, "deflate_on_oom", json_boolean(b->v.accepted & F_DEFLATE_ON_OOM));
     json_object_set_new(out, "reporting",

@@ -23,6 +23,9 @@ struct migrate_commands {
     struct migrate_params params;
     char *target;    // address or path
     struct tls *tls; // of params
+    struct snapshot_params snapshot;
+    char *parent; // of the snapshot
+    struct snapshot_track track;
     struct migrate_report report;
     bool have_report;
     struct error last; // why the last migration failed
@@ -176,10 +179,12 @@ static json_t *json_snapshot(const char *path, const struct snapshot_report *r)
 {
     const struct count counts[] = {
         {"data_pages", r->data_pages},    {"zero_pages", r->zero_pages},
-        {"file_bytes", r->file_bytes},    {"state_bytes", r->state_bytes},
-        {"pause_us", r->pause_ns / 1000}, {"total_us", r->total_ns / 1000},
+        {"file_bytes", r->file_bytes},    {"stored_bytes", r->stored_bytes},
+        {"state_bytes", r->state_bytes},  {"pause_us", r->pause_ns / 1000},
+        {"total_us", r->total_ns / 1000},
     };
     json_t *object = json_counts(counts, ARRAY_SIZE(counts));
+    json_object_set_new(object, "kind", json_string(r->kind == SNAPFILE_DIFF ? "diff" : "full"));
     json_object_set_new(object, "path", json_string(path));
     return object;
 }
@@ -188,7 +193,7 @@ static json_t *json_snapshot(const char *path, const struct snapshot_report *r)
 
 static const char *const modes[] = {"precopy", "postcopy", "hybrid", "local", NULL};
 static const char *const prepagings[] = {"none", "push", "forward", "bubble", "multi-bubble", NULL};
-static const char *const compressions[] = {"auto", "always", "none", NULL};
+static const char *const packings[] = {"auto", "always", "none", NULL};
 static const char *const stalls[] = {"continue", "cancel", "switch", "postcopy", "throttle", NULL};
 enum { DOWNTIME_MAX_MS = 3600 * 1000, ROUNDS_MAX = 1000 * 1000 };
 
@@ -209,7 +214,7 @@ static const struct schema_field migrate_fields[] = {
     {"mode", SCHEMA_STRING, .choices = modes},
     {"on_stall", SCHEMA_STRING, .choices = stalls},
     {"prepaging", SCHEMA_STRING, .choices = prepagings},
-    {"compress", SCHEMA_STRING, .choices = compressions},
+    {"compress", SCHEMA_STRING, .choices = packings},
     {"delta_cache", SCHEMA_INTEGER}, // bytes
     {"history", SCHEMA_BOOL},        // what happened when, in the reply
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
@@ -231,8 +236,16 @@ static const struct schema_field steer_fields[] = {
     {NULL},
 };
 
+static const char *const layouts[] = {"packed", "mapped", NULL};
+static const char *const compressions[] = {"lz4", "none", NULL};
+
 static const struct schema_field snapshot_fields[] = {
     {"path", SCHEMA_STRING, .required = true, .min = 1},
+    {"diff", SCHEMA_BOOL},
+    {"parent", SCHEMA_STRING, .min = 1}, // a diff of this one; without: of the last snapshot
+    {"layout", SCHEMA_STRING, .choices = layouts},
+    {"compress", SCHEMA_STRING, .choices = compressions},
+    {"disks", SCHEMA_BOOL}, // the disks' overlays as well, as they are at that instant
     {NULL},
 };
 
@@ -361,7 +374,7 @@ static void *snapshot_main(void *arg)
     struct snapshot_report report;
     struct error err = {0};
     seccomp_enter_or_abort(SECCOMP_WORKER, mc->vm->config.seccomp);
-    int ret = snapshot_save(mc->vm, mc->target, mc->hooks, &mc->m, &report, &err);
+    int ret = snapshot_save(mc->vm, &mc->snapshot, mc->hooks, &mc->m, &report, &err);
     finish(mc, ret, &err, json_snapshot(mc->target, &report));
     return NULL;
 }
@@ -384,7 +397,7 @@ static int may_start(struct migrate_commands *mc, bool recover, struct error *er
     return 0;
 }
 
-// Starts `fn` in the worker thread; it answers `req`. On error nothing has happened.
+// For a command that takes long. On error nothing has happened.
 static int prepare(struct migrate_commands *mc, const char *target, bool recover, struct error *err)
 {
     pthread_mutex_lock(&mc->lock);
@@ -405,7 +418,7 @@ static int prepare(struct migrate_commands *mc, const char *target, bool recover
     return migration_init(&mc->m, err);
 }
 
-// Under the lock or before the thread is there.
+// Before the thread is there.
 static void keep_tls(struct migrate_commands *mc, const struct tls *tls)
 {
     if (tls == mc->tls)
@@ -414,14 +427,13 @@ static void keep_tls(struct migrate_commands *mc, const struct tls *tls)
     mc->tls = (struct tls *)tls; // ours from now on
 }
 
+// After prepare: starts `fn` in the worker thread; it answers `req`.
 static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)(void *),
-                 const char *target, const struct migrate_params *params,
-                 struct control_request *req, struct error *err)
+                 const struct migrate_params *params, struct control_request *req,
+                 struct error *err)
 {
-    bool recover = fn == recover_main;
-    int ret = prepare(mc, target, recover, err);
-    if (!ret && !recover) // which is migrating still
-        ret = life_move(mc->life, state, err);
+    bool recover = fn == recover_main; // which is migrating still
+    int ret = recover ? 0 : life_move(mc->life, state, err);
     if (ret)
         return ret;
     mc->m.on_progress = on_progress;
@@ -464,7 +476,9 @@ static void put_migration(struct control_request *req, json_t *args, void *conte
     params.hooks = mc->hooks;
     int ret = migrate_args(&params, args, &err);
     if (!ret)
-        ret = start(mc, LIFE_MIGRATING, migrate_main, params.to, &params, req, &err);
+        ret = prepare(mc, params.to, false, &err);
+    if (!ret)
+        ret = start(mc, LIFE_MIGRATING, migrate_main, &params, req, &err);
     if (ret)
         refuse(mc, &params, req, &err);
 }
@@ -477,7 +491,9 @@ static void put_recover(struct control_request *req, json_t *args, void *context
     params.to = json_string_value(json_object_get(args, "to"));
     int ret = security_args(&params, args, &err);
     if (!ret)
-        ret = start(mc, LIFE_MIGRATING, recover_main, params.to, &params, req, &err);
+        ret = prepare(mc, params.to, true, &err);
+    if (!ret)
+        ret = start(mc, LIFE_MIGRATING, recover_main, &params, req, &err);
     if (ret)
         refuse(mc, &params, req, &err);
 }
@@ -496,17 +512,53 @@ static void put_pause(struct control_request *req, json_t *args, void *context)
         control_reply_ok(req, NULL);
 }
 
-void migrate_commands_snapshot(struct migrate_commands *mc, const char *path,
+void migrate_commands_snapshot(struct migrate_commands *mc, const struct snapshot_params *params,
                                struct control_request *req)
 {
     struct error err;
-    if (start(mc, LIFE_SNAPSHOTTING, snapshot_main, path, NULL, req, &err))
+    char *parent = params->parent ? strdup(params->parent) : NULL;
+    int ret = prepare(mc, params->path, false, &err);
+    if (!ret) {
+        free(mc->parent);
+        mc->parent = parent;
+        mc->snapshot = *params;
+        mc->snapshot.path = mc->target;
+        mc->snapshot.parent = parent;
+        mc->snapshot.track = &mc->track;
+        ret = start(mc, LIFE_SNAPSHOTTING, snapshot_main, NULL, req, &err);
+    } else {
+        free(parent);
+    }
+    if (ret)
         control_reply_error(req, &err);
+}
+
+static bool says(json_t *args, const char *key, const char *value)
+{
+    const char *text = json_string_value(json_object_get(args, key));
+    return text && !strcmp(text, value);
 }
 
 static void put_snapshot(struct control_request *req, json_t *args, void *context)
 {
-    migrate_commands_snapshot(context, json_string_value(json_object_get(args, "path")), req);
+    struct snapshot_params p;
+    snapshot_params_default(&p, json_string_value(json_object_get(args, "path")));
+    p.parent = json_string_value(json_object_get(args, "parent"));
+    p.diff = p.parent || json_is_true(json_object_get(args, "diff"));
+    p.disks = json_is_true(json_object_get(args, "disks"));
+    p.log = p.diff; // where there is one diff, there may be more
+    p.layout = says(args, "layout", "mapped") ? SNAPFILE_MAPPED : SNAPFILE_PACKED;
+    if (p.layout == SNAPFILE_MAPPED && !says(args, "compress", "lz4"))
+        p.compress = SNAPFILE_NONE;
+    if (says(args, "compress", "none"))
+        p.compress = SNAPFILE_NONE;
+    migrate_commands_snapshot(context, &p, req);
+}
+
+int migrate_commands_base(struct migrate_commands *mc, const char *path,
+                          const uint8_t id[SNAPFILE_ID_LEN], bool log, struct error *err)
+{
+    return snapshot_track_base(&mc->track, mc->vm, path, id, log, err);
 }
 
 // --- the short ones
@@ -591,7 +643,8 @@ static const struct control_route routes[] = {
     {"PUT", "/migration/force-resume",
      "in doubt: let the guest go on here, it does not run elsewhere", LIFE_BIT(LIFE_MIGRATING),
      NULL, put_force_resume},
-    {"PUT", "/snapshot/file", "write the guest to one file", LIVE, snapshot_fields, put_snapshot},
+    {"PUT", "/snapshot/file", "write the guest, or what changed, to a file", LIVE, snapshot_fields,
+     put_snapshot},
 };
 
 int migrate_commands_create(struct migrate_commands **out, struct control *control,
@@ -617,6 +670,8 @@ int migrate_commands_create(struct migrate_commands **out, struct control *contr
 
 void migrate_commands_vm(struct migrate_commands *mc, struct vm *vm)
 {
+    if (mc->vm && mc->vm != vm)
+        snapshot_track_end(&mc->track, mc->vm);
     mc->vm = vm;
 }
 
@@ -629,9 +684,12 @@ void migrate_commands_destroy(struct migrate_commands *mc)
         migration_cancel(&mc->m);
         pthread_join(mc->thread, NULL);
     }
+    if (mc->vm)
+        snapshot_track_end(&mc->track, mc->vm);
     migration_free(&mc->m);
     tls_free(mc->tls);
     free(mc->target);
+    free(mc->parent);
     pthread_mutex_destroy(&mc->lock);
     free(mc);
 }

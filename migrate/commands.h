@@ -4,6 +4,7 @@
 #pragma once
 
 #include "migrate/migrate.h"
+#include "migrate/snapshot.h"
 #include "vmm/control.h"
 #include "vmm/life.h"
 
@@ -17,6 +18,10 @@ void migrate_commands_vm(struct migrate_commands *mc, struct vm *vm);
 // Takes the routes back, cancels what is under way and waits for it. Before control_destroy and
 // vm_destroy; NULL is fine.
 void migrate_commands_destroy(struct migrate_commands *mc);
-// Writes a snapshot as the route does, for routes that say it otherwise; answers `req`.
-void migrate_commands_snapshot(struct migrate_commands *mc, const char *path,
+// Writes a snapshot as the route does, for routes that say it otherwise; answers `req`. Paths are
+// copied; what was written since the last snapshot is kept here.
+void migrate_commands_snapshot(struct migrate_commands *mc, const struct snapshot_params *params,
                                struct control_request *req);
+// The VM's memory is that of this snapshot: what the next diff is of (snapshot_track_base).
+int migrate_commands_base(struct migrate_commands *mc, const char *path,
+                          const uint8_t id[SNAPFILE_ID_LEN], bool log, struct error *err);

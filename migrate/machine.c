@@ -2,6 +2,7 @@
 #include "migrate/machine.h"
 
 #include <errno.h>
+#include <jansson.h>
 #include <string.h>
 
 #include "vmm/cpuid.h"
@@ -68,5 +69,37 @@ int machine_build(const struct machine *machine, const struct migrate_hooks *hoo
         hooks->destroy_vm(hooks->context, *vm);
         *vm = NULL;
     }
+    return ret;
+}
+
+static bool cpuid_same(const struct kvm_cpuid2 *a, const struct kvm_cpuid2 *b)
+{
+    return a->nent == b->nent && !memcmp(a->entries, b->entries, a->nent * sizeof(a->entries[0]));
+}
+
+static bool json_same(const char *a, const char *b)
+{
+    json_t *x = json_loads(a, 0, NULL), *y = json_loads(b, 0, NULL);
+    bool same = x && json_equal(x, y);
+    json_decref(x);
+    json_decref(y);
+    return same;
+}
+
+int machine_same(const struct machine *machine, struct vm *vm, const struct migrate_hooks *hooks,
+                 struct error *err)
+{
+    struct machine here;
+    int ret = machine_check(machine, vm, err);
+    if (!ret)
+        ret = machine_describe(vm, hooks, &here, err);
+    if (ret)
+        return ret;
+    if (!json_same(machine->json, here.json))
+        ret = error_set(err, -EINVAL, "another machine: %.400s, this VM is %.400s", machine->json,
+                        here.json);
+    else if (!cpuid_same(machine->cpuid, here.cpuid))
+        ret = error_set(err, -EINVAL, "the guest saw another processor (CPUID) than this VM has");
+    machine_free(&here);
     return ret;
 }

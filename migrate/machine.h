@@ -13,3 +13,8 @@ int machine_describe(struct vm *vm, const struct migrate_hooks *hooks, struct ma
 // has every feature the guest saw. On error nothing is left behind.
 int machine_build(const struct machine *machine, const struct migrate_hooks *hooks, struct vm **vm,
                   struct error *err);
+
+// Whether that is this very machine: its memory, CPUs, CPUID and hardware. -EINVAL says what
+// differs.
+int machine_same(const struct machine *machine, struct vm *vm, const struct migrate_hooks *hooks,
+                 struct error *err);

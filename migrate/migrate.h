@@ -27,6 +27,10 @@ struct migrate_hooks {
     int (*create_vm)(void *context, const char *json, struct vm **vm, struct error *err);
     // Takes back what create_vm made, after an arrival that failed.
     void (*destroy_vm)(void *context, struct vm *vm);
+    // The texts of the VM's disks, a JSON array (malloc'd); what create_vm is to use instead of its
+    // own if it has none (hostile). For snapshots with disks; may be NULL.
+    int (*disks)(void *context, struct vm *vm, char **texts, struct error *err);
+    int (*use_disks)(void *context, const char *texts, struct error *err);
     // Destination, may be NULL: the guest is this host's now and runs (or stays paused, if it was).
     void (*arrived)(void *context, struct vm *vm);
     // Destination, may be NULL: post-copy broke off, the guest is paused (why), or goes on (NULL).

@@ -299,7 +299,7 @@ static int stop_and_save(struct outgoing *out, struct error *err)
     d->save = time_ns() - t1;
     out->report->state_bytes = out->state.len;
     if (!ret && out->logging)
-        ret = ram_dirty_sync(&out->vm->ram, out->todo, NULL, err);
+        ret = ram_dirty_sync(&out->vm->ram, &out->dirty, out->todo, NULL, err);
     return ret;
 }
 
@@ -492,7 +492,7 @@ static void outgoing_release(struct outgoing *out)
     channel_close(&out->main);
     channel_close(&out->demand);
     if (out->logging)
-        ram_dirty_stop(&out->vm->ram, NULL);
+        ram_dirty_stop(&out->vm->ram, &out->dirty, NULL);
     wire_record_free(&out->record);
     stream_mem_free(&out->state);
     page_presence_free(&out->presence);

@@ -20,8 +20,9 @@ struct outgoing {
     struct wire_record record;
     enum owner_source owner;
     bool was_running; // the guest ran before the switch
-    bool logging;     // the dirty log is ours
-    uint64_t *todo;   // pages still to send
+    bool logging;     // `dirty` is started
+    struct ram_dirty dirty;
+    uint64_t *todo; // pages still to send
     struct page_batch *batch;
     struct packer packer;
     struct throttle throttle;

@@ -86,6 +86,8 @@ static bool page_absent(struct page_presence *p, const struct ram *ram, uint64_t
         p->first = page;
         p->count = n < 512 ? n : 512;
         memset(p->absent, 0, sizeof(p->absent));
+        if (atomic_load(&ram->missing) || ram->file_mapped)
+            return false;
         if (ram->memfd >= 0)
             presence_load_memfd(p, ram, ram_page(ram, page));
         else if (p->pagemap_fd >= 0)

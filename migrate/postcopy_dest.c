@@ -410,6 +410,7 @@ int postcopy_dest_create(struct postcopy_dest **out, struct ram *ram, const uint
     size_t words = ram_bitmap_words(ram);
     *pd = (struct postcopy_dest) {.ram = ram, .demand = demand, .uffd = -1, .stop_fd = -1};
     ram_discard_block(ram); // a page given back now would be asked for again
+    atomic_store(&ram->missing, true);
     pthread_mutex_init(&pd->lock, NULL);
     pthread_condattr_t attr;
     pthread_condattr_init(&attr);
@@ -516,6 +517,7 @@ void postcopy_dest_free(struct postcopy_dest *pd)
     postcopy_dest_stop(pd);
     if (pd->uffd >= 0)
         close(pd->uffd); // unregisters, wakes
+    atomic_store(&pd->ram->missing, false);
     ram_discard_unblock(pd->ram);
     if (pd->stop_fd >= 0)
         close(pd->stop_fd);

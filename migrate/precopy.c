@@ -216,7 +216,7 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
         return ret;
     uint64_t bytes = out->main.wire.out - before, took = time_ns() - start;
     bandwidth_update(out, (out->report->data_pages - pages) * PAGE_SIZE, bytes, took);
-    ret = ram_dirty_sync(&out->vm->ram, out->todo, NULL, err);
+    ret = ram_dirty_sync(&out->vm->ram, &out->dirty, out->todo, NULL, err);
     *dirty = bitmap_count(out->todo, out->vm->ram.pages);
     out->dirty_rate = switchover_bandwidth(0, *dirty * PAGE_SIZE, time_ns() - start);
     history_add(&out->m->history, HISTORY_ROUND, bytes, *dirty * PAGE_SIZE, took);
@@ -235,7 +235,7 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
     bool old = out->version < 2; // who does not know PACKED
     packer_init(&out->packer, &out->vm->ram, old ? PACK_NEVER : out->params->compress,
                 out->params->delta_cache);
-    int ret = ram_dirty_start(&out->vm->ram, err);
+    int ret = ram_dirty_start(&out->vm->ram, &out->dirty, err);
     out->logging = !ret;
     if (!ret)
         hints_begin(out);

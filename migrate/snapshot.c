@@ -2,456 +2,748 @@
 #include "migrate/snapshot.h"
 
 #include <errno.h>
-#include <fcntl.h>
-#include <libgen.h>
-#include <limits.h>
-#include <stdio.h>
 #include <string.h>
-#include <sys/random.h>
-#include <sys/stat.h>
 
 #include "migrate/bitmap.h"
-#include "migrate/crc32c.h"
+#include "migrate/capture.h"
+#include "migrate/disks.h"
 #include "migrate/machine.h"
 #include "migrate/pages.h"
 #include "vmm/stream.h"
 #include "vmm/vm.h"
 
-_Static_assert(sizeof(struct snapshot_header) == 40, "no padding");
+void snapshot_params_default(struct snapshot_params *params, const char *path)
+{
+    *params = (struct snapshot_params) {
+        .path = path, .layout = SNAPFILE_PACKED, .compress = SNAPFILE_LZ4};
+}
 
-// --- a file as an endpoint
+// --- what was written since the last one
 
-struct wire_file {
-    struct wire wire;
-    int fd;
+static int track_log(struct snapshot_track *t, struct vm *vm, struct error *err)
+{
+    if (!t->dirty)
+        t->dirty = malloc(ram_bitmap_words(&vm->ram) * 8);
+    if (!t->dirty)
+        return error_set(err, -ENOMEM, "no memory for the map of written pages");
+    memset(t->dirty, 0, ram_bitmap_words(&vm->ram) * 8);
+    int ret = t->logging ? 0 : ram_dirty_start(&vm->ram, &t->user, err);
+    t->logging = !ret;
+    return ret;
+}
+
+static int track_name(struct snapshot_track *t, const char *path, const uint8_t *id,
+                      struct error *err)
+{
+    char *copy = strdup(path);
+    if (!copy)
+        return error_set(err, -ENOMEM, "no memory");
+    free(t->path);
+    t->path = copy;
+    memcpy(t->id, id, sizeof(t->id));
+    return 0;
+}
+
+int snapshot_track_base(struct snapshot_track *t, struct vm *vm, const char *path,
+                        const uint8_t id[SNAPFILE_ID_LEN], bool log, struct error *err)
+{
+    snapshot_track_end(t, vm);
+    int ret = track_name(t, path, id, err);
+    return ret || !log ? ret : track_log(t, vm, err);
+}
+
+void snapshot_track_end(struct snapshot_track *t, struct vm *vm)
+{
+    if (t->logging)
+        ram_dirty_stop(&vm->ram, &t->user, NULL);
+    free(t->dirty);
+    free(t->path);
+    *t = (struct snapshot_track) {0};
+}
+
+// --- saving: where pages go
+
+struct save {
+    struct vm *vm;
+    const struct snapshot_params *params;
+    const struct migrate_hooks *hooks;
+    struct migration *m;
+    struct snapshot_report *report;
+    struct snapfile_writer *w;
+    struct snapfile *parent;  // a diff that compares; else NULL
+    bool log_started;         // by this snapshot
+    uint64_t *todo;           // pages to look at; NULL: all
+    uint8_t *old;             // SNAPFILE_CHUNK_PAGES pages of the parent
+    char *json, *disks;       // with params->disks: their texts; the section
+    uint64_t done, report_at; // progress of a running guest's: pages; time
 };
 
-static int file_readv(struct wire *w, struct iovec *iov, unsigned nr, struct error *err)
+// Pages of a guest that stood still when they were taken; `data` may change later.
+static int sink_pages(void *context, uint64_t first, uint64_t count, const void *data,
+                      struct error *err)
 {
-    struct wire_file *f = container_of(w, struct wire_file, wire);
-    while (nr) {
-        ssize_t n = readv(f->fd, iov, (int)nr);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return error_errno(err, "%s: reading at byte %llu", w->name, (unsigned long long)w->in);
-        w->in += (uint64_t)n;
-        size_t left = (size_t)n;
-        while (nr && left >= iov->iov_len) {
-            left -= iov->iov_len;
-            iov++;
-            nr--;
-        }
-        if (!nr)
-            break;
-        if (!n)
-            return error_set(err, -ENODATA, "%s: ends at byte %llu, inside a record", w->name,
-                             (unsigned long long)w->in);
-        iov->iov_base = (char *)iov->iov_base + left;
-        iov->iov_len -= left;
-    }
-    return 0;
-}
-
-static int file_writev(struct wire *w, struct iovec *iov, unsigned nr, struct error *err)
-{
-    struct wire_file *f = container_of(w, struct wire_file, wire);
-    while (nr) {
-        ssize_t n = writev(f->fd, iov, (int)nr);
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return error_errno(err, "%s: writing at byte %llu", w->name,
-                               (unsigned long long)w->out);
-        w->out += (uint64_t)n;
-        while (nr && (size_t)n >= iov->iov_len) {
-            n -= (ssize_t)iov->iov_len;
-            iov++;
-            nr--;
-        }
-        if (nr) {
-            iov->iov_base = (char *)iov->iov_base + n;
-            iov->iov_len -= (size_t)n;
+    struct save *s = context;
+    const uint8_t *now = data;
+    if (!s->parent)
+        return snapfile_add_pages(s->w, first, count, data, err);
+    int ret = 0;
+    for (uint64_t n; !ret && count; first += n, count -= n, now += n * PAGE_SIZE) {
+        n = count < SNAPFILE_CHUNK_PAGES ? count : SNAPFILE_CHUNK_PAGES;
+        ret = snapfile_read(s->parent, first, n, s->old, err);
+        for (uint64_t i = 0, run; !ret && i < n; i += run) {
+            const uint8_t *a = now + i * PAGE_SIZE, *b = s->old + i * PAGE_SIZE;
+            bool same = !memcmp(a, b, PAGE_SIZE);
+            for (run = 1; i + run < n &&
+                          same == !memcmp(a + run * PAGE_SIZE, b + run * PAGE_SIZE, PAGE_SIZE);)
+                run++;
+            if (!same)
+                ret = snapfile_add_pages(s->w, first + i, run, a, err);
         }
     }
-    return 0;
+    return ret;
 }
 
-static void file_init(struct wire_file *f, int fd, const char *path)
+static int sink_zero(void *context, uint64_t first, uint64_t count, struct error *err)
 {
-    *f = (struct wire_file) {.wire = {.name = path, .readv = file_readv, .writev = file_writev},
-                             .fd = fd};
+    struct save *s = context;
+    if (!s->parent)
+        return snapfile_add_zero(s->w, first, count, err);
+    int ret = 0;
+    for (uint64_t n; !ret && count; first += n, count -= n) {
+        struct snapfile_where where;
+        snapfile_find(s->parent, first, &where);
+        n = where.count < count ? where.count : count;
+        if (where.kind != SNAPFILE_ZERO)
+            ret = snapfile_add_zero(s->w, first, n, err);
+    }
+    return ret;
 }
 
-// --- header
+// --- saving: before the pause
 
-static uint32_t header_crc(const struct snapshot_header *h)
+static int parent_prepare(struct save *s, const char **parent, struct error *err)
 {
-    return crc32c(0, h, offsetof(struct snapshot_header, crc));
-}
-
-static int header_write(struct wire *w, struct error *err)
-{
-    struct snapshot_header h = {
-        .version = WIRE_VERSION, .oldest = WIRE_VERSION, .kind = SNAPSHOT_FULL};
-    memcpy(h.magic, SNAPSHOT_MAGIC, sizeof(h.magic));
-    if (getrandom(h.id, sizeof(h.id), 0) != sizeof(h.id))
-        return error_errno(err, "getrandom");
-    h.crc = header_crc(&h);
-    struct iovec iov = {&h, sizeof(h)};
-    return w->writev(w, &iov, 1, err);
-}
-
-static int header_read(struct wire *w, struct error *err)
-{
-    struct snapshot_header h;
-    unsigned version;
-    int ret = wire_read(w, &h, sizeof(h), err);
+    const struct snapshot_track *t = s->params->track;
+    struct snapfile_info info;
+    *parent = s->params->parent ? s->params->parent : t ? t->path : NULL;
+    if (!*parent)
+        return error_set(err, -EINVAL,
+                         "snapshot %s: a diff of what? This VM has no snapshot yet (name a parent)",
+                         s->params->path);
+    int ret = snapfile_peek(*parent, &info, err);
     if (ret)
         return ret;
-    if (memcmp(h.magic, SNAPSHOT_MAGIC, sizeof(h.magic)))
-        return error_set(err, -EINVAL, "%s: not a ferry snapshot", w->name);
-    if (h.crc != header_crc(&h))
-        return error_set(err, -EBADMSG, "%s: header damaged (checksum)", w->name);
-    if (h.kind != SNAPSHOT_FULL || h.reserved)
-        return error_set(err, -EINVAL, "%s: snapshot kind %u is not known", w->name, h.kind);
-    ret = wire_version_choose(WIRE_OLDEST, WIRE_VERSION, h.version, h.version, &version, err);
-    return ret ? error_prefix(err, "%s", w->name) : 0;
+    if (t && t->logging && !memcmp(t->id, info.id, sizeof(info.id)))
+        return 0;
+    s->old = malloc(SNAPFILE_CHUNK_PAGES * PAGE_SIZE);
+    return s->old ? snapfile_open(&s->parent, *parent, err)
+                  : error_set(err, -ENOMEM, "no memory for a snapshot");
 }
 
-// --- saving
+static int disks_begin(struct save *s, struct error *err)
+{
+    if (!s->hooks->disks)
+        return error_set(err, -EOPNOTSUPP, "a snapshot with disks: they are not known here");
+    int ret = s->hooks->disks(s->hooks->context, s->vm, &s->json, err);
+    return ret ? ret : disks_check(s->json, err);
+}
 
-static int write_machine(struct vm *vm, const struct migrate_hooks *hooks, struct wire *w,
-                         struct error *err)
+static int machine_section(struct save *s, struct error *err)
 {
     struct machine machine;
     autofree void *meta = NULL;
     size_t len;
-    int ret = machine_describe(vm, hooks, &machine, err);
+    int ret = machine_describe(s->vm, s->hooks, &machine, err);
     if (ret)
         return ret;
     ret = machine_encode(&machine, &meta, &len, err);
+    if (!ret && s->params->disks)
+        ret = disks_begin(s, err);
     machine_free(&machine);
-    return ret ? ret : wire_put(w, WIRE_MACHINE, 0, meta, len, NULL, 0, err);
+    return ret ? ret : snapfile_set_section(s->w, SNAPFILE_MACHINE, meta, len, err);
 }
 
-static int write_state(struct vm *vm, struct wire *w, struct snapshot_report *report,
-                       struct error *err)
+static int save_begin(struct save *s, struct error *err)
+{
+    const struct snapshot_params *p = s->params;
+    struct snapfile_params file = {.layout = p->layout,
+                                   .compress = p->compress,
+                                   .pages = s->vm->ram.pages,
+                                   .workers = p->workers};
+    int ret = p->diff ? parent_prepare(s, &file.parent, err) : 0;
+    if (!ret)
+        ret = snapfile_create(&s->w, p->path, &file, err);
+    return ret ? ret : machine_section(s, err);
+}
+
+// --- saving: the instant, with the guest paused
+
+static int state_section(struct save *s, struct error *err)
 {
     struct stream_mem blob;
     stream_mem_writer(&blob, "guest state", WIRE_STATE_MAX);
-    int ret = vm_save(vm, &blob.stream, err);
-    if (!ret) {
-        struct iovec iov = {blob.data, blob.len};
-        struct wire_state state = {.len = (uint32_t)blob.len,
-                                   .crc = crc32c(0, blob.data, blob.len)};
-        report->state_bytes = blob.len;
-        ret = wire_put(w, WIRE_STATE, 0, &state, sizeof(state), &iov, 1, err);
-    }
+    int ret = vm_save(s->vm, &blob.stream, err);
+    if (!ret)
+        ret = snapfile_set_section(s->w, SNAPFILE_STATE, blob.data, blob.len, err);
+    s->report->state_bytes = blob.len;
     stream_mem_free(&blob);
     return ret;
 }
 
-static void save_progress(struct migration *m, const struct vm *vm, uint64_t done)
+// Which pages the diff is about, and that the next one is about those written from here on.
+static int pages_choose(struct save *s, struct error *err)
 {
-    if (!m)
-        return;
+    struct snapshot_track *t = s->params->track;
+    struct ram *ram = &s->vm->ram;
+    int ret = 0;
+    if (t && t->logging) {
+        ret = ram_dirty_sync(ram, &t->user, t->dirty, NULL, err);
+    } else if (t && s->params->log) {
+        ret = track_log(t, s->vm, err);
+        s->log_started = !ret;
+    }
+    if (ret || !s->params->diff || s->parent)
+        return ret;
+    s->todo = malloc(ram_bitmap_words(ram) * 8);
+    if (!s->todo)
+        return error_set(err, -ENOMEM, "no memory for a snapshot");
+    memcpy(s->todo, t->dirty, ram_bitmap_words(ram) * 8);
+    return 0;
+}
+
+static int save_instant(struct save *s, struct error *err)
+{
+    int ret = state_section(s, err);
+    if (!ret && s->json) // the state has been saved: overlays are whole, nobody writes to them
+        ret = disks_freeze(s->json, s->params->path, &s->disks, err);
+    return ret ? ret : pages_choose(s, err);
+}
+
+// --- saving: the pages
+
+static int save_progress(struct save *s, uint64_t done, struct error *err)
+{
+    struct migration *m = s->m;
     struct migrate_progress copy;
+    if (!m)
+        return 0;
+    if (atomic_load(&m->cancelled))
+        return error_set(err, -ECANCELED, "snapshot cancelled");
     pthread_mutex_lock(&m->lock);
     m->progress = (struct migrate_progress) {.phase = MIGRATE_ROUNDS,
-                                             .total_bytes = vm->ram.size,
-                                             .sent_bytes = done,
-                                             .remaining_bytes = vm->ram.size - done};
+                                             .total_bytes = s->vm->ram.size,
+                                             .sent_bytes = done * PAGE_SIZE,
+                                             .remaining_bytes = s->vm->ram.size - done * PAGE_SIZE};
     copy = m->progress;
     pthread_mutex_unlock(&m->lock);
     if (m->on_progress)
         m->on_progress(&copy, m->on_progress_arg);
+    return 0;
 }
 
-static int write_pages(struct vm *vm, struct wire *w, struct migration *m,
-                       struct snapshot_report *report, struct error *err)
+// From `page` on, at most a chunk of neighbours that are all zero or all not.
+static uint64_t alike(const struct save *s, struct page_presence *presence, uint64_t page,
+                      bool *zero)
 {
-    autofree uint64_t *todo = calloc(ram_bitmap_words(&vm->ram), 8);
-    autofree struct page_batch *batch = malloc(sizeof(*batch));
-    if (!todo || !batch)
-        return error_set(err, -ENOMEM, "no memory for a snapshot");
+    const struct ram *ram = &s->vm->ram;
+    uint64_t most = ram_contiguous(ram, page), n = 1;
+    most = most < SNAPFILE_CHUNK_PAGES ? most : SNAPFILE_CHUNK_PAGES;
+    if (s->todo) {
+        uint64_t end = bitmap_find(s->todo, ram->pages, page, false);
+        most = most < end - page ? most : end - page;
+    }
+    *zero = page_known_zero(presence, ram, page);
+    while (n < most && page_known_zero(presence, ram, page + n) == *zero)
+        n++;
+    return n;
+}
+
+static int save_pages(struct save *s, struct error *err)
+{
+    const struct ram *ram = &s->vm->ram;
     struct page_presence presence;
-    uint64_t cursor = 0, report_at = time_ns() + 200000000;
+    uint64_t page = 0, report_at = 0;
     int ret = 0;
     page_presence_init(&presence);
-    bitmap_fill(todo, 0, vm->ram.pages, true);
-    while (!ret && cursor < vm->ram.pages) {
-        if (m && atomic_load(&m->cancelled)) {
-            ret = error_set(err, -ECANCELED, "snapshot cancelled");
+    while (!ret) {
+        bool zero;
+        page = s->todo ? bitmap_find(s->todo, ram->pages, page, true) : page;
+        if (page == ram->pages)
             break;
-        }
-        page_batch_reset(batch, &vm->ram);
-        page_batch_take(batch, todo, &cursor, WIRE_BATCH_PAGES, &presence);
-        ret = page_batch_put(batch, w, PAGE_SIZE, err);
-        report->data_pages += batch->nr_data;
-        report->zero_pages += batch->nr_zero;
-        if (time_ns() >= report_at) {
-            save_progress(m, vm, cursor * PAGE_SIZE);
+        uint64_t n = alike(s, &presence, page, &zero);
+        ret = zero ? sink_zero(s, page, n, err) : sink_pages(s, page, n, ram_page(ram, page), err);
+        page += n;
+        if (!ret && time_ns() >= report_at) {
+            ret = save_progress(s, page, err);
             report_at = time_ns() + 200000000;
         }
     }
     page_presence_free(&presence);
-    struct wire_end end = {.data_pages = report->data_pages, .zero_pages = report->zero_pages};
-    return ret ? ret : wire_put(w, WIRE_END, 0, &end, sizeof(end), NULL, 0, err);
-}
-
-// Pauses, writes, resumes. The guest goes on once its pages are with the kernel; syncing is later.
-static int write_guest(struct vm *vm, struct wire *w, const struct migrate_hooks *hooks,
-                       struct migration *m, struct snapshot_report *report, struct error *err)
-{
-    bool was_paused = vm_paused(vm);
-    int ret = header_write(w, err);
-    if (!ret)
-        ret = write_machine(vm, hooks, w, err);
-    if (ret)
-        return ret;
-    uint64_t start = time_ns();
-    ret = vm_pause(vm, err);
-    if (!ret)
-        ret = write_state(vm, w, report, err);
-    if (!ret)
-        ret = write_pages(vm, w, m, report, err);
-    if (!was_paused) {
-        vm_resume(vm);
-        report->pause_ns = time_ns() - start;
-    }
-    report->file_bytes = w->out;
     return ret;
 }
 
-// The file's name must survive a crash, too.
-static int sync_directory(const char *path, struct error *err)
-{
-    autofree char *copy = strdup(path);
-    if (!copy)
-        return error_set(err, -ENOMEM, "no memory");
-    const char *dir = dirname(copy);
-    autoclose int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0 || (fsync(fd) && errno != EINVAL)) // some file systems cannot sync directories
-        return error_errno(err, "syncing directory %s", dir);
-    return 0;
-}
+// --- saving: all of it
 
-static int target_check(const char *path, struct error *err)
+// The guest stands still until its memory has been copied.
+static int save_paused(struct save *s, struct error *err)
 {
-    struct stat st;
-    if (stat(path, &st))
-        return errno == ENOENT ? 0 : error_errno(err, "snapshot %s", path);
-    if (!S_ISREG(st.st_mode))
-        return error_set(err, -EINVAL, "snapshot %s: exists and is not a regular file", path);
-    return 0;
-}
-
-int snapshot_save(struct vm *vm, const char *path, const struct migrate_hooks *hooks,
-                  struct migration *m, struct snapshot_report *report, struct error *err)
-{
-    *report = (struct snapshot_report) {0};
+    bool was_paused = vm_paused(s->vm);
     uint64_t start = time_ns();
-    char temp[PATH_MAX];
-    if ((size_t)snprintf(temp, sizeof(temp), "%s.tmp-XXXXXX", path) >= sizeof(temp))
-        return error_set(err, -ENAMETOOLONG, "snapshot %s: name too long", path);
-    int ret = target_check(path, err);
+    int ret = vm_pause(s->vm, err);
+    if (!ret)
+        ret = save_instant(s, err);
+    if (!ret)
+        ret = save_pages(s, err);
+    if (!was_paused) {
+        vm_resume(s->vm);
+        s->report->pause_ns = time_ns() - start;
+    }
+    return ret;
+}
+
+static int live_pages(void *context, uint64_t first, uint64_t count, const void *data,
+                      struct error *err)
+{
+    struct save *s = context;
+    s->done += count;
+    if (time_ns() >= s->report_at) {
+        int ret = save_progress(s, s->done, err);
+        if (ret)
+            return ret;
+        s->report_at = time_ns() + 200000000;
+    }
+    return sink_pages(context, first, count, data, err);
+}
+
+static int live_zero(void *context, uint64_t first, uint64_t count, struct error *err)
+{
+    struct save *s = context;
+    s->done += count;
+    return sink_zero(context, first, count, err);
+}
+
+// The pages that a diff is about so far, so that few are left to be protected in the pause. NULL:
+// all.
+static int live_foresee(struct save *s, const uint64_t **pages, struct error *err)
+{
+    struct snapshot_track *t = s->params->track;
+    *pages = NULL;
+    if (!s->params->diff || s->parent)
+        return 0;
+    *pages = t->dirty;
+    return ram_dirty_sync(&s->vm->ram, &t->user, t->dirty, NULL, err);
+}
+
+// The instant, and the guest goes on.
+static int live_instant(struct save *s, struct capture *c, struct error *err)
+{
+    uint64_t start = time_ns();
+    int ret = vm_pause(s->vm, err);
+    if (!ret)
+        ret = save_instant(s, err);
+    if (!ret)
+        ret = capture_freeze(c, s->todo, err);
+    vm_resume(s->vm);
+    s->report->pause_ns = time_ns() - start;
+    return ret;
+}
+
+// -EOPNOTSUPP, -EPERM, before anything has happened: this host, or this memory, cannot do it;
+// -EBUSY: missing pages are still being fetched.
+static int save_live(struct save *s, struct error *err)
+{
+    const struct capture_sink sink = {live_pages, live_zero, s};
+    const uint64_t *pages;
+    struct capture *c = NULL;
+    int ret = live_foresee(s, &pages, err);
+    if (!ret)
+        ret = capture_create(&c, &s->vm->ram, pages, err);
     if (ret)
         return ret;
-    autoclose int fd = mkostemp(temp, O_CLOEXEC);
-    if (fd < 0)
-        return error_errno(err, "snapshot %s: cannot create a file beside it", path);
-    struct wire_file file;
-    file_init(&file, fd, path);
-    ret = write_guest(vm, &file.wire, hooks, m, report, err);
-    if (!ret && fsync(fd))
-        ret = error_errno(err, "snapshot %s: syncing", path);
-    if (!ret && rename(temp, path))
-        ret = error_errno(err, "snapshot %s: renaming", path);
+    ret = live_instant(s, c, err);
+    if (!ret) {
+        s->report->live = true;
+        ret = capture_drain(c, &sink, s->m ? &s->m->cancelled : NULL, err);
+    }
+    struct capture_counts counts;
+    capture_counts(c, &counts);
+    s->report->aside_pages = counts.aside;
+    capture_free(c);
+    return ret;
+}
+
+static int save_guest(struct save *s, struct error *err)
+{
+    if (vm_paused(s->vm))
+        return save_paused(s, err);
+    int ret = save_live(s, err);
+    if (s->report->live || (ret != -EOPNOTSUPP && ret != -EPERM && ret != -EBUSY))
+        return ret;
+    log_write(&s->vm->log, LOG_WARN, "%s; the guest is paused while its memory is copied",
+              err->text);
+    return save_paused(s, err);
+}
+
+static int save_end(struct save *s, struct error *err)
+{
+    struct snapfile_report file;
+    struct snapshot_track *t = s->params->track;
+    int ret = disks_sync(s->disks, s->params->path, err);
+    if (!ret && s->disks)
+        ret = snapfile_set_section(s->w, SNAPFILE_DISKS, s->disks, strlen(s->disks), err);
     if (ret)
-        unlink(temp);
-    else
-        ret = sync_directory(path, err);
+        return ret;
+    ret = snapfile_commit(s->w, &file, err);
+    s->w = NULL;
+    if (ret)
+        return ret;
+    s->report->data_pages = file.data_pages;
+    s->report->zero_pages = file.zero_pages;
+    s->report->file_bytes = file.file_bytes;
+    s->report->stored_bytes = file.stored_bytes;
+    s->report->kind = s->params->diff ? SNAPFILE_DIFF : SNAPFILE_FULL;
+    memcpy(s->report->id, file.id, sizeof(file.id));
+    if (t && t->logging)
+        memset(t->dirty, 0, ram_bitmap_words(&s->vm->ram) * 8);
+    return t ? track_name(t, s->params->path, file.id, err) : 0;
+}
+
+int snapshot_save(struct vm *vm, const struct snapshot_params *params,
+                  const struct migrate_hooks *hooks, struct migration *m,
+                  struct snapshot_report *report, struct error *err)
+{
+    *report = (struct snapshot_report) {0};
+    struct save s = {.vm = vm, .params = params, .hooks = hooks, .m = m, .report = report};
+    uint64_t start = time_ns();
+    int ret = vm->ram.filler ? vm->ram.filler->complete(vm->ram.filler, err) : 0;
+    if (!ret)
+        ret = save_begin(&s, err);
+    if (!ret)
+        ret = save_guest(&s, err);
+    if (!ret)
+        ret = save_end(&s, err);
+    snapfile_abort(s.w);
+    if (ret)
+        disks_drop(s.disks, params->path);
+    free(s.disks);
+    free(s.json);
+    snapfile_close(s.parent);
+    free(s.todo);
+    free(s.old);
+    if (ret && s.log_started) { // its instant is no snapshot's
+        ram_dirty_stop(&vm->ram, &params->track->user, NULL);
+        params->track->logging = false;
+    }
     report->total_ns = time_ns() - start;
     return ret;
 }
 
 // --- loading
 
-static int read_state(struct wire *w, struct wire_record *record, uint8_t **state, uint32_t *len,
-                      struct error *err)
+static int machine_take(const struct snapfile *f, const char *path, struct machine *machine,
+                        struct error *err)
 {
-    struct wire_state head;
-    int ret = wire_expect(w, record, WIRE_STATE, err);
-    if (ret)
-        return ret;
-    wire_fixed(record, &head, sizeof(head));
-    if (head.len != record->header.data_len)
-        return error_set(err, -EPROTO, "%s: state of %u bytes, header says %u", w->name, head.len,
-                         record->header.data_len);
-    *len = head.len;
-    *state = malloc(head.len ? head.len : 1);
-    if (!*state)
-        return error_set(err, -ENOMEM, "no memory for %u bytes of state", head.len);
-    ret = wire_read(w, *state, head.len, err);
-    if (!ret && crc32c(0, *state, head.len) != head.crc)
-        ret = error_set(err, -EBADMSG, "%s: state section damaged (checksum)", w->name);
-    return ret;
-}
-
-static int check_end(struct wire *w, const struct wire_record *record, uint64_t data, uint64_t zero,
-                     uint64_t pages, struct error *err)
-{
-    struct wire_end end;
-    wire_fixed(record, &end, sizeof(end));
-    if (end.data_pages != data || end.zero_pages != zero || data + zero != pages)
-        return error_set(
-            err, -EPROTO, "%s: has %llu + %llu of %llu pages, its end says %llu + %llu", w->name,
-            (unsigned long long)data, (unsigned long long)zero, (unsigned long long)pages,
-            (unsigned long long)end.data_pages, (unsigned long long)end.zero_pages);
-    char more;
-    if (wire_read(w, &more, 1, NULL) != -ENODATA)
-        return error_set(err, -EPROTO, "%s: bytes after its end at %llu", w->name,
-                         (unsigned long long)w->in - 1);
-    return 0;
-}
-
-static int read_pages(struct wire *w, struct wire_record *record, struct vm *vm,
-                      struct snapshot_report *report, struct error *err)
-{
-    struct page_intake intake;
-    int ret = page_intake_init(&intake, &vm->ram, err);
-    if (ret)
-        return ret;
-    intake.once = true;
-    for (;;) {
-        ret = wire_get(w, record, err);
-        if (ret || record->header.type != WIRE_PAGES)
-            break;
-        ret = page_intake_record(&intake, w, record, err);
-        if (ret)
-            break;
+    size_t len;
+    const void *meta = snapfile_section(f, SNAPFILE_MACHINE, &len);
+    struct wire_record record = {.header = {.type = WIRE_MACHINE, .meta_len = (uint32_t)len},
+                                 .meta = (uint8_t *)(uintptr_t)meta};
+    int ret = wire_header_check(&record.header, err);
+    if (!ret)
+        ret = machine_parse(&record, machine, err);
+    if (!ret && machine->ram_size / PAGE_SIZE != snapfile_info(f)->pages) {
+        ret = error_set(err, -EPROTO, "machine of %llu pages, the file has %llu",
+                        (unsigned long long)(machine->ram_size / PAGE_SIZE),
+                        (unsigned long long)snapfile_info(f)->pages);
+        machine_free(machine);
     }
-    if (!ret && record->header.type != WIRE_END)
-        ret = wire_unexpected(w, record, "pages or end", err);
-    if (!ret)
-        ret = check_end(w, record, intake.nr_data, intake.nr_zero, vm->ram.pages, err);
-    report->data_pages = intake.nr_data;
-    report->zero_pages = intake.nr_zero;
-    page_intake_free(&intake);
+    if (ret)
+        error_prefix(err, "%s", path);
     return ret;
 }
 
-static int read_guest(struct wire *w, struct wire_record *record, struct vm *vm,
-                      struct snapshot_report *report, struct error *err)
+static void report_fill(const struct snapfile *f, struct snapshot_report *report)
 {
-    autofree uint8_t *state = NULL;
-    uint32_t len;
-    int ret = read_state(w, record, &state, &len, err);
-    if (!ret)
-        ret = read_pages(w, record, vm, report, err);
-    if (ret)
-        return ret;
+    const struct snapfile_info *info = snapfile_info(f);
+    *report = (struct snapshot_report) {.kind = info->kind,
+                                        .data_pages = info->data_pages,
+                                        .zero_pages = info->kind == SNAPFILE_FULL
+                                                          ? info->pages - info->data_pages
+                                                          : info->zero_pages,
+                                        .file_bytes = info->file_bytes,
+                                        .depth = snapfile_depth(f)};
+    memcpy(report->id, info->id, sizeof(report->id));
+    snapfile_section(f, SNAPFILE_STATE, &report->state_bytes);
+}
+
+static void *target_at(const struct snapfile_target *target, uint64_t page, uint64_t *count)
+{
+    const struct vm *vm = target->context;
+    *count = ram_contiguous(&vm->ram, page);
+    return ram_page(&vm->ram, page);
+}
+
+static int load_state(const struct snapfile *f, struct vm *vm, struct error *err)
+{
     struct stream_mem blob;
+    size_t len;
+    const void *state = snapfile_section(f, SNAPFILE_STATE, &len);
     stream_mem_reader(&blob, "guest state", state, len);
-    report->state_bytes = len;
     return vm_load(vm, &blob.stream, err);
+}
+
+static int load_memory(const struct snapfile *f, struct vm *vm, struct error *err)
+{
+    const struct snapfile_target target = {.at = target_at, .context = vm};
+    // Whatever was placed while the VM was built goes.
+    int ret = ram_drop(&vm->ram, 0, vm->ram.pages, err);
+    return ret ? ret : snapfile_load(f, &target, 0, err);
+}
+
+static void load_failed(void *context, const struct error *err)
+{
+    vm_request_stop(context, VM_STOP_ERROR, 0, "%s", err->text);
+}
+
+// `*f` is NULL afterwards if it is `*lazy`'s now.
+static int load_lazy(struct snapfile **f, struct vm *vm, const struct snapshot_load_params *p,
+                     struct lazy **lazy, struct error *err)
+{
+    if (p->mode == LAZY_MAP)
+        return lazy_map(&vm->ram, *f, err);
+    struct lazy_params params = p->lazy;
+    params.path = p->path;
+    params.log = &vm->log;
+    params.failed = load_failed;
+    params.context = vm;
+    params.seccomp = vm->config.seccomp;
+    int ret = lazy_create(lazy, &vm->ram, *f, &params, err);
+    if (!ret)
+        *f = NULL;
+    return ret;
+}
+
+static int load_guest(struct snapfile *f, struct vm *vm, const struct snapshot_load_params *p,
+                      struct lazy **lazy, struct error *err)
+{
+    struct snapfile *own = f;
+    int ret = p->mode == LAZY_NONE ? load_memory(f, vm, err) : load_lazy(&own, vm, p, lazy, err);
+    if (!ret)
+        ret = load_state(f, vm, err); // may touch memory, which comes by then
+    if (own)
+        snapfile_close(own);
+    return ret;
 }
 
 int snapshot_load(const char *path, const struct migrate_hooks *hooks, struct vm **vm,
                   struct snapshot_report *report, struct error *err)
 {
+    struct lazy *lazy;
+    const struct snapshot_load_params params = {.path = path};
+    return snapshot_load_as(&params, hooks, vm, &lazy, report, err);
+}
+
+static int load_disks(const struct snapfile *f, const struct snapshot_load_params *params,
+                      const struct migrate_hooks *hooks, struct error *err)
+{
+    size_t len;
+    autofree char *texts = NULL;
+    const void *section = snapfile_section(f, SNAPFILE_DISKS, &len);
+    if (!section || !params->name || !hooks->use_disks)
+        return 0;
+    int ret = disks_thaw(section, len, params->path, params->name, &texts, err);
+    return ret ? ret : hooks->use_disks(hooks->context, texts, err);
+}
+
+int snapshot_load_as(const struct snapshot_load_params *params, const struct migrate_hooks *hooks,
+                     struct vm **vm, struct lazy **lazy, struct snapshot_report *report,
+                     struct error *err)
+{
+    uint64_t start = time_ns();
+    struct snapfile *f;
+    struct machine machine = {0};
     *report = (struct snapshot_report) {0};
     *vm = NULL;
-    uint64_t start = time_ns();
-    autoclose int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
-        return error_errno(err, "snapshot %s", path);
-    posix_fadvise(fd, 0, 0, POSIX_FADV_SEQUENTIAL);
-    struct wire_file file;
-    struct wire_record record = {0};
-    struct machine machine = {0};
-    file_init(&file, fd, path);
-    struct wire *w = &file.wire;
-    int ret = header_read(w, err);
+    *lazy = NULL;
+    int ret = snapfile_open(&f, params->path, err);
+    if (ret)
+        return ret;
+    report_fill(f, report);
+    ret = machine_take(f, params->path, &machine, err);
     if (!ret)
-        ret = wire_expect(w, &record, WIRE_MACHINE, err);
-    if (!ret)
-        ret = machine_parse(&record, &machine, err);
+        ret = load_disks(f, params, hooks, err);
     if (!ret)
         ret = machine_build(&machine, hooks, vm, err);
-    if (!ret) {
-        ret = read_guest(w, &record, *vm, report, err);
-        if (ret) {
-            hooks->destroy_vm(hooks->context, *vm);
-            *vm = NULL;
-        }
+    if (ret)
+        snapfile_close(f);
+    else
+        ret = load_guest(f, *vm, params, lazy, err);
+    if (ret && *vm) {
+        lazy_free(*lazy);
+        hooks->destroy_vm(hooks->context, *vm);
+        *vm = NULL;
+        *lazy = NULL;
     }
-    report->file_bytes = w->in;
+    machine_free(&machine);
     report->total_ns = time_ns() - start;
-    machine_free(&machine);
-    wire_record_free(&record);
     return ret;
 }
 
-// --- verifying
+// --- going back
 
-// As page_intake_record in a snapshot, but into nowhere.
-static int verify_pages(struct wire *w, const struct wire_record *record, uint64_t pages,
-                        uint64_t *next, struct snapshot_report *report, struct error *err)
+struct snapshot_back {
+    struct vm *vm;
+    struct snapfile *f;
+    struct disks_back *disks; // NULL: they stay as they are
+};
+
+static int back_disks(struct snapshot_back *b, const char *path, const struct migrate_hooks *hooks,
+                      struct error *err)
 {
-    struct wire_pages_view view;
-    uint8_t page[PAGE_SIZE];
-    unsigned sum = 0;
-    int ret = wire_pages_parse(record, pages, &view, err);
-    for (unsigned i = 0; !ret && i < view.head.nr_runs; i++) {
-        struct wire_run run = wire_pages_run(&view, i);
-        if (run.first != *next)
-            return error_set(err, -EPROTO, "%s: page %llu comes where %llu is expected", w->name,
-                             (unsigned long long)run.first, (unsigned long long)*next);
-        *next += run.count;
-        if (run.kind == WIRE_RUN_ZERO) {
-            report->zero_pages += run.count;
-            continue;
-        }
-        report->data_pages += run.count;
-        for (uint32_t p = 0; !ret && p < run.count; p++) {
-            ret = wire_read(w, page, sizeof(page), err);
-            if (!ret && page_sum(page) != wire_pages_sum(&view, sum++))
-                ret = error_set(err, -EBADMSG, "%s: page %llu does not match its sum", w->name,
-                                (unsigned long long)(run.first + p));
-        }
+    size_t len;
+    autofree char *texts = NULL;
+    const void *section = snapfile_section(b->f, SNAPFILE_DISKS, &len);
+    if (!section || !hooks->disks)
+        return 0;
+    int ret = hooks->disks(hooks->context, b->vm, &texts, err);
+    return ret ? ret : disks_back_open(&b->disks, section, len, path, texts, err);
+}
+
+int snapshot_back_open(struct snapshot_back **out, const char *path, struct vm *vm,
+                       const struct migrate_hooks *hooks, struct error *err)
+{
+    struct machine machine;
+    struct snapshot_back *b = calloc(1, sizeof(*b));
+    if (!b)
+        return error_set(err, -ENOMEM, "no memory");
+    b->vm = vm;
+    int ret = snapfile_open(&b->f, path, err);
+    if (!ret)
+        ret = machine_take(b->f, path, &machine, err);
+    if (!ret) {
+        ret = machine_same(&machine, vm, hooks, err);
+        machine_free(&machine);
+        if (ret)
+            error_prefix(err, "%s", path);
     }
-    return ret;
+    if (!ret)
+        ret = back_disks(b, path, hooks, err);
+    if (ret) {
+        snapshot_back_close(b);
+        return ret;
+    }
+    *out = b;
+    return 0;
 }
 
-int snapshot_verify(struct wire *w, struct snapshot_report *report, struct error *err)
+int snapshot_back_load(struct snapshot_back *b, struct error *err)
 {
-    struct wire_record record = {0};
+    struct stream_mem blob;
+    size_t len;
+    const struct snapfile_target target = {.at = target_at, .context = b->vm};
+    const void *state = snapfile_section(b->f, SNAPFILE_STATE, &len);
+    int ret = vm_clear(b->vm, err);
+    if (!ret)
+        ret = snapfile_load(b->f, &target, 0, err);
+    if (!ret && b->disks)
+        ret = disks_back_copy(b->disks, err);
+    stream_mem_reader(&blob, "guest state", state, len);
+    return ret ? ret : vm_load_again(b->vm, &blob.stream, err); // reads the overlays' tables anew
+}
+
+void snapshot_back_close(struct snapshot_back *b)
+{
+    if (!b)
+        return;
+    disks_back_close(b->disks);
+    snapfile_close(b->f);
+    free(b);
+}
+
+// --- without a VM
+
+int snapshot_verify(const char *path, struct snapshot_report *report, struct error *err)
+{
+    uint64_t start = time_ns();
+    struct snapfile *f;
     struct machine machine = {0};
-    autofree uint8_t *state = NULL;
-    uint32_t len;
-    *report = (struct snapshot_report) {0};
-    int ret = header_read(w, err);
+    int ret = snapfile_open(&f, path, err);
+    if (ret)
+        return ret;
+    report_fill(f, report);
+    ret = machine_take(f, path, &machine, err);
     if (!ret)
-        ret = wire_expect(w, &record, WIRE_MACHINE, err);
-    if (!ret)
-        ret = machine_parse(&record, &machine, err);
-    if (!ret)
-        ret = read_state(w, &record, &state, &len, err);
-    uint64_t pages = machine.ram_size / PAGE_SIZE, next = 0;
-    while (!ret) {
-        ret = wire_get(w, &record, err);
-        if (ret || record.header.type != WIRE_PAGES)
-            break;
-        ret = verify_pages(w, &record, pages, &next, report, err);
-    }
-    if (!ret && record.header.type != WIRE_END)
-        ret = wire_unexpected(w, &record, "pages or end", err);
-    if (!ret)
-        ret = check_end(w, &record, report->data_pages, report->zero_pages, pages, err);
-    report->file_bytes = w->in;
+        ret = snapfile_verify(f, 0, err);
     machine_free(&machine);
-    wire_record_free(&record);
+    snapfile_close(f);
+    report->total_ns = time_ns() - start;
     return ret;
+}
+
+static int merge_sections(const struct snapfile *f, struct snapfile_writer *w, struct error *err)
+{
+    int ret = 0;
+    for (enum snapfile_section i = SNAPFILE_MACHINE; !ret && i < SNAPFILE_INDEX; i++) {
+        size_t len;
+        const void *data = snapfile_section(f, i, &len);
+        if (data)
+            ret = snapfile_set_section(w, i, data, len, err);
+    }
+    return ret;
+}
+
+static int merge_pages(const struct snapfile *f, struct snapfile_writer *w, struct error *err)
+{
+    const uint64_t pages = snapfile_info(f)->pages, most = 4 * SNAPFILE_CHUNK_PAGES;
+    autofree uint8_t *data = malloc(most * PAGE_SIZE);
+    int ret = data ? 0 : error_set(err, -ENOMEM, "no memory to merge snapshots");
+    for (uint64_t page = 0, n; !ret && page < pages; page += n) {
+        struct snapfile_where where;
+        snapfile_find(f, page, &where);
+        n = where.count;
+        if (where.kind == SNAPFILE_ZERO)
+            continue;
+        n = n < most ? n : most;
+        ret = snapfile_read(f, page, n, data, err);
+        if (!ret)
+            ret = snapfile_add_pages(w, page, n, data, err);
+    }
+    return ret;
+}
+
+int snapshot_merge(const char *child, const struct snapshot_params *params,
+                   struct snapshot_report *report, struct error *err)
+{
+    uint64_t start = time_ns();
+    struct snapfile *f;
+    struct snapfile_writer *w = NULL;
+    struct snapfile_report file;
+    int ret = snapfile_open(&f, child, err);
+    if (ret)
+        return ret;
+    report_fill(f, report);
+    const struct snapfile_params p = {.layout = params->layout,
+                                      .compress = params->compress,
+                                      .pages = snapfile_info(f)->pages,
+                                      .workers = params->workers};
+    ret = snapfile_create(&w, params->path, &p, err);
+    if (!ret)
+        ret = merge_sections(f, w, err);
+    if (!ret)
+        ret = merge_pages(f, w, err);
+    if (ret)
+        snapfile_abort(w);
+    else
+        ret = snapfile_commit(w, &file, err);
+    snapfile_close(f);
+    if (ret)
+        return ret;
+    report->kind = SNAPFILE_FULL;
+    report->data_pages = file.data_pages;
+    report->zero_pages = file.zero_pages;
+    report->file_bytes = file.file_bytes;
+    report->stored_bytes = file.stored_bytes;
+    report->depth = 1;
+    memcpy(report->id, file.id, sizeof(file.id));
+    report->total_ns = time_ns() - start;
+    return 0;
 }

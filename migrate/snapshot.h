@@ -1,50 +1,109 @@
 // SPDX-License-Identifier: Apache-2.0
-// A guest in a file: the records of migrate/wire.h after a short header. docs/formats.md.
-//
-//   file := header (40 bytes), MACHINE, STATE, PAGES ..., END
-//
-// Page data starts at multiples of 4 KiB. Every byte is covered by a checksum: header and
-// metas by a CRC-32C, the state by one, each page by its sum; each page of memory occurs exactly
-// once.
+// A guest in a file (migrate/snapfile.h), whole or as what changed since another snapshot.
 #pragma once
 
 #include <stdint.h>
 
+#include "migrate/lazy.h"
 #include "migrate/migrate.h"
+#include "migrate/snapfile.h"
 #include "vmm/error.h"
+#include "vmm/ram.h"
 
-#define SNAPSHOT_MAGIC "FERRYSNP"
-
-struct snapshot_header {
-    char magic[8];
-    uint16_t version, oldest; // versions of the record format, as in HELLO
-    uint32_t kind;            // enum snapshot_kind
-    uint8_t id[WIRE_ID_LEN];
-    uint32_t reserved;
-    uint32_t crc; // CRC-32C of all before
+// What has been written since the last snapshot of a VM, so that a diff need not look at the rest.
+// All zero: nothing is known. One snapshot at a time uses it.
+struct snapshot_track {
+    struct ram_dirty user;
+    bool logging;
+    uint64_t *dirty; // pages written since `path` was taken, as of the last sync; while logging
+    char *path;      // the last snapshot, taken or restored; NULL: none
+    uint8_t id[SNAPFILE_ID_LEN];
 };
 
-enum snapshot_kind { SNAPSHOT_FULL = 1 };
+// The guest's memory is that of snapshot `path` now: the VM has been loaded from it and has not run
+// yet, say. With `log`, what is written from here on is recorded (a first write to a page then
+// costs a fault).
+int snapshot_track_base(struct snapshot_track *t, struct vm *vm, const char *path,
+                        const uint8_t id[SNAPFILE_ID_LEN], bool log, struct error *err);
+// Before the VM goes. Harmless when nothing is tracked.
+void snapshot_track_end(struct snapshot_track *t, struct vm *vm);
+
+struct snapshot_params {
+    const char *path;
+    enum snapfile_layout layout;
+    enum snapfile_compress compress;
+    // A diff: what changed since `parent` (NULL: since the last snapshot), which may be any
+    // snapshot of this machine in the same directory. If it is the last one and writes have been
+    // recorded since, they say which pages are looked at; otherwise all are, and compared with the
+    // parent's.
+    bool diff;
+    const char *parent;
+    struct snapshot_track *track; // may be NULL
+    bool log;                     // record writes from this instant on, for the next diff
+    unsigned workers;             // as in snapfile_params
+    // Copies the disks' overlays at the instant, too (migrate/disks.h); refused where a disk is
+    // written without one. Otherwise the disks stay as they go on being.
+    bool disks;
+};
+// Full, packed, LZ4.
+void snapshot_params_default(struct snapshot_params *params, const char *path);
 
 struct snapshot_report {
+    uint8_t id[SNAPFILE_ID_LEN];
+    enum snapfile_kind kind;
     uint64_t data_pages, zero_pages;
-    uint64_t file_bytes, state_bytes;
-    uint64_t pause_ns; // the guest stood still (0 when it was paused before)
+    uint64_t file_bytes;   // apparent size of the file, without parents
+    uint64_t stored_bytes; // page data in it
+    uint64_t state_bytes;
+    uint64_t pause_ns;    // the guest stood still (0 when it was paused before)
+    bool live;            // it ran while its memory was written
+    uint64_t aside_pages; // live: pages it wrote to meanwhile, before they were taken
     uint64_t total_ns;
+    unsigned depth; // files in the chain
 };
 
-// Writes the guest to `path`: under a temporary name beside it, synced, then renamed, so that a
-// failure or crash at any moment leaves an older file of that name whole. A running guest is paused
-// while its memory is written and goes on whatever happens. `m` (may be NULL) gives progress and
-// can cancel.
-int snapshot_save(struct vm *vm, const char *path, const struct migrate_hooks *hooks,
-                  struct migration *m, struct snapshot_report *report, struct error *err);
+// Writes the guest to `params->path`: an older file of that name stays whole until the new one is.
+// A running guest is paused for its state and for the write protection of what it has just written
+// (migrate/capture.h) and runs while its memory is written; where the host cannot do that (or in a
+// guest that is mapped from a file), it is paused until its memory is copied. It goes on whatever
+// happens. `m` (may be NULL) gives progress and can cancel.
+int snapshot_save(struct vm *vm, const struct snapshot_params *params,
+                  const struct migrate_hooks *hooks, struct migration *m,
+                  struct snapshot_report *report, struct error *err);
 
-// Builds a VM from a snapshot; everything has been read and checked when it returns, and the guest
-// stands paused: vm_resume lets it go on.
+// Builds a VM from a snapshot and its parents; everything has been read and checked when it
+// returns, and the guest stands paused: vm_resume lets it go on.
 int snapshot_load(const char *path, const struct migrate_hooks *hooks, struct vm **vm,
                   struct snapshot_report *report, struct error *err);
 
-// Checks header and all records against each other without building a VM (fuzzing, `verify`). Page
-// contents are checked too.
-int snapshot_verify(struct wire *w, struct snapshot_report *report, struct error *err);
+struct snapshot_load_params {
+    const char *path;
+    enum lazy_mode mode;
+    struct lazy_params lazy; // LAZY_FAULT: record_ms, prefetch, fill
+    const char *name; // the new VM's, for its own copies of frozen overlays; NULL: the old disks
+};
+
+// As snapshot_load, with LAZY_FAULT or LAZY_MAP without its memory: headers, indexes, machine and
+// state have been checked, pages are when they are touched (LAZY_MAP: never). LAZY_FAULT gives
+// `*lazy`, which the caller frees after the VM's devices have been quiesced and before it destroys
+// the VM; a page that cannot be had ends the VM with VM_STOP_ERROR.
+int snapshot_load_as(const struct snapshot_load_params *params, const struct migrate_hooks *hooks,
+                     struct vm **vm, struct lazy **lazy, struct snapshot_report *report,
+                     struct error *err);
+
+// Taking a VM back to a file of its own: the same VM, with nothing opened but that file, its
+// parents and overlays. snapshot_back_open checks all that can be known without reading pages, and
+// changes nothing: -EINVAL: another machine's file. snapshot_back_load, with the VM paused and
+// nobody fetching its memory any more: after an error there is neither guest.
+struct snapshot_back;
+int snapshot_back_open(struct snapshot_back **back, const char *path, struct vm *vm,
+                       const struct migrate_hooks *hooks, struct error *err);
+int snapshot_back_load(struct snapshot_back *back, struct error *err);
+void snapshot_back_close(struct snapshot_back *back); // NULL is fine
+
+// Checks all that can be checked without building a VM: every byte of the chain.
+int snapshot_verify(const char *path, struct snapshot_report *report, struct error *err);
+
+// One full file from a chain. `params->path` may be the chain's newest file.
+int snapshot_merge(const char *child, const struct snapshot_params *params,
+                   struct snapshot_report *report, struct error *err);

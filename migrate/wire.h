@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one format of guests in motion: migration streams and snapshot files are sequences of the
-// same records. docs/formats.md explains it; everything here is pure parsing and building.
+// The format of guests in motion: a migration stream is a sequence of records. docs/formats.md
+// explains it; everything here is pure parsing and building.
 //
 //   record := header (16 bytes), meta (meta_len), data (data_len)        all little endian
 //   header := u16 type, u16 flags, u32 meta_len, u32 data_len, u32 crc
@@ -43,8 +43,6 @@
 //     |   query connection, when RUNNING did not come:            |
 //     | HELLO(query, id) ---------------------------------------> |
 //     | <------------------------------------- ANSWER(yes|no|...) |
-//
-//   snapshot file := file header, MACHINE, STATE, PAGES ..., END
 #pragma once
 
 #include <linux/kvm.h>
@@ -57,8 +55,8 @@
 
 // A side speaks every version in [WIRE_OLDEST, WIRE_VERSION]: the current and the previous one.
 // Version 2: ROUND is echoed after COMMIT as well, FAULTS comes before COMPLETE, and a post-copy
-// that broke off goes on over new connections (RECOVER); PACKED carries pages in fewer bytes, MEMORY
-// hands all of them over within a host.
+// that broke off goes on over new connections (RECOVER); PACKED carries pages in fewer bytes,
+// MEMORY hands all of them over within a host.
 enum { WIRE_VERSION = 2, WIRE_OLDEST = 1 };
 
 enum wire_type {
@@ -179,7 +177,7 @@ struct wire_round { // echoed when everything before it has been dealt with
 // Then u64 words[]: a set bit = this page is not valid at the destination. From the destination,
 // when it recovers: all that it lacks.
 struct wire_discard {
-    uint64_t first;   // page index, a multiple of 64
+    uint64_t first; // page index, a multiple of 64
     uint64_t pages;
 };
 

@@ -419,6 +419,11 @@ void control_confine(struct control *c, enum seccomp_mode mode)
     http_confine(c->server, mode);
 }
 
+int control_take_reader(struct control *c, int fd, const char *path, struct error *err)
+{
+    return http_add_reader(c->server, fd, path, err);
+}
+
 int control_start(struct control *c, struct error *err)
 {
     return http_start(c->server, err);

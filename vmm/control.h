@@ -69,6 +69,8 @@ int control_listen(struct control *control, const char *path, struct error *err)
 int control_take(struct control *control, int fd, const char *path, struct error *err);
 // The filter of the server's thread (off unless set). Before control_start.
 void control_confine(struct control *control, enum seccomp_mode mode);
+// A further listener (http_listen_tcp), where there is nothing but GET of `path`. Takes fd.
+int control_take_reader(struct control *control, int fd, const char *path, struct error *err);
 int control_start(struct control *control, struct error *err);
 // How long requests took, from the whole request until their route had answered, or had begun what
 // will answer later.

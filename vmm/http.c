@@ -8,10 +8,13 @@
 #include <event2/http.h>
 #include <event2/keyvalq_struct.h>
 #include <event2/listener.h>
+#include <netdb.h>
+#include <netinet/in.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -56,7 +59,8 @@ struct http_exchange {
 
 struct http_server {
     struct event_base *base;
-    struct evhttp *http;
+    struct evhttp *http, *reader; // of clients that may ask anything, or one thing
+    const char *reader_path;
     struct event *wake;
     struct mailbox *box;
     http_handler fn;
@@ -243,13 +247,13 @@ static const char *method_name(enum evhttp_cmd_type type)
     }
 }
 
-static struct http_exchange *exchange_new(struct http_server *s, struct evhttp_request *req)
+static struct http_exchange *exchange_new(struct http_server *s, struct evhttp_request *req,
+                                          const char *path)
 {
     struct http_exchange *x = calloc(1, sizeof(*x));
     if (!x)
         return NULL;
     struct evbuffer *in = evhttp_request_get_input_buffer(req);
-    const char *path = evhttp_uri_get_path(evhttp_request_get_evhttp_uri(req));
     const char *accept = evhttp_find_header(evhttp_request_get_input_headers(req), "Accept");
     x->box = s->box;
     atomic_fetch_add(&s->box->refs, 1);
@@ -269,10 +273,9 @@ static struct http_exchange *exchange_new(struct http_server *s, struct evhttp_r
     return x;
 }
 
-static void request_arrived(struct evhttp_request *req, void *arg)
+static void request_take(struct http_server *s, struct evhttp_request *req, const char *path)
 {
-    struct http_server *s = arg;
-    struct http_exchange *x = exchange_new(s, req);
+    struct http_exchange *x = exchange_new(s, req, path);
     if (!x) {
         evhttp_send_error(req, HTTP_SERVUNAVAIL, NULL);
         return;
@@ -280,6 +283,22 @@ static void request_arrived(struct evhttp_request *req, void *arg)
     evhttp_connection_set_closecb(evhttp_request_get_connection(req), client_left, x);
     idle_limit(evhttp_request_get_connection(req), false);
     s->fn(x, s->arg);
+}
+
+static void request_arrived(struct evhttp_request *req, void *arg)
+{
+    request_take(arg, req, evhttp_uri_get_path(evhttp_request_get_evhttp_uri(req)));
+}
+
+static void reader_arrived(struct evhttp_request *req, void *arg)
+{
+    struct http_server *s = arg;
+    const char *path = evhttp_uri_get_path(evhttp_request_get_evhttp_uri(req));
+    if (!path || (strcmp(path, "/metrics") && strcmp(path, s->reader_path))) {
+        evhttp_send_error(req, HTTP_NOTFOUND, NULL);
+        return;
+    }
+    request_take(s, req, s->reader_path);
 }
 
 static void *server_main(void *arg)
@@ -411,6 +430,48 @@ int http_listen(const char *path, int *out, struct error *err)
     return 0;
 }
 
+// Host and port of "[HOST:]PORT".
+static int address_split(const char *address, char host[64], const char **port)
+{
+    const char *colon = strrchr(address, ':'), *begin = address;
+    size_t len = colon ? (size_t)(colon - address) : 0;
+    *port = colon ? colon + 1 : address;
+    if (len > 1 && *begin == '[' && begin[len - 1] == ']') {
+        begin++;
+        len -= 2;
+    }
+    if (len >= 64)
+        return -EINVAL;
+    snprintf(host, 64, "%.*s", colon ? (int)len : 9, colon ? begin : "127.0.0.1");
+    unsigned long number = strtoul(*port, NULL, 10); // getaddrinfo takes more than there are
+    return *host && strspn(*port, "0123456789") == strlen(*port) && number && number <= 65535
+               ? 0
+               : -EINVAL;
+}
+
+int http_listen_tcp(const char *address, int *out, struct error *err)
+{
+    const struct addrinfo hints = {.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV,
+                                   .ai_socktype = SOCK_STREAM};
+    struct addrinfo *found;
+    char host[64];
+    const char *port;
+    const int one = 1;
+    const char *rest = strncmp(address, "tcp:", 4) ? address : address + 4;
+    if (address_split(rest, host, &port) || getaddrinfo(host, port, &hints, &found))
+        return error_set(err, -EINVAL, "'%s': expected [tcp:][ADDRESS:]PORT, e.g. 9100", address);
+    autoclose int fd =
+        socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, IPPROTO_TCP);
+    int ret = fd < 0 || setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one)) ||
+                      bind(fd, found->ai_addr, found->ai_addrlen) || listen(fd, 128)
+                  ? error_errno(err, "%s", address)
+                  : 0;
+    freeaddrinfo(found);
+    if (!ret)
+        *out = take_fd(&fd);
+    return ret;
+}
+
 static struct mailbox *mailbox_new(void)
 {
     struct mailbox *box = calloc(1, sizeof(*box));
@@ -434,6 +495,14 @@ static struct event_base *base_new(void)
     return base;
 }
 
+static void limits_set(struct evhttp *http, ev_uint16_t methods)
+{
+    evhttp_set_allowed_methods(http, methods);
+    evhttp_set_max_body_size(http, HTTP_BODY_MAX);
+    evhttp_set_max_headers_size(http, HTTP_HEADER_MAX);
+    evhttp_set_timeout(http, HTTP_IDLE_S);
+}
+
 int http_create(struct http_server **out, http_handler fn, void *arg, struct error *err)
 {
     struct http_server *s = calloc(1, sizeof(*s));
@@ -452,11 +521,8 @@ int http_create(struct http_server **out, http_handler fn, void *arg, struct err
         http_destroy(s);
         return error_set(err, -ENOMEM, "the HTTP server cannot be created");
     }
-    evhttp_set_allowed_methods(s->http, EVHTTP_REQ_GET | EVHTTP_REQ_PUT | EVHTTP_REQ_PATCH |
-                                            EVHTTP_REQ_POST | EVHTTP_REQ_DELETE);
-    evhttp_set_max_body_size(s->http, HTTP_BODY_MAX);
-    evhttp_set_max_headers_size(s->http, HTTP_HEADER_MAX);
-    evhttp_set_timeout(s->http, HTTP_IDLE_S);
+    limits_set(s->http, EVHTTP_REQ_GET | EVHTTP_REQ_PUT | EVHTTP_REQ_PATCH | EVHTTP_REQ_POST |
+                            EVHTTP_REQ_DELETE);
     evhttp_set_gencb(s->http, request_arrived, s);
     *out = s;
     return 0;
@@ -468,6 +534,21 @@ int http_add_listener(struct http_server *s, int fd, struct error *err)
         return 0;
     close(fd);
     return error_set(err, -ENOMEM, "the HTTP server cannot listen");
+}
+
+int http_add_reader(struct http_server *s, int fd, const char *path, struct error *err)
+{
+    if (!s->reader) {
+        s->reader = evhttp_new(s->base);
+        s->reader_path = path;
+    }
+    if (!s->reader || evhttp_accept_socket(s->reader, fd)) {
+        close(fd);
+        return error_set(err, -ENOMEM, "the HTTP server cannot listen");
+    }
+    limits_set(s->reader, EVHTTP_REQ_GET);
+    evhttp_set_gencb(s->reader, reader_arrived, s);
+    return 0;
 }
 
 void http_confine(struct http_server *s, enum seccomp_mode mode)
@@ -498,6 +579,8 @@ void http_destroy(struct http_server *s)
     }
     if (s->http)
         evhttp_free(s->http);
+    if (s->reader)
+        evhttp_free(s->reader);
     if (s->wake)
         event_free(s->wake);
     if (s->base)

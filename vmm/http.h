@@ -33,6 +33,11 @@ int http_create(struct http_server **server, http_handler fn, void *arg, struct 
 int http_add_listener(struct http_server *server, int fd, struct error *err); // takes fd
 // The mode of the thread's filter (off unless set). Before http_start.
 void http_confine(struct http_server *server, enum seccomp_mode mode);
+// A listener whose clients may only look: GET of `path`, which is also called "/metrics" there.
+// Takes fd; `path` is borrowed.
+int http_add_reader(struct http_server *server, int fd, const char *path, struct error *err);
+// "[tcp:][HOST:]PORT", HOST a number, 127.0.0.1 unless given; IPv6 in brackets.
+int http_listen_tcp(const char *address, int *fd, struct error *err);
 int http_start(struct http_server *server, struct error *err);
 // Sends what has been answered (a second at most), then ends the thread. Answers that come later
 // vanish. NULL is fine.

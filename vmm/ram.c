@@ -129,7 +129,10 @@ static int config_check(const struct ram_config *config, struct error *err)
 
 int ram_create(struct ram *ram, const struct ram_config *config, struct error *err)
 {
-    *ram = (struct ram) {.memfd = -1, .vm_fd = -1, .discard_lock = PTHREAD_MUTEX_INITIALIZER};
+    *ram = (struct ram) {.memfd = -1,
+                         .vm_fd = -1,
+                         .discard_lock = PTHREAD_MUTEX_INITIALIZER,
+                         .dirty_lock = PTHREAD_MUTEX_INITIALIZER};
     int ret = config_check(config, err);
     if (ret)
         return ret;
@@ -184,6 +187,11 @@ void ram_destroy(struct ram *ram)
         munmap(ram->map, ram->map_len);
     if (ram->memfd >= 0)
         close(ram->memfd);
+    while (ram->dirty_users) {
+        struct ram_dirty *user = ram->dirty_users;
+        ram->dirty_users = user->next;
+        ram_dirty_free(user);
+    }
     free((void *)ram->own_dirty);
     *ram = (struct ram) {.memfd = -1, .vm_fd = -1};
 }
@@ -202,15 +210,20 @@ static int slot_set(const struct ram *ram, const struct ram_region *r, uint32_t 
     return 0;
 }
 
+int ram_slots_set(struct ram *ram, bool log, struct error *err)
+{
+    int ret = 0;
+    ram_for_each_region (ram, r) {
+        int one = slot_set(ram, r, log ? KVM_MEM_LOG_DIRTY_PAGES : 0, err);
+        ret = ret ? ret : one;
+    }
+    return ret;
+}
+
 int ram_attach(struct ram *ram, int vm_fd, struct error *err)
 {
     ram->vm_fd = vm_fd;
-    ram_for_each_region (ram, r) {
-        int ret = slot_set(ram, r, 0, err);
-        if (ret)
-            return ret;
-    }
-    return 0;
+    return ram_slots_set(ram, false, err);
 }
 
 void *ram_at(const struct ram *ram, uint64_t gpa, uint64_t len)
@@ -296,16 +309,27 @@ uint64_t ram_contiguous(const struct ram *ram, uint64_t page)
     return 0;
 }
 
+static int drop_one(struct ram *ram, uint8_t *hva, uint64_t len)
+{
+    if (ram->memfd >= 0)
+        return fallocate(ram->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, hva - ram->map,
+                         (off_t)len);
+    if (!ram->file_mapped)
+        return madvise(hva, len, MADV_DONTNEED);
+    // The file's content would come back.
+    return mmap(hva, len, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) == MAP_FAILED
+               ? -1
+               : 0;
+}
+
 int ram_drop(struct ram *ram, uint64_t first, uint64_t count, struct error *err)
 {
     while (count) {
         uint64_t n = ram_contiguous(ram, first);
         n = n < count ? n : count;
         uint8_t *hva = ram_page(ram, first);
-        int ret = ram->memfd < 0 ? madvise(hva, n * PAGE_SIZE, MADV_DONTNEED)
-                                 : fallocate(ram->memfd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                                             hva - ram->map, (off_t)(n * PAGE_SIZE));
-        if (ret)
+        if (drop_one(ram, hva, n * PAGE_SIZE))
             return error_errno(err, "giving back %llu pages from page %llu on",
                                (unsigned long long)n, (unsigned long long)first);
         first += n;
@@ -349,75 +373,4 @@ void ram_discard_unblock(struct ram *ram)
     pthread_mutex_lock(&ram->discard_lock);
     ram->discard_blocks--;
     pthread_mutex_unlock(&ram->discard_lock);
-}
-
-int ram_dirty_start(struct ram *ram, struct error *err)
-{
-    if (atomic_load(&ram->logging))
-        return error_set(err, -EBUSY,
-                         "the dirty log is in use: a migration or snapshot is running");
-    size_t words = ram_bitmap_words(ram);
-    if (!ram->own_dirty)
-        ram->own_dirty = calloc(words, sizeof(*ram->own_dirty));
-    if (!ram->own_dirty)
-        return error_set(err, -ENOMEM, "no memory for a dirty bitmap of %zu KiB", words * 8 / 1024);
-    memset((void *)ram->own_dirty, 0, words * sizeof(*ram->own_dirty));
-    atomic_store_explicit(&ram->logging, true, memory_order_release);
-    ram_for_each_region (ram, r) {
-        int ret = slot_set(ram, r, KVM_MEM_LOG_DIRTY_PAGES, err);
-        if (ret) {
-            ram_dirty_stop(ram, NULL);
-            return ret;
-        }
-    }
-    return 0;
-}
-
-// Merges one region's KVM log and the VMM's own bits; returns how many bits were new.
-static uint64_t region_merge(struct ram *ram, const struct ram_region *r, const uint64_t *log,
-                             uint64_t *bitmap)
-{
-    uint64_t fresh = 0;
-    size_t first = r->first_page / 64, words = (r->size / PAGE_SIZE + 63) / 64;
-    for (size_t i = 0; i < words; i++) {
-        uint64_t bits = log[i];
-        _Atomic uint64_t *own = &ram->own_dirty[first + i];
-        if (atomic_load_explicit(own, memory_order_relaxed))
-            bits |= atomic_exchange(own, 0);
-        if (!bits)
-            continue;
-        fresh += (uint64_t)__builtin_popcountll(bits & ~bitmap[first + i]);
-        bitmap[first + i] |= bits;
-    }
-    return fresh;
-}
-
-int ram_dirty_sync(struct ram *ram, uint64_t *bitmap, uint64_t *new_pages, struct error *err)
-{
-    if (!atomic_load(&ram->logging))
-        return error_set(err, -EINVAL, "the dirty log is not running");
-    autofree uint64_t *log = calloc(ram_bitmap_words(ram), sizeof(*log));
-    if (!log)
-        return error_set(err, -ENOMEM, "no memory to read the dirty log");
-    uint64_t fresh = 0;
-    ram_for_each_region (ram, r) {
-        struct kvm_dirty_log get = {.slot = r->slot, .dirty_bitmap = log};
-        if (ioctl(ram->vm_fd, KVM_GET_DIRTY_LOG, &get))
-            return error_errno(err, "KVM_GET_DIRTY_LOG of slot %u", r->slot);
-        fresh += region_merge(ram, r, log, bitmap);
-    }
-    if (new_pages)
-        *new_pages = fresh;
-    return 0;
-}
-
-int ram_dirty_stop(struct ram *ram, struct error *err)
-{
-    int ret = 0;
-    ram_for_each_region (ram, r) {
-        int one = slot_set(ram, r, 0, err);
-        ret = ret ? ret : one;
-    }
-    atomic_store(&ram->logging, false);
-    return ret;
 }

@@ -52,6 +52,12 @@ struct ram_hinter {
     void (*end)(struct ram_hinter *h);
 };
 
+// Who still brings pages that are missing.
+struct ram_filler {
+    // Returns when all are here and guest memory is ordinary memory. Any thread.
+    int (*complete)(struct ram_filler *f, struct error *err);
+};
+
 struct ram {
     struct ram_region regions[2];
     unsigned nr_regions;
@@ -68,6 +74,11 @@ struct ram {
     _Atomic uint64_t *own_dirty;
     pthread_mutex_t discard_lock; // held during a discard; guards discard_blocks
     unsigned discard_blocks;
+    pthread_mutex_t dirty_lock;    // guards the users and the switching of the log
+    struct ram_dirty *dirty_users; // NULL: the log is off
+    atomic_bool missing;           // pages that are not there come when they are touched: not zero
+    struct ram_filler *filler;     // NULL: none
+    bool file_mapped;          // pages that are not there are a file's, not zero (migrate/lazy.h)
     struct ram_hinter *hinter; // NULL: none; set before the VM starts
 };
 
@@ -84,6 +95,8 @@ int ram_adopt(struct ram *ram, int fd, struct error *err);
 
 // Gives the regions to KVM as memory slots.
 int ram_attach(struct ram *ram, int vm_fd, struct error *err);
+// The slots again, with or without KVM's dirty log (the dirty log's own).
+int ram_slots_set(struct ram *ram, bool log, struct error *err);
 
 // The accessor everybody uses. NULL unless [gpa, gpa+len) lies wholly inside one region.
 // Whoever writes through the pointer calls ram_mark_dirty afterwards (KVM does not see it).
@@ -124,9 +137,20 @@ static inline size_t ram_bitmap_words(const struct ram *ram)
     return (size_t)((ram->pages + 63) / 64);
 }
 
-// After start every page counts as clean. One user at a time (-EBUSY).
-int ram_dirty_start(struct ram *ram, struct error *err);
-// ORs the pages written since the last sync (or start) into `bitmap` (ram_bitmap_words words) and
-// re-arms them. `*new_pages` (may be NULL) counts bits that were not yet set in `bitmap`.
-int ram_dirty_sync(struct ram *ram, uint64_t *bitmap, uint64_t *new_pages, struct error *err);
-int ram_dirty_stop(struct ram *ram, struct error *err);
+// One who wants to know what was written: a migration, the parent of the next diff. Several can be
+// at it: KVM's log is fetched once and merged into each one's own bitmap. All calls: any thread.
+struct ram_dirty {
+    uint64_t *pending; // NULL: not started. Fetched, and not yet told to this user
+    struct ram_dirty *next;
+};
+
+// After start every page counts as clean for this user. -EBUSY if it is started already.
+int ram_dirty_start(struct ram *ram, struct ram_dirty *user, struct error *err);
+// ORs the pages written since this user's last sync (or start) into `bitmap` (ram_bitmap_words
+// words) and re-arms them. `*new_pages` (may be NULL) counts bits that were not yet set in
+// `bitmap`. After an error nothing is lost: the next sync tells it. -EINVAL: not started.
+int ram_dirty_sync(struct ram *ram, struct ram_dirty *user, uint64_t *bitmap, uint64_t *new_pages,
+                   struct error *err);
+// Harmless for a user that is not started. The last one switches KVM's log off.
+int ram_dirty_stop(struct ram *ram, struct ram_dirty *user, struct error *err);
+void ram_dirty_free(struct ram_dirty *user); // ram_destroy's

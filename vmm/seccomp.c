@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/audit.h>
+#include <linux/fs.h>
 #include <linux/futex.h>
 #include <linux/if_tun.h>
 #include <linux/io_uring.h>
@@ -105,7 +106,7 @@ static const struct rule rules[] = {
     IOCTL(KVM_GET_PIT2, LW),
     IOCTL(KVM_SET_PIT2, LW),
     IOCTL(KVM_GET_MSR_INDEX_LIST, LW),
-    IOCTL(KVM_GET_MSRS, LW),
+    IOCTL(KVM_GET_MSRS, LWV), // a vCPU's: where its guest wants its steal time
     IOCTL(KVM_SET_MSRS, LW),
     IOCTL(KVM_SET_CPUID2, LW),
     IOCTL(KVM_GET_LAPIC, LW),
@@ -131,6 +132,12 @@ static const struct rule rules[] = {
     IOCTL(UFFDIO_COPY, LW),
     IOCTL(UFFDIO_ZEROPAGE, LW),
     IOCTL(UFFDIO_WAKE, LW),
+    // A snapshot of a running guest; a page of a lazy restore that cannot be had. Numbers of Linux
+    // 6.6, not in older headers.
+    IOCTL(UFFDIO_WRITEPROTECT, LW),
+    IOCTL(0xc020aa08, LW), // UFFDIO_POISON
+    IOCTL(0xc0606610, LW), // PAGEMAP_SCAN
+    IOCTL(FICLONE, LW),    // an overlay that goes with a snapshot
     // A tap is taken when a guest that arrived runs; a grown disk is looked at again.
     IOCTL(TUNSETIFF, LW),
     IOCTL(TUNGETIFF, LW),
@@ -152,6 +159,7 @@ static const struct rule rules[] = {
 
     // The C library's heap, locks, threads and clocks.
     CALL(futex, ALL),
+    CALL(futex_waitv, V | W | L), // turns: sched/client.c
     CALL(read, ALL),
     CALL(write, ALL),
     CALL(readv, ALL),
@@ -177,6 +185,7 @@ static const struct rule rules[] = {
     CALL(sched_getattr, ALL),
     CALL(sched_setattr, ALL), // thread_prompt
     CALL(sched_getaffinity, ALL),
+    CALL(sched_setaffinity, LW), // vCPUs, when their scheduler is gone: sched/client.c
     CALL(clock_gettime, ALL),
     CALL(clock_nanosleep, ALL),
     CALL(gettimeofday, ALL),
@@ -210,6 +219,7 @@ static const struct rule rules[] = {
     CALL(preadv, LWV),
     CALL(pwritev, LWV),
     CALL(lseek, ALL),
+    CALL(copy_file_range, LW), // overlays
     CALL(eventfd2, LW),
     CALL(timerfd_create, LW),
     CALL(fcntl, LW | H),

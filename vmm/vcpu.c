@@ -22,8 +22,20 @@
 #define VCPU_SIGNAL     SIGRTMIN
 #define VCPU_STACK_SIZE (256 * KiB)
 
+// Of the thread that is a vCPU's. Somebody else's signal (the scheduler's) is not preceded by
+// immediate_exit; one that comes just before KVM_RUN would be lost.
+static _Thread_local struct kvm_run *own_run;
+
 static void kick_received(int sig)
 {
+    struct kvm_run *run = own_run;
+    if (run)
+        __atomic_store_n(&run->immediate_exit, 1, __ATOMIC_SEQ_CST);
+}
+
+int vcpu_signal(void)
+{
+    return VCPU_SIGNAL;
 }
 
 int vcpu_create(struct vcpu *vcpu, struct vm *vm, unsigned index, const struct kvm_cpuid2 *cpuid,
@@ -291,12 +303,20 @@ static bool may_run(struct vcpu *vcpu)
 {
     for (;;) {
         set_immediate_exit(vcpu, 0);
-        if (__builtin_expect(atomic_load(&vcpu->vm->hold), 0)) {
+        struct vcpu_turns *turns = atomic_load_explicit(&vcpu->vm->turns, memory_order_acquire);
+        if (__builtin_expect(atomic_load(&vcpu->vm->hold), 0) && !should_leave(vcpu->vm)) {
+            if (turns)
+                turns->give(turns, vcpu);
             held(vcpu->vm);
-            set_immediate_exit(vcpu, 0);
+            continue; // the scheduler may have changed meanwhile
         }
-        if (__builtin_expect(!should_leave(vcpu->vm), 1))
-            return true;
+        if (__builtin_expect(!should_leave(vcpu->vm), 1)) {
+            if (!turns || turns->take(turns, vcpu))
+                return true;
+            continue;
+        }
+        if (turns)
+            turns->give(turns, vcpu);
         if (atomic_load(&vcpu->vm->quit))
             return false;
         complete_exit(vcpu);
@@ -310,6 +330,8 @@ static void *vcpu_main(void *arg)
     char name[16];
     snprintf(name, sizeof(name), "vcpu%u", vcpu->index);
     pthread_setname_np(pthread_self(), name);
+    own_run = vcpu->run;
+    atomic_store(&vcpu->tid, gettid());
     sigset_t kick;
     sigemptyset(&kick);
     sigaddset(&kick, VCPU_SIGNAL);
@@ -331,7 +353,7 @@ static void *vcpu_main(void *arg)
 
 int vcpu_start(struct vcpu *vcpu, struct error *err)
 {
-    // The same empty handler for every VM of the process: it only has to interrupt KVM_RUN.
+    // The same handler for every VM of the process.
     struct sigaction action = {.sa_handler = kick_received};
     if (sigaction(VCPU_SIGNAL, &action, NULL))
         return error_errno(err, "vCPU %u: sigaction", vcpu->index);

@@ -7,6 +7,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+#include <sys/types.h>
 
 #include "vmm/error.h"
 #include "vmm/histogram.h"
@@ -18,6 +19,18 @@ struct vm;
 struct boot_entry;
 struct vcpu_state;
 
+struct vcpu;
+
+// Who says when each vCPU may run, beside Linux; see sched/vm.h. Both are called in the vCPU's
+// thread.
+struct vcpu_turns {
+    // Returns true when the guest may run, having waited for it; false when a signal came
+    // meanwhile, or kvm_run->immediate_exit is set: somebody wants something of the thread.
+    bool (*take)(struct vcpu_turns *turns, struct vcpu *vcpu);
+    // It does not want to run until it calls take again.
+    void (*give)(struct vcpu_turns *turns, struct vcpu *vcpu);
+};
+
 struct vcpu {
     struct vm *vm;
     unsigned index; // = APIC id
@@ -25,6 +38,7 @@ struct vcpu {
     struct kvm_run *run;
     pthread_t thread;
     bool started;
+    _Atomic pid_t tid;         // 0 until the thread runs
     struct vcpu_state *state;  // what the state registry saves and loads (vmm/vcpu_state.c)
     _Atomic uint64_t exits;    // to user space
     struct histogram handling; // of every VCPU_SAMPLE-th of them
@@ -39,6 +53,8 @@ int vcpu_start(struct vcpu *vcpu, struct error *err); // the thread starts parke
 
 // Makes KVM_RUN return, now or at the next entry; cannot be lost. Any thread.
 void vcpu_kick(struct vcpu *vcpu);
+// The signal that does the same when another process sends it to the thread.
+int vcpu_signal(void);
 
 // vmm/vcpu_state.c
 extern const struct state_table vcpu_state_table;

@@ -464,11 +464,9 @@ bool vm_power_on_kept(const struct vm *vm)
     return vm->power_on.len;
 }
 
-int vm_reset(struct vm *vm, struct error *err)
+int vm_clear(struct vm *vm, struct error *err)
 {
-    const struct state_registry reg = kernel_sections(vm);
-    struct stream_mem kept;
-    if (!vm_paused(vm) || !vm_power_on_kept(vm))
+    if (!vm_paused(vm))
         return error_set(err, -EBUSY, "VM %s must be paused to be reset", vm->name);
     for (struct device *d = vm->devices; d; d = d->next)
         if (d->class->reset)
@@ -476,13 +474,33 @@ int vm_reset(struct vm *vm, struct error *err)
     int ret = ram_drop(&vm->ram, 0, vm->ram.pages, err);
     ram_for_each_region (&vm->ram, r)
         ram_mark_dirty(&vm->ram, r->gpa, r->size);
-    stream_mem_reader(&kept, "power-on state", vm->power_on.data, vm->power_on.len);
+    return ret;
+}
+
+static int load_again(struct vm *vm, const struct state_registry *reg, struct stream *in,
+                      struct error *err)
+{
     vm->in_reset = true;
-    if (!ret)
-        ret = state_load(&reg, &kept.stream, err);
+    int ret = state_load(reg, in, err);
     vm->in_reset = false;
     atomic_store(&vm->resetting, false);
     return ret;
+}
+
+int vm_load_again(struct vm *vm, struct stream *in, struct error *err)
+{
+    return load_again(vm, &vm->state, in, err);
+}
+
+int vm_reset(struct vm *vm, struct error *err)
+{
+    const struct state_registry reg = kernel_sections(vm);
+    struct stream_mem kept;
+    if (!vm_power_on_kept(vm))
+        return error_set(err, -EINVAL, "VM %s: its state at power-on was not kept", vm->name);
+    int ret = vm_clear(vm, err);
+    stream_mem_reader(&kept, "power-on state", vm->power_on.data, vm->power_on.len);
+    return ret ? ret : load_again(vm, &reg, &kept.stream, err);
 }
 
 // --- interrupts

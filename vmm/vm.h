@@ -59,6 +59,7 @@ struct vm_stop {
 enum vm_phase { VM_CREATED, VM_PAUSED, VM_ACTIVE, VM_STOPPED };
 
 struct vcpu;
+struct vcpu_turns;
 
 struct vm {
     char name[64];
@@ -88,6 +89,7 @@ struct vm {
     atomic_bool pause; // what vCPU threads look at
     atomic_bool hold;  // for a moment no vCPU enters the guest; who sets it kicks them (vm_hold)
     atomic_bool quit;
+    struct vcpu_turns *_Atomic turns; // vmm/vcpu.h; NULL: vCPUs run as Linux has it
     struct vm_stop stop;
     // Called once, in the thread that caused the stop, without the lock; e.g. loop_stop.
     void (*on_stop)(struct vm *vm, void *arg);
@@ -97,7 +99,7 @@ struct vm {
     void (*on_reset)(struct vm *vm, void *arg);
     atomic_bool resetting;      // the guest wants that; vCPU threads look at it
     struct stream_mem power_on; // vm_power_on_keep's
-    bool in_reset;              // vm_reset loads it
+    bool in_reset;              // vm_reset or vm_load_again loads
 
     struct vm_kernel_state *kernel_state; // irqchip, PIT, clock (vmm/vm_state.c)
     uint64_t paused_clock_ns; // kvmclock when the guest was last paused; it goes on from there
@@ -136,6 +138,10 @@ bool vm_stopped(struct vm *vm);
 int vm_power_on_keep(struct vm *vm, struct error *err);
 bool vm_power_on_kept(const struct vm *vm);
 int vm_reset(struct vm *vm, struct error *err);
+// In two halves, for a guest that becomes one that was saved: devices reset and memory empty, then
+// (the caller has filled memory) a state of this very machine. The VM must be paused, and stays so.
+int vm_clear(struct vm *vm, struct error *err);
+int vm_load_again(struct vm *vm, struct stream *in, struct error *err);
 const char *vm_stop_name(enum vm_stop_kind kind);
 // Process exit status for a stop; see docs/exit-status in the man page.
 int vm_stop_status(const struct vm_stop *stop);

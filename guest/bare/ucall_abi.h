@@ -120,7 +120,11 @@ enum ucall_param {
     X(BOOT, boot)           /* 1: 64-bit boot protocol, 2: PVH */                                  \
     X(COUNTER, counter)     /* [cpu] address of a u64 that a spinning CPU increments */            \
     X(AREA_BASE, area_base) /* [area] address of memory that devices may write ... */              \
-    X(AREA_BYTES, area_bytes) /* [area] ... and its length: all else stays as it was */
+    X(AREA_BYTES, area_bytes) /* [area] ... and its length: all else stays as it was */            \
+    X(WAKE_P50, wake_p50)     /* [cpu] timer to handler, us: median */                             \
+    X(WAKE_P99, wake_p99)     /* [cpu] ... 99th percentile */                                      \
+    X(WAKE_MAX, wake_max)     /* [cpu] ... worst */                                                \
+    X(STEAL_NS, steal_ns)     /* [cpu] KVM's steal time as the guest reads it */
 
 enum ucall_value {
 #define UCALL_VALUE_ENUM(suffix, name) UCALL_V_##suffix,

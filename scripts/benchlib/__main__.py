@@ -7,15 +7,19 @@ import signal
 import sys
 import tempfile
 
+import plot
 import report
 import rows
 import suite_api
 import suite_boot
 import suite_io
 import suite_migrate
+import suite_sched
+import suite_snapshot
 from vmms import Ferry, Qemu
 
-SUITES = {"boot": suite_boot, "api": suite_api, "io": suite_io, "migrate": suite_migrate}
+SUITES = {"boot": suite_boot, "api": suite_api, "io": suite_io, "migrate": suite_migrate,
+          "snapshot": suite_snapshot, "sched": suite_sched}
 
 
 def versions():
@@ -40,6 +44,7 @@ def main():
     parser.add_argument("--row", default="", metavar="TEXT")
     parser.add_argument("--runs", type=int, metavar="N")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()
     for name in options.suites:
@@ -82,6 +87,8 @@ def main():
             print(f"{word}: {row.suite} {row.name}, {name}: {why}")
     if options.json:
         report.write_json(options.json, facts, found, chosen, results)
+    if options.plot:
+        plot.write(options.plot, results)
     return 1 if any(row.problems for row in chosen) else 0
 
 

@@ -8,7 +8,7 @@ _ferry_commands()
 
 _ferry_options()
 {
-    "$1" "$2" --help 2>/dev/null | sed '/^examples\{0,1\}:/,/^$/d' |
+    "$@" --help 2>/dev/null | sed '/^examples\{0,1\}:/,/^$/d' |
         grep -oE -- '(^|[ []|, )--[a-z-]+' | tr -d ' [,' | sort -u
 }
 
@@ -41,6 +41,7 @@ _ferry()
         --log) choices="error warn info debug" ;;
         --log-format) choices="text json" ;;
         --control | --vmgenid) choices="true false" ;;
+        --sched) choices="auto off" ;;
         --seccomp) choices="on off log" ;;
         --psk | --tls-ca | --tls-cert | --tls-key)
             mapfile -t COMPREPLY < <(compgen -f -- "$word")
@@ -51,16 +52,29 @@ _ferry()
             return
             ;;
         --transport) choices="mmio pci" ;;
+        --scheduler) choices="fair proportional credit credit-cap" ;;
+        --placement) choices="length weight" ;;
         --net) choices="tap= tap-fd= user" ;;
         --on-reboot) choices="stop reset" ;;
         --mode) choices="precopy postcopy hybrid local" ;;
-        --compress) choices="auto always none" ;;
+        --layout) choices="packed mapped" ;;
+        --compress)
+            choices="auto always none"
+            [ "$command" != snapshot ] || choices="lz4 none"
+            ;;
         --prepaging) choices="none push forward bubble multi-bubble" ;;
         --on-stall) choices="continue cancel switch postcopy throttle" ;;
         *)
             case $word:$command in
+            -*:sched) choices=$(_ferry_options "$ferry" "${COMP_WORDS[@]:1:COMP_CWORD > 2 ? 2 : 1}") ;;
             -*) choices=$(_ferry_options "$ferry" "$command") ;;
-            *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:reset | *:stop | *:snapshot) choices=$(_ferry_vms) ;;
+            *:sched)
+                [ "${COMP_WORDS[2]}:$COMP_CWORD" != set:3 ] || choices=$(_ferry_vms)
+                [ "$COMP_CWORD" -gt 2 ] ||
+                    choices=$("$ferry" sched --help 2>/dev/null | sed -n 's/^  \([a-z]\{2,\}\)  *.*/\1/p')
+                ;;
+            *:snapshot) choices="create ls verify merge rm $(_ferry_vms)" ;;
+            *:clone | *:console | *:info | *:set | *:kill | *:rm | *:events | *:pause | *:resume | *:reset | *:stop) choices=$(_ferry_vms) ;;
             *:migrate) choices="$(_ferry_vms) status cancel set pause recover force-resume" ;;
             esac
             ;;

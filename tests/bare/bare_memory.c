@@ -47,6 +47,7 @@ static void oracle_check(struct bare *b)
 
 struct shadow {
     struct ram *ram;
+    struct ram_dirty *user;
     uint64_t first, pages; // the page indexes it covers
     uint8_t *copy;
     uint64_t *bitmap;
@@ -62,9 +63,14 @@ __attribute__((no_sanitize("thread"))) static void live_copy(void *to, const voi
         target[i] = source[i];
 }
 
-static void shadow_create(struct shadow *s, struct ram *ram, uint64_t first, uint64_t pages)
+static void shadow_create(struct shadow *s, struct ram *ram, struct ram_dirty *user, uint64_t first,
+                          uint64_t pages)
 {
-    *s = (struct shadow) {ram, first, pages, malloc(pages * PAGE_SIZE),
+    *s = (struct shadow) {ram,
+                          user,
+                          first,
+                          pages,
+                          malloc(pages * PAGE_SIZE),
                           calloc(ram_bitmap_words(ram), sizeof(uint64_t))};
     ck_assert(s->copy && s->bitmap);
     live_copy(s->copy, ram_page(ram, first), pages * PAGE_SIZE);
@@ -87,7 +93,7 @@ static uint64_t shadow_sync(struct shadow *s)
     struct error err;
     uint64_t fresh, counted = 0, changed = 0;
     memset(s->bitmap, 0, ram_bitmap_words(s->ram) * sizeof(uint64_t));
-    ck_assert_msg(!ram_dirty_sync(s->ram, s->bitmap, &fresh, &err), "%s", err.text);
+    ck_assert_msg(!ram_dirty_sync(s->ram, s->user, s->bitmap, &fresh, &err), "%s", err.text);
     for (uint64_t n = 0; n < s->ram->pages; n++)
         counted += bit(s->bitmap, n);
     ck_assert_uint_eq(counted, fresh);
@@ -154,15 +160,16 @@ START_TEST(dirty_log_covers_every_change)
 {
     const struct place *place = &places[_i];
     struct bare b;
+    struct ram_dirty user = {0};
     struct error err;
     incr_create(&b, place);
     bare_pause(&b);
     uint64_t first, pages;
     ranges_span(&b, &first, &pages);
-    ck_assert_msg(!ram_dirty_start(&b.vm->ram, &err), "%s", err.text);
-    ck_assert_int_eq(ram_dirty_start(&b.vm->ram, &err), -EBUSY);
+    ck_assert_msg(!ram_dirty_start(&b.vm->ram, &user, &err), "%s", err.text);
+    ck_assert_int_eq(ram_dirty_start(&b.vm->ram, &user, &err), -EBUSY);
     struct shadow s;
-    shadow_create(&s, &b.vm->ram, first, pages);
+    shadow_create(&s, &b.vm->ram, &user, first, pages);
     ck_assert_uint_eq(shadow_sync(&s), 0); // nothing ran since the start
     uint64_t changed = 0;
     for (unsigned n = 0; n < 30; n++) {
@@ -182,8 +189,8 @@ START_TEST(dirty_log_covers_every_change)
         ck_assert(bit(s.bitmap, own));
     }
     ck_assert_uint_ge(changed, 30 * 512); // a whole walk or most of one each time
-    ck_assert_msg(!ram_dirty_stop(&b.vm->ram, &err), "%s", err.text);
-    ck_assert_int_eq(ram_dirty_sync(&b.vm->ram, s.bitmap, NULL, &err), -EINVAL);
+    ck_assert_msg(!ram_dirty_stop(&b.vm->ram, &user, &err), "%s", err.text);
+    ck_assert_int_eq(ram_dirty_sync(&b.vm->ram, &user, s.bitmap, NULL, &err), -EINVAL);
     shadow_free(&s);
     bare_end(&b);
 }
@@ -195,26 +202,27 @@ START_TEST(copy_by_rounds_is_exact)
 {
     const struct place *place = &places[_i];
     struct bare b;
+    struct ram_dirty user = {0};
     struct error err;
     incr_create(&b, place);
     struct ram *ram = &b.vm->ram;
     uint64_t first, pages;
     ranges_span(&b, &first, &pages);
-    ck_assert_msg(!ram_dirty_start(ram, &err), "%s", err.text);
+    ck_assert_msg(!ram_dirty_start(ram, &user, &err), "%s", err.text);
     struct shadow s;
-    shadow_create(&s, ram, first, pages); // torn: the guest runs
+    shadow_create(&s, ram, &user, first, pages); // torn: the guest runs
     for (unsigned n = 0; n < 100; n++) {
         if (n == 99)
             bare_pause(&b);
         memset(s.bitmap, 0, ram_bitmap_words(ram) * sizeof(uint64_t));
-        ck_assert_msg(!ram_dirty_sync(ram, s.bitmap, NULL, &err), "%s", err.text);
+        ck_assert_msg(!ram_dirty_sync(ram, &user, s.bitmap, NULL, &err), "%s", err.text);
         for (uint64_t p = 0; p < pages; p++)
             if (bit(s.bitmap, first + p))
                 live_copy(s.copy + p * PAGE_SIZE, ram_page(ram, first + p), PAGE_SIZE);
     }
     ck_assert_int_eq(memcmp(s.copy, ram_page(ram, first), pages * PAGE_SIZE), 0);
     oracle_check(&b);
-    ck_assert(!ram_dirty_stop(ram, &err));
+    ck_assert(!ram_dirty_stop(ram, &user, &err));
     shadow_free(&s);
     bare_end(&b);
 }
@@ -224,22 +232,23 @@ END_TEST
 START_TEST(log_can_be_started_again)
 {
     struct bare b;
+    struct ram_dirty user = {0};
     struct error err;
     incr_create(&b, &places[1]);
     for (unsigned n = 0; n < 5; n++) {
         uint64_t beat = bare_u64(&b, bare_value(&b, UCALL_V_HEARTBEAT, 0));
         bare_wait_change(&b, bare_value(&b, UCALL_V_HEARTBEAT, 0), beat);
         bare_pause(&b);
-        ck_assert_msg(!ram_dirty_start(&b.vm->ram, &err), "%s", err.text);
+        ck_assert_msg(!ram_dirty_start(&b.vm->ram, &user, &err), "%s", err.text);
         struct shadow s;
-        shadow_create(&s, &b.vm->ram, 0, b.vm->ram.pages);
+        shadow_create(&s, &b.vm->ram, &user, 0, b.vm->ram.pages);
         ck_assert_uint_eq(shadow_sync(&s), 0);
         beat = bare_u64(&b, bare_value(&b, UCALL_V_HEARTBEAT, 0));
         bare_resume(&b);
         bare_wait_change(&b, bare_value(&b, UCALL_V_HEARTBEAT, 0), beat);
         bare_pause(&b);
         ck_assert_uint_gt(shadow_sync(&s), 0);
-        ck_assert(!ram_dirty_stop(&b.vm->ram, &err));
+        ck_assert(!ram_dirty_stop(&b.vm->ram, &user, &err));
         shadow_free(&s);
         bare_resume(&b);
     }

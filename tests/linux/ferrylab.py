@@ -305,7 +305,7 @@ class Lab:
         if command not in ("run", "receive", "restore") or "--help" in args:
             return []
         more = ["--seccomp", SECCOMP] if SECCOMP and "--seccomp" not in args else []
-        if JAIL and command == "run" and "--jail" not in args:
+        if JAIL and command == "run" and not {"--jail", "--checkpoints"} & set(args):
             more += ["--jail", self.jail()]
         return more
 

@@ -292,6 +292,11 @@ class Life(ApiTest):
         self.assertIn(2 << 20, [devices["disk0"]["size"], devices["disk1"]["size"]])
         self.good(api, "PATCH", "/balloon", {"amount_mib": 4})
         self.assertEqual(4, self.good(api, "GET", "/balloon/statistics", status=200)["target_mib"])
+        self.assertStatus(vm.ferry("set", "memory=24M", "disk0.bps=50M"), lab.OK)
+        self.assertEqual(8, self.good(api, "GET", "/balloon/statistics", status=200)["target_mib"])
+        for wrong in ("memory=33M", "memory=0", "memory=x"):
+            self.assertIn("up to the VM's 32 MiB",
+                          self.assertStatus(vm.ferry("set", wrong), lab.USAGE).stderr)
         self.good(api, "PUT", "/actions", {"action_type": "FlushMetrics"})
         with open(self.lab.path("metrics")) as f:
             self.assertEqual(vm.name, json.loads(f.readline())["name"])
@@ -359,11 +364,15 @@ class Life(ApiTest):
         self.assertEqual("Paused", self.good(api, "GET", "/", status=200)["state"])
         self.good(api, "PATCH", "/vm", {"state": "Resumed"})
         self.bad(api, "PATCH", "/vm", {"state": "Resumed"}, "not paused but running")
+        self.good(api, "PATCH", "/vm", {"state": "Paused"})
+        diff = {"snapshot_path": snap + ".1", "mem_file_path": memory, "snapshot_type": "Diff"}
+        self.good(api, "PUT", "/snapshot/create", diff)
+        self.bad(api, "PUT", "/snapshot/create", {**diff, "snapshot_path": snap}, "snap.1")
         self.good(api, "PUT", "/stop", {})
         self.assertEnds(vm, lab.STOPPED)
 
         second, api = self.waiting()
-        load = {"snapshot_path": snap, "resume_vm": True,
+        load = {"snapshot_path": snap + ".1", "resume_vm": True, "enable_diff_snapshots": True,
                 "mem_backend": {"backend_type": "File", "backend_path": memory}}
         self.bad(api, "PUT", "/snapshot/load", {**load, "snapshot_path": "/nowhere"}, "/nowhere")
         self.assertEqual("Not started", self.good(api, "GET", "/", status=200)["state"])
@@ -372,6 +381,11 @@ class Life(ApiTest):
             self.assertIsNone(second.child.poll(), second.errors())  # until it has run
         self.assertEqual("Running", self.good(api, "GET", "/", status=200)["state"])
         self.assertIn("disk0", self.good(api, "GET", "/info", status=200)["devices"])
+        self.good(api, "PATCH", "/vm", {"state": "Paused"})
+        self.good(api, "PUT", "/snapshot/create", {**diff, "snapshot_path": snap + ".2"})
+        report = self.assertStatus(self.lab.ferry("snapshot", "verify", snap + ".2", "--json"),
+                                   lab.OK).json()
+        self.assertEqual(("diff", 3), (report["kind"], report["files"]))
         self.good(api, "PUT", "/stop", {})
         self.assertEnds(second, lab.STOPPED)
 
@@ -404,6 +418,76 @@ class Life(ApiTest):
         self.assertEqual(0, process.wait(), process.errors())
         self.assertFalse(os.path.exists(path))
 
+    def test_big_slow_and_rude_clients(self):
+        """10 MB that are really sent, a byte at a time, a reader that does not read: each is answered or
+        closed, and whoever else asks is answered meanwhile."""
+        vm, api = self.waiting()
+        self.good(api, "PUT", "/boot-source", {"kernel_image_path": lab.bare_guest("incr.elf"),
+                                               "boot_args": "pages=64"})
+        self.start(api)
+        with socket.socket(socket.AF_UNIX) as big:
+            big.settimeout(lab.LIMIT)
+            big.connect(api.path)
+            try:
+                big.sendall(b"PUT /vm HTTP/1.1\r\nContent-Length: 10000000\r\n\r\n")
+                for _ in range(100):
+                    big.sendall(b" " * 100000)
+            except OSError as e:  # closed in the middle of it
+                self.assertIn(e.errno, (errno.EPIPE, errno.ECONNRESET))
+            try:
+                self.assertIn(big.recv(64)[:12], (b"", b"HTTP/1.1 413"))
+            except ConnectionResetError:
+                pass
+        with socket.socket(socket.AF_UNIX) as deaf:  # asks without end, and reads nothing
+            deaf.setblocking(False)
+            deaf.connect(api.path)
+            try:
+                for _ in range(20000):
+                    deaf.send(b"GET /openapi HTTP/1.1\r\n\r\n")
+            except OSError as e:
+                self.assertIn(e.errno, (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET))
+            with socket.socket(socket.AF_UNIX) as slow:
+                slow.settimeout(lab.LIMIT)
+                slow.connect(api.path)
+                for i in range(26):
+                    slow.sendall(b"GET /version HTTP/1.1\r\n\r\n  "[i:i + 1])
+                    self.assertEqual(200, api.call("GET", "/info")[0])
+                self.assertEqual(b"HTTP/1.1 200", slow.recv(64)[:12])
+        before = self.good(api, "GET", "/info", status=200)["vcpus"][0]["cpu_ns"]
+        while self.good(api, "GET", "/info", status=200)["vcpus"][0]["cpu_ns"] == before:
+            self.assertIsNone(vm.child.poll(), vm.errors())
+        self.good(api, "PUT", "/stop", {})
+        self.assertEnds(vm, lab.STOPPED)
+
+    def test_metrics_on_a_port(self):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        vm = self.lab.vm("run", "-k", lab.bare_guest("incr.elf"), "-m", "32M", "-a", "pages=64",
+                         "--metrics-listen", str(port))
+        vm.wait_for(b"sync 1")
+        while vm.ferry("info").status:
+            self.assertIsNone(vm.child.poll(), vm.errors())
+        for method, path, status in (("GET", "/metrics", 200), ("GET", "/metrics/prometheus", 200),
+                                     ("GET", "/", 404), ("GET", "/info", 404),
+                                     ("PUT", "/metrics", 501), ("PUT", "/stop", 501)):
+            with self.subTest(method=method, path=path):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=lab.LIMIT)
+                connection.request(method, path)
+                answer = connection.getresponse()
+                self.assertEqual(status, answer.status)
+                if status == 200:
+                    self.assertIn(f'ferry_vm_state{{vm="{vm.name}",state="running"}} 1',
+                                  answer.read().decode())
+                connection.close()
+        second = self.lab.ferry("run", "-k", lab.bare_guest("halt.elf"), "--metrics-listen",
+                                f"tcp:127.0.0.1:{port}")
+        self.assertIn("Address already in use", self.assertStatus(second, lab.FAILED).stderr)
+        for wrong in ("localhost:1", "x", "", "1:2:3", "70000"):
+            result = self.lab.ferry("run", "-k", lab.bare_guest("halt.elf"), "--metrics-listen", wrong)
+            self.assertNotEqual(lab.OK, result.status, wrong)
+        self.assertStatus(vm.ferry("stop"), lab.OK)
+        self.assertEnds(vm, lab.STOPPED)
+
     def test_events(self):
         vm = self.lab.vm("run", "-k", lab.bare_guest("incr.elf"), "-m", "32M", "-a", "pages=64")
         vm.wait_for(b"sync 1")
@@ -434,12 +518,12 @@ class Life(ApiTest):
             idle.append(s)
         answers = []
         threads = [threading.Thread(target=lambda: answers.append(api.call("GET", "/")[0]))
-                   for _ in range(50)]
+                   for _ in range(100)]
         for t in threads:
             t.start()
         for t in threads:
             t.join()
-        self.assertEqual([200] * 50, answers)
+        self.assertEqual([200] * 100, answers)
         for s in idle:
             s.close()
         self.good(api, "PUT", "/stop", {})
@@ -452,6 +536,13 @@ class Hosts(ApiTest):
                 self.assertStatus(self.lab.ferry("ls", "--json", *args), lab.OK).json()}
 
     @unittest.skipIf(lab.JAIL, "the process outside a jail removes what a dead VM leaves: test_jail")
+    def stands_still(self, pid):
+        states = []
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/stat") as f:
+                states.append(f.read().rsplit(")", 1)[1].split()[0])
+        return set(states) == {"T"}
+
     def test_ls_rm_kill_prune(self):
         self.assertEqual({}, self.names())
         first = self.lab.vm("run", "-k", lab.bare_guest("incr.elf"), "-m", "32M", "-a", "pages=64",
@@ -465,13 +556,19 @@ class Hosts(ApiTest):
         self.assertEqual(("running", first.pid), (listed[first.name]["state"],
                                                   listed[first.name]["pid"]))
         self.assertIn("runs", self.assertStatus(first.ferry("rm"), lab.FAILED).stderr)
-        os.kill(second.pid, signal.SIGSTOP)  # alive, and silent
+        os.kill(second.pid, signal.SIGSTOP)  # alive, and silent when its last thread has heard
+        while not self.stands_still(second.pid):
+            self.assertIsNone(second.child.poll(), second.errors())
         self.assertEqual("silent", self.names()[second.name]["state"])
-        self.assertStatus(second.ferry("kill"), lab.OK)
+        self.assertEqual({"name": second.name, "pid": second.pid},
+                         self.assertStatus(second.ferry("kill", "--json"), lab.OK).json())
         self.assertEqual(-signal.SIGKILL, second.wait())
         self.assertEqual("dead", self.names()[second.name]["state"])
         self.assertEqual(["zombie"], [f["kind"] for f in self.names("--sprawl").values()])
         self.assertIn("dead already", self.assertStatus(second.ferry("kill"), lab.FAILED).stderr)
+        left = self.assertStatus(self.lab.ferry("rm", second.name, "--dry-run", "--json"),
+                                 lab.OK).json()["would_remove"]
+        self.assertIn(f"{self.lab.run_dir}/{second.name}.sock", [f["path"] for f in left])
         self.assertIn(f"would remove {self.lab.run_dir}/{second.name}.sock",
                       self.assertStatus(self.lab.ferry("prune", "--dry-run"), lab.OK).stdout)
         self.assertStatus(second.ferry("rm"), lab.OK)

@@ -8,6 +8,7 @@ import time
 import unittest
 
 import ferrylab as lab
+from test_api import Api
 
 MIB = 1024 * 1024
 PAGE = 4096
@@ -56,6 +57,30 @@ class Balloon(lab.LabTest):
     def set(self, vm, **settings):
         for key, value in settings.items():
             self.assertStatus(vm.ferry("set", f"balloon0.{key}={value}"), lab.OK)
+
+    def test_0_hinting_on_request(self):
+        """The host asks; what the guest does not need comes back, what it uses stays."""
+        vm = self.boot("reporting=off", "--api-sock", self.lab.path("api"))
+        api = Api(self.lab.path("api"))
+        vm.command("head -c 1000000 /dev/urandom > /tmp/kept; sha256sum /tmp/kept > /tmp/sum")
+        full = self.hold(vm, HOG)
+        self.release(vm)
+        for acknowledge in (False, True):
+            self.assertEqual(204, api.call("PATCH", "/balloon/hinting/start",
+                                           {"acknowledge_on_stop": acknowledge})[0])
+            status, answer = api.call("PATCH", "/balloon/hinting/start", {})
+            if not acknowledge:  # otherwise the first may have ended
+                self.assertEqual(400, status)
+                self.assertIn("under way", answer["fault_message"])
+                self.until(vm, "taken", lambda shown: pss(vm) < full - HOG // 2 * MIB)
+                said = api.call("GET", "/balloon/hinting/status")[1]
+                self.assertGreaterEqual(said["host_cmd"], 2)
+                self.assertEqual(204, api.call("PATCH", "/balloon/hinting/stop", {})[0])
+            self.until(vm, "acknowledged", lambda shown: shown["hint_command"] == 1)
+        self.assertIn("/tmp/kept: OK", vm.command("sha256sum -c /tmp/sum"))
+        self.assertGreater(self.show(vm)["hinted_bytes"], HOG // 2 * MIB)
+        self.hold(vm, HOG)  # and it can be used again
+        self.release(vm)
 
     def test_1_inflate_and_deflate(self):
         vm = self.boot("reporting=off")

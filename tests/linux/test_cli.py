@@ -17,22 +17,23 @@ from ferrylab import LabTest
 
 COMMANDS = ("run", "check", "info", "console", "pause", "resume", "stop", "reset", "ls", "ps", "kill", "rm", "prune",
             "top", "events", "set", "snapshot", "restore", "migrate",
-            "receive", "version")
+            "receive", "version", "sched")
+SCHED = ("daemon", "status", "top", "set", "trace", "sim")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z-]*)")
 SHORT = re.compile(r"(?m)^ +-(\w), --([a-z-]+)")
 ESCAPE = b"\x1d"  # Ctrl-]
 
 
 class Texts(LabTest):
-    def help(self, command):
-        result = self.lab.ferry(command, "--help")
+    def help(self, *command):
+        result = self.lab.ferry(*command, "--help")
         self.assertStatus(result, lab.OK)
         self.assertEqual("", result.stderr)
         return result.stdout
 
-    def options(self, command):
+    def options(self, *command):
         """What the help text lists; its examples may show other commands' options."""
-        text = re.sub(r"(?ms)^examples?:.*?(\n\n|\Z)", "\n", self.help(command))
+        text = re.sub(r"(?ms)^examples?:.*?(\n\n|\Z)", "\n", self.help(*command))
         return set(OPTION.findall(text)), text
 
     def test_commands_in_help_exist_and_have_help(self):
@@ -85,9 +86,11 @@ class Texts(LabTest):
         in_help = set()
         for command in COMMANDS:
             in_help |= self.options(command)[0]
+        for command in SCHED:
+            in_help |= self.options("sched", command)[0]
         in_help -= {"help"}
         self.assertEqual(sorted(in_help), sorted(in_page - {"help"}))
-        for command in COMMANDS:
+        for command in COMMANDS + SCHED:
             self.assertRegex(page, rf"\b{command}\b")
 
     def test_exit_statuses_in_the_man_page(self):
@@ -130,6 +133,10 @@ class Texts(LabTest):
         for command in COMMANDS:
             options = sorted(f"--{option}" for option in self.options(command)[0])
             self.assertEqual(options, self.complete(command, "--"), command)
+        self.assertEqual(sorted(SCHED), self.complete("sched", ""))
+        for command in SCHED:
+            options = {f"--{option}" for option in self.options("sched", command)[0]}
+            self.assertEqual(sorted(options), self.complete("sched", command, "--"), command)
         with open(self.lab.path("a-kernel"), "w"):
             pass
         self.assertEqual(["a-kernel"], self.complete("run", "--kernel", "a-k"))
@@ -137,6 +144,14 @@ class Texts(LabTest):
         while not vm.ferry("info").status == lab.OK:
             self.assertIsNone(vm.child.poll(), vm.errors())
         self.assertEqual(["completes-me"], self.complete("stop", "comp"))
+
+    def test_each_command_has_json_and_an_example(self):
+        for command in set(COMMANDS) - {"migrate"}:
+            with self.subTest(command=command):
+                self.assertIn("json", self.options(command)[0])
+        for command in set(COMMANDS) - {"check", "version", "migrate", "receive", "restore"}:
+            with self.subTest(command=command):
+                self.assertRegex(self.help(command), r"(?m)^examples?:")
 
     def test_json_texts(self):
         version = self.assertStatus(self.lab.ferry("version", "--json"), lab.OK).json()
@@ -219,6 +234,8 @@ class Control(LabTest):
         client = self.lab.start(lab.Process([lab.FERRY, "console", "attached"], env=self.lab.env,
                                             stdin=theirs, stdout=theirs))
         os.close(theirs)
+        where = self.assertStatus(self.lab.ferry("console", "attached", "--json"), lab.OK)
+        self.assertIn(where.json()["console"], self.lab.ferry("info", "attached").stdout)
         screen = lab.Stream(ours, "the terminal")
         for text in says:
             os.write(ours, text.encode())

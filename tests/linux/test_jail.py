@@ -21,16 +21,25 @@ def status_of(pid):
 
 
 class Filters(lab.LabTest):
-    def filtered(self, vm, *names):
-        """The VM has these threads, and each has a filter (mode 2 of seccomp(2))."""
+    def modes(self, vm):
+        """{name of a thread: (mode of its filter, whether it may gain rights)}"""
         threads = [status_of(f"{vm.pid}/task/{task}") for task in os.listdir(f"/proc/{vm.pid}/task")]
-        modes = {status["Name"]: (int(status["Seccomp"]), int(status["NoNewPrivs"]))
-                 for status in threads if not status["Name"].startswith(("iou-", "kvm-"))}  # the kernel's
-        self.assertEqual(dict.fromkeys(names, (2, 1)), modes)
+        return {status["Name"]: (int(status["Seccomp"]), int(status["NoNewPrivs"]))
+                for status in threads
+                if not status["Name"].startswith(("iou-", "kvm-"))}  # the kernel's own
+
+    def filtered(self, vm, *names):
+        """The VM has these threads, and each has a filter (mode 2 of seccomp(2)): soon, for it
+        answers a moment before its loop's thread is confined."""
+        wanted = dict.fromkeys(names, (2, 1))
+        end = time.monotonic() + lab.LIMIT
+        while self.modes(vm) != wanted and time.monotonic() < end:
+            self.assertIsNone(vm.child.poll(), vm.errors())
+            time.sleep(0.02)
+        self.assertEqual(wanted, self.modes(vm))
 
     def wait_running(self, vm):
         vm.stderr.wait(b"sync")
-        self.assertStatus(vm.ferry("info"), lab.OK)  # answered by a loop that is confined
 
     def wait_arrived(self, vm):
         end = time.monotonic() + lab.LIMIT
@@ -130,6 +139,8 @@ class AsRoot(JailTest):
         after.close()
         self.assertEqual(before.recv(1), b"")  # nobody holds its other end
         before.close()
+        while status_of(pid)["Seccomp"].strip() == "0":  # it says "sync" a moment before
+            self.assertIsNone(vm.child.poll(), vm.errors())
         for task in os.listdir(f"/proc/{pid}/task"):
             status = status_of(f"{pid}/task/{task}")
             self.assertEqual(status["Uid"].split(), [str(UID)] * 4)
@@ -326,6 +337,9 @@ class AsOrdinaryUser(JailTest):
         info = self.lab.ferry("info", "ordinary", "--json",
                               env=dict(self.lab.env, FERRY_RUN_DIR=self.run_dir)).json()
         status = status_of(info["pid"])
+        while status["Seccomp"].strip() == "0":  # it answers a moment before
+            self.assertIsNone(vm.child.poll(), vm.errors())
+            status = status_of(info["pid"])
         self.assertEqual((status["Uid"].split(), status["Groups"].strip(), status["CapEff"].strip("0\t"),
                           status["Seccomp"].strip()), ([str(UID)] * 4, "", "", "2"))
         vm.child.terminate()

@@ -217,6 +217,30 @@ class LinuxMoves(unittest.TestCase):
             self.assertEqual(mode, report["mode"], f"hop {hop}")
             self.check_output()
 
+    def test_3a_strangers(self):
+        """Whoever is not let in leaves the guest where it is, and both sides' users know why."""
+        j, hosts = self.journey, self.hosts
+        here, there = j.host, 1 - j.host
+        target, address = hosts.receive(there)
+        with open(self.lab.path("other"), "w", encoding="ascii") as f:
+            f.write(f"other:{os.urandom(32).hex()}\n")
+        for trust, says in (((), "--tls DIR or --psk FILE"),
+                            (("--insecure",), "it speaks TLS"),
+                            (("--psk", self.lab.path("other")), "same --psk"),
+                            (("--psk", self.lab.path("nothing")), self.lab.path("nothing")),
+                            (("--tls", self.lab.path(f"host{here}")), "it refuses")):
+            result = j.vm.ferry("migrate", address, "--quiet", *trust)
+            self.assertStatus(result, lab.FAILED)
+            self.assertIn(says, result.stderr, trust)
+            self.assertEqual("running", j.vm.ferry("info", "--json").json()["state"])
+        target.end()
+        refused = self.lab.ferry("receive", "--listen", "tcp:0.0.0.0:0")
+        self.assertStatus(refused, lab.FAILED)
+        self.assertIn("--tls DIR or --psk FILE", refused.stderr)
+        j.ask()
+        j.answered()
+        self.check_output()
+
     def failing_migration(self, hurt, mode="precopy", bandwidth="1M"):
         """Starts a slow migration, calls hurt(target) once pages flow; the guest must go on here."""
         j = self.journey
@@ -260,30 +284,6 @@ class LinuxMoves(unittest.TestCase):
         target, _ = self.failing_migration(cut)
         target.end()
         self.assertEqual(b"", target.console.rest())
-
-    def test_6a_strangers(self):
-        """Whoever is not let in leaves the guest where it is, and both sides' users know why."""
-        j, hosts = self.journey, self.hosts
-        here, there = j.host, 1 - j.host
-        target, address = hosts.receive(there)
-        with open(self.lab.path("other"), "w", encoding="ascii") as f:
-            f.write(f"other:{os.urandom(32).hex()}\n")
-        for trust, says in (((), "--tls DIR or --psk FILE"),
-                            (("--insecure",), "it speaks TLS"),
-                            (("--psk", self.lab.path("other")), "same --psk"),
-                            (("--psk", self.lab.path("nothing")), self.lab.path("nothing")),
-                            (("--tls", self.lab.path(f"host{here}")), "it refuses")):
-            result = j.vm.ferry("migrate", address, "--quiet", *trust)
-            self.assertStatus(result, lab.FAILED)
-            self.assertIn(says, result.stderr, trust)
-            self.assertEqual("running", j.vm.ferry("info", "--json").json()["state"])
-        target.end()
-        refused = self.lab.ferry("receive", "--listen", "tcp:0.0.0.0:0")
-        self.assertStatus(refused, lab.FAILED)
-        self.assertIn("--tls DIR or --psk FILE", refused.stderr)
-        j.ask()
-        j.answered()
-        self.check_output()
 
     def test_7_nobody_listens(self):
         j = self.journey
@@ -424,6 +424,7 @@ class BareMoves(LabTest):
         target, address = self.hosts.receive(1, "--backing", "memfd")
         command = ["migrate", vm.name, address, "--mode", "postcopy", "--prepaging", "none",
                    *self.hosts.trust(0)]
+        heard = 0
         for _ in range(2):
             # Nothing is pushed until nobody has asked for anything for a second.
             client = self.lab.start(lab.Process([lab.FERRY, *command], env=self.lab.env))
@@ -431,7 +432,7 @@ class BareMoves(LabTest):
             self.assertStatus(self.lab.ferry("migrate", "pause", vm.name), lab.OK)
             self.assertEqual(lab.FAILED, client.wait(), client.errors())
             self.assertIn("ferry migrate recover", client.errors())
-            target.stderr.wait(b"stands still")
+            heard = target.stderr.wait(b"stands still", heard).end()
             self.assertEqual("paused", target.ferry("info", "--json").json()["state"])
             self.assertStatus(vm.ferry("resume"), lab.FAILED)
             status = self.lab.ferry("migrate", "status", vm.name, "--json").json()

@@ -5,6 +5,7 @@ devices and its control socket stay."""
 import json
 import os
 import re
+import signal
 import socket
 import threading
 import time
@@ -58,6 +59,14 @@ class Bare(lab.LabTest):
         states = [json.loads(line)["to"] for line in follower.stdout.rest().split(b"\n") if line]
         self.assertEqual(["starting", "running", "paused", "starting", "paused", "running",
                           "stopped"], states[-7:])
+
+    def test_one_that_always_reboots_can_be_ended(self):
+        vm = self.lab.vm("run", "-k", lab.bare_guest("reset.elf"), "--on-reboot", "reset")
+        self.syncs(vm, 2)
+        info = vm.ferry("info", "--json").json()
+        self.assertIn(info["state"], ("running", "starting"))
+        os.kill(vm.pid, signal.SIGTERM)  # it does not listen for the button
+        self.assertEnds(vm, lab.STOPPED)
 
     def test_one_that_came_without_its_kernel(self):
         vm = self.lab.vm("run", "-k", lab.bare_guest("incr.elf"), "-m", "32M", "-a", "pages=64")

@@ -233,6 +233,7 @@ static unsigned popcount(const uint64_t *bitmap, size_t words)
 START_TEST(own_writes_are_logged)
 {
     struct ram ram;
+    struct ram_dirty user = {0};
     struct error err;
     autoclose int vm = kvm_vm();
     if (vm < 0)
@@ -242,11 +243,11 @@ START_TEST(own_writes_are_logged)
     size_t words = ram_bitmap_words(&ram);
     autofree uint64_t *bitmap = calloc(words, 8);
     uint64_t fresh;
-    ck_assert_int_eq(ram_dirty_sync(&ram, bitmap, &fresh, &err), -EINVAL);
+    ck_assert_int_eq(ram_dirty_sync(&ram, &user, bitmap, &fresh, &err), -EINVAL);
     ram_mark_dirty(&ram, 0, PAGE_SIZE); // before the start: does not count
-    ck_assert_msg(!ram_dirty_start(&ram, &err), "%s", err.text);
-    ck_assert_int_eq(ram_dirty_start(&ram, &err), -EBUSY);
-    ck_assert_int_eq(ram_dirty_sync(&ram, bitmap, &fresh, &err), 0);
+    ck_assert_msg(!ram_dirty_start(&ram, &user, &err), "%s", err.text);
+    ck_assert_int_eq(ram_dirty_start(&ram, &user, &err), -EBUSY);
+    ck_assert_int_eq(ram_dirty_sync(&ram, &user, bitmap, &fresh, &err), 0);
     ck_assert_uint_eq(fresh, 0);
 
     const uint64_t high_first = LAYOUT_RAM_LOW_MAX / PAGE_SIZE;
@@ -260,7 +261,7 @@ START_TEST(own_writes_are_logged)
     ram_mark_dirty(&ram, UINT64_MAX, 2);
     ram_mark_dirty(&ram, 0, UINT64_MAX);
     bitmap[0] = 1ull << 5; // already known
-    ck_assert_int_eq(ram_dirty_sync(&ram, bitmap, &fresh, &err), 0);
+    ck_assert_int_eq(ram_dirty_sync(&ram, &user, bitmap, &fresh, &err), 0);
     ck_assert_uint_eq(fresh, 4);
     ck_assert_uint_eq(popcount(bitmap, words), 5);
     ck_assert_uint_eq(bitmap[0], 3ull << 5);
@@ -269,15 +270,52 @@ START_TEST(own_writes_are_logged)
     ck_assert_uint_eq(bitmap[(ram.pages - 1) / 64] >> (ram.pages - 1) % 64, 1);
     // Told once only.
     memset(bitmap, 0, words * 8);
-    ck_assert_int_eq(ram_dirty_sync(&ram, bitmap, &fresh, &err), 0);
+    ck_assert_int_eq(ram_dirty_sync(&ram, &user, bitmap, &fresh, &err), 0);
     ck_assert_uint_eq(popcount(bitmap, words), 0);
 
     ram_mark_dirty(&ram, 0, 1);
-    ck_assert_int_eq(ram_dirty_stop(&ram, &err), 0);
-    ck_assert_int_eq(ram_dirty_start(&ram, &err), 0); // and the old mark is gone
-    ck_assert_int_eq(ram_dirty_sync(&ram, bitmap, &fresh, &err), 0);
+    ck_assert_int_eq(ram_dirty_stop(&ram, &user, &err), 0);
+    ck_assert_int_eq(ram_dirty_start(&ram, &user, &err), 0); // and the old mark is gone
+    ck_assert_int_eq(ram_dirty_sync(&ram, &user, bitmap, &fresh, &err), 0);
     ck_assert_uint_eq(fresh, 0);
     ram_destroy(&ram);
+}
+END_TEST
+
+// Each user is told of everything since its own start and once, whoever asks KVM first.
+START_TEST(users_do_not_take_from_each_other)
+{
+    struct ram ram;
+    struct ram_dirty one = {0}, two = {0};
+    struct error err;
+    uint64_t bitmap[RAM_MIN / PAGE_SIZE / 64] = {0}, fresh;
+    autoclose int vm = kvm_vm();
+    if (vm < 0)
+        return;
+    create(&ram, RAM_MIN, RAM_ANONYMOUS);
+    ck_assert_int_eq(ram_attach(&ram, vm, &err), 0);
+    ck_assert_int_eq(ram_dirty_start(&ram, &one, &err), 0);
+    ram_mark_dirty(&ram, 1 * PAGE_SIZE, 1);
+    ck_assert_int_eq(ram_dirty_start(&ram, &two, &err), 0);
+    ram_mark_dirty(&ram, 2 * PAGE_SIZE, 1);
+    ck_assert_int_eq(ram_dirty_sync(&ram, &two, bitmap, &fresh, &err), 0);
+    ck_assert_uint_eq(bitmap[0], 4);
+    ck_assert_uint_eq(fresh, 1);
+    ram_mark_dirty(&ram, 3 * PAGE_SIZE, 1);
+    ck_assert_int_eq(ram_dirty_stop(&ram, &two, &err), 0);
+    ck_assert_int_eq(ram_dirty_sync(&ram, &two, bitmap, &fresh, &err), -EINVAL);
+    bitmap[0] = 0;
+    ck_assert_int_eq(ram_dirty_sync(&ram, &one, bitmap, &fresh, &err), 0);
+    ck_assert_uint_eq(bitmap[0], 0xe);
+    ck_assert_uint_eq(fresh, 3);
+    ck_assert_int_eq(ram_dirty_start(&ram, &two, &err), 0);
+    ck_assert_int_eq(ram_dirty_stop(&ram, &one, &err), 0); // the log goes on for the other
+    ram_mark_dirty(&ram, 5 * PAGE_SIZE, 1);
+    bitmap[0] = 0;
+    ck_assert_int_eq(ram_dirty_sync(&ram, &two, bitmap, &fresh, &err), 0);
+    ck_assert_uint_eq(bitmap[0], 1 << 5);
+    ram_destroy(&ram); // with a user left
+    ck_assert_ptr_null(two.pending);
 }
 END_TEST
 
@@ -377,6 +415,7 @@ END_TEST
 START_TEST(discards_count_as_written)
 {
     struct ram ram;
+    struct ram_dirty user = {0};
     struct error err;
     uint64_t given, bitmap[RAM_MIN / PAGE_SIZE / 64] = {0};
     autoclose int vm = kvm_vm();
@@ -384,11 +423,11 @@ START_TEST(discards_count_as_written)
         return;
     create(&ram, RAM_MIN, RAM_ANONYMOUS);
     ck_assert_int_eq(ram_attach(&ram, vm, &err), 0);
-    ck_assert_int_eq(ram_dirty_start(&ram, &err), 0);
+    ck_assert_int_eq(ram_dirty_start(&ram, &user, &err), 0);
     ck_assert_int_eq(ram_discard(&ram, 64 * PAGE_SIZE + 1, 3 * PAGE_SIZE, &given, &err), 0);
     ram_discard_block(&ram);
     ck_assert_int_eq(ram_discard(&ram, 128 * PAGE_SIZE, PAGE_SIZE, &given, &err), 0);
-    ck_assert_int_eq(ram_dirty_sync(&ram, bitmap, NULL, &err), 0);
+    ck_assert_int_eq(ram_dirty_sync(&ram, &user, bitmap, NULL, &err), 0);
     for (unsigned i = 0; i < ARRAY_SIZE(bitmap); i++)
         ck_assert_uint_eq(bitmap[i], i == 1 ? 6 : 0);
     ram_destroy(&ram);
@@ -434,13 +473,14 @@ static void *mark_all(void *arg)
 START_TEST(marks_race_with_syncs)
 {
     struct ram ram;
+    struct ram_dirty user = {0};
     struct error err;
     autoclose int vm = kvm_vm();
     if (vm < 0)
         return;
     create(&ram, RAM_MIN, RAM_ANONYMOUS);
     ck_assert_int_eq(ram_attach(&ram, vm, &err), 0);
-    ck_assert_int_eq(ram_dirty_start(&ram, &err), 0);
+    ck_assert_int_eq(ram_dirty_start(&ram, &user, &err), 0);
     autofree uint64_t *bitmap = calloc(ram_bitmap_words(&ram), 8);
     pthread_t threads[2];
     struct marker markers[2] = {{&ram, 0, 20}, {&ram, 1, 20}};
@@ -448,12 +488,12 @@ START_TEST(marks_race_with_syncs)
         ck_assert_int_eq(pthread_create(&threads[i], NULL, mark_all, &markers[i]), 0);
     uint64_t sum = 0, fresh;
     for (unsigned n = 0; n < 50; n++) {
-        ck_assert_int_eq(ram_dirty_sync(&ram, bitmap, &fresh, &err), 0);
+        ck_assert_int_eq(ram_dirty_sync(&ram, &user, bitmap, &fresh, &err), 0);
         sum += fresh;
     }
     for (unsigned i = 0; i < 2; i++)
         pthread_join(threads[i], NULL);
-    ck_assert_int_eq(ram_dirty_sync(&ram, bitmap, &fresh, &err), 0);
+    ck_assert_int_eq(ram_dirty_sync(&ram, &user, bitmap, &fresh, &err), 0);
     ck_assert_uint_eq(sum + fresh, ram.pages);
     ck_assert_uint_eq(popcount(bitmap, ram_bitmap_words(&ram)), ram.pages);
     ram_destroy(&ram);
@@ -478,6 +518,7 @@ int main(void)
     tcase_add_test(tc, discards_count_as_written);
     tcase_add_test(tc, discards_of_huge_pages);
     tcase_add_test(tc, marks_race_with_syncs);
+    tcase_add_test(tc, users_do_not_take_from_each_other);
     Suite *suite = suite_create("ram");
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);

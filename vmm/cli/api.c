@@ -9,11 +9,13 @@
 
 #include "devices/platform.h"
 #include "migrate/snapshot.h"
+#include "vmm/cli/hinting.h"
 #include "vmm/cli/session.h"
 
 struct api {
     struct session *session;
     json_t *config; // sections as they were said
+    struct hinting hinting;
 };
 
 enum {
@@ -411,6 +413,48 @@ static void get_balloon_stats(struct control_request *req, json_t *args, void *c
     control_reply_ok(req, stats);
 }
 
+static void patch_hinting_start(struct control_request *req, json_t *args, void *context)
+{
+    struct api *api = context;
+    struct error err = {0};
+    json_t *acknowledge = json_object_get(args, "acknowledge_on_stop");
+    reply(req, hinting_start(&api->hinting, api->session->vm, !json_is_false(acknowledge), &err),
+          &err);
+}
+
+static void patch_hinting_stop(struct control_request *req, json_t *args, void *context)
+{
+    struct api *api = context;
+    struct error err = {0};
+    struct device *dev = device_of(api, "balloon", NULL, &err);
+    if (dev)
+        hinting_stop(&api->hinting);
+    reply(req, dev ? 0 : err.code, &err);
+}
+
+static void get_hinting(struct control_request *req, json_t *args, void *context)
+{
+    struct error err = {0};
+    struct device *dev = device_of(context, "balloon", NULL, &err);
+    if (!dev) {
+        reply(req, err.code, &err);
+        return;
+    }
+    json_t *shown = json_object();
+    dev->class->show(dev, shown);
+    json_t *status = json_object();
+    json_object_set(status, "host_cmd", json_object_get(shown, "hint_command"));
+    json_object_set(status, "guest_cmd", json_object_get(shown, "hint_answer"));
+    json_decref(shown);
+    control_reply_ok(req, status);
+}
+
+void api_vm_gone(struct api *api)
+{
+    if (api)
+        hinting_end(&api->hinting);
+}
+
 // --- actions
 
 static int metrics_write(struct api *api, struct error *err)
@@ -487,8 +531,13 @@ static void put_snapshot_create(struct control_request *req, json_t *args, void 
         return;
     }
     control_silence(req);
-    migrate_commands_snapshot(api->session->migrate,
-                              json_string_value(json_object_get(args, "snapshot_path")), req);
+    struct snapshot_params params;
+    const char *type = json_string_value(json_object_get(args, "snapshot_type"));
+    snapshot_params_default(&params, json_string_value(json_object_get(args, "snapshot_path")));
+    params.diff = params.log = type && !strcmp(type, "Diff");
+    json_t *machine = json_object_get(api->config, "machine-config");
+    params.log |= json_is_true(json_object_get(machine, "track_dirty_pages"));
+    migrate_commands_snapshot(api->session->migrate, &params, req);
 }
 
 static const char *memory_path(json_t *args)
@@ -510,6 +559,12 @@ static int snapshot_take(struct api *api, json_t *args, struct error *err)
     if (!ret)
         ret = session_load(s, json_string_value(json_object_get(args, "snapshot_path")), &report,
                            err);
+    bool track = json_is_true(json_object_get(args, "track_dirty_pages")) ||
+                 json_is_true(json_object_get(args, "enable_diff_snapshots"));
+    if (!ret && s->migrate)
+        ret = migrate_commands_base(s->migrate,
+                                    json_string_value(json_object_get(args, "snapshot_path")),
+                                    report.id, track, err);
     if (!ret && json_is_true(json_object_get(args, "resume_vm"))) {
         life_move(&s->life, LIFE_RUNNING, NULL);
         vm_resume(s->vm);
@@ -552,7 +607,9 @@ static const struct schema_field patch_balloon_fields[] = {
     {"amount_mib", SCHEMA_INTEGER, .required = true, .max = RAM_MAX / MiB}, {NULL}};
 static const struct schema_field patch_stats_fields[] = {
     {"stats_polling_interval_s", SCHEMA_INTEGER, .required = true, .max = 24 * 3600}, {NULL}};
-static const char *const snapshot_types[] = {"Full", NULL};
+static const struct schema_field any_fields[] = {{NULL}}; // no field, but a body may be there
+static const struct schema_field hinting_fields[] = {{"acknowledge_on_stop", SCHEMA_BOOL}, {NULL}};
+static const char *const snapshot_types[] = {"Full", "Diff", NULL};
 static const struct schema_field create_fields[] = {
     {"snapshot_path", SCHEMA_STRING, .required = true, .min = 1},
     {"mem_file_path", SCHEMA_STRING, .min = 1},
@@ -604,6 +661,13 @@ static const struct {
     {NULL,
      {"PATCH", "/balloon/statistics", "how often it is asked", LIVE, patch_stats_fields,
       patch_balloon_stats}},
+    {NULL,
+     {"PATCH", "/balloon/hinting/start", "takes the guest's free pages back",
+      LIFE_BIT(LIFE_RUNNING), hinting_fields, patch_hinting_start}},
+    {NULL, {"GET", "/balloon/hinting/status", "who said what last", LIVE, NULL, get_hinting}},
+    {NULL,
+     {"PATCH", "/balloon/hinting/stop", "the guest may use its free pages again", LIVE, any_fields,
+      patch_hinting_stop}},
     {"entropy", {"PUT", "/entropy", "an entropy device", BEFORE, NULL, put_entropy}},
     {"serial", {"PUT", "/serial", "where COM1 writes", BEFORE, NULL, put_serial}},
     {"logger", {"PUT", "/logger", "how much is logged", BEFORE, NULL, put_logger}},

@@ -12,6 +12,7 @@ struct api;
 
 int api_create(struct api **api, struct session *session, struct error *err);
 int api_routes_add(struct api *api, struct control *control, struct error *err);
+void api_vm_gone(struct api *api); // before its VM is destroyed; NULL is fine
 void api_destroy(struct api *api); // NULL is fine
 
 // A whole configuration at once, as --config-file gives it: an object with the sections that

@@ -3,15 +3,19 @@
 #include "vmm/cli/arrival.h"
 
 #include <errno.h>
+#include <libgen.h>
+#include <limits.h>
 #include <pthread.h>
 #include <stdio.h>
 
 #include "devices/platform.h"
 #include "migrate/channel.h"
+#include "migrate/checkpoint_dir.h"
 #include "migrate/receive.h"
 #include "migrate/snapshot.h"
 #include "vmm/cli/cli.h"
 #include "vmm/cli/session.h"
+#include "vmm/cli/supervise.h"
 
 struct arrival {
     struct session *session;
@@ -276,15 +280,58 @@ int cli_receive(int argc, char **argv)
 // --- restore
 
 static const char restore_usage[] =
-    "ferry restore FILE [OPTIONS]\n\n"
-    "Continues the guest that `ferry snapshot` saved to FILE. Its hardware comes with it.\n"
+    "ferry restore FILE | --newest DIR [OPTIONS]\n\n"
+    "Continues the guest that `ferry snapshot` saved to FILE, or the newest whole one that\n"
+    "`ferry checkpoint` saved to DIR. Its hardware comes with it.\n"
     "example: ferry restore web.snapshot --name web2";
 
-static int restore_session(struct session *s, const char *path, struct error *err)
+// The guest is saved again where it was saved before.
+static int checkpoints_go_on(struct session *s, const char *path, bool continues, struct error *err)
 {
+    autofree char *whole = continues ? realpath(path, NULL) : NULL;
+    if (continues && !whole)
+        return error_errno(err, "%s", path);
+    return session_checkpoints(s, continues ? dirname(whole) : NULL, err);
+}
+
+static int restore_load(struct session *s, const char *path, struct snapshot_report *report,
+                        struct error *err)
+{
+    const struct vm_options *o = s->options;
+    struct snapshot_load_params params = {.path = path,
+                                          .mode = o->map    ? LAZY_MAP
+                                                  : o->lazy ? LAZY_FAULT
+                                                            : LAZY_NONE,
+                                          .name = o->disks ? o->name : NULL};
+    lazy_params_default(&params.lazy, path);
+    if (o->map && o->lazy)
+        return error_set(err, -EINVAL, "--lazy or --map, not both");
+    return snapshot_load_as(&params, &s->hooks, &s->vm, &s->lazy, report, err);
+}
+
+// Disks go back with the guest, whatever they were when it was first run.
+static int disks_go_back(struct session *s, const char *path, struct error *err)
+{
+    struct snapfile *file;
+    int ret = snapfile_open(&file, path, err);
+    if (ret)
+        return ret;
+    session_disks_forget(s, file);
+    snapfile_close(file);
+    s->options->disks = true;
+    return 0;
+}
+
+int arrival_restore(struct session *s, const char *path, bool continues, struct error *err)
+{
+    int before = continues ? disks_go_back(s, path, err) : 0;
+    if (before)
+        return before;
     session_hooks(s, &s->hooks);
     struct snapshot_report report;
-    int ret = snapshot_load(path, &s->hooks, &s->vm, &report, err);
+    uint64_t start = time_ns();
+    s->restored = true;
+    int ret = restore_load(s, path, &report, err);
     if (!ret && s->board.vmgenid) // the file may be restored many times
         ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
     if (!ret)
@@ -292,31 +339,77 @@ static int restore_session(struct session *s, const char *path, struct error *er
     if (ret)
         return ret;
     vm_resume(s->vm);
+    log_write(&s->vm->log, LOG_DEBUG, "restored from %s in %llu us", path,
+              (unsigned long long)(time_ns() - start) / 1000);
     session_arrived(s);
     ret = session_serve(s, err);
+    if (!ret && s->migrate) {
+        autofree char *whole = realpath(path, NULL); // the next diff is of this one
+        ret = migrate_commands_base(s->migrate, whole ? whole : path, report.id, false, err);
+    }
+    if (!ret)
+        ret = checkpoints_go_on(s, path, continues, err);
     return ret ? ret : session_run(s);
+}
+
+// Each one that is damaged is named.
+static void passed_over(void *context, const char *name, const struct error *why)
+{
+    fprintf(stderr, "ferry: %s is passed over: %s\n", name, why->text);
+}
+
+static int newest(const char *path, char found[PATH_MAX], struct error *err)
+{
+    struct checkpoint_dir dir;
+    int ret = checkpoint_dir_read(&dir, path, err);
+    if (ret)
+        return ret;
+    ret = checkpoint_dir_newest(&dir, 0, found, passed_over, NULL, err);
+    checkpoint_dir_free(&dir);
+    return ret;
+}
+
+struct restore {
+    struct vm_options *options;
+    const char *path;
+};
+
+static int restore_run(void *context, const char *checkpoint)
+{
+    const struct restore *r = context;
+    struct session session;
+    struct error err = {0};
+    bool continues = checkpoint || r->options->newest;
+    int ret = session_init(&session, r->options, &err);
+    if (!ret)
+        ret = arrival_restore(&session, checkpoint ? checkpoint : r->path, continues, &err);
+    session_destroy(&session);
+    options_free(r->options);
+    return ret < 0 ? cli_fail(&err) : ret;
 }
 
 int cli_restore(int argc, char **argv)
 {
     struct vm_options options;
-    struct session session;
     struct error err = {0};
-    char *path = NULL;
+    char *path = NULL, found[PATH_MAX];
+    int status;
     options_init(&options);
     int ret = options_parse(&options, FOR_RESTORE, argc, argv, restore_usage, &path, 1, &err);
-    if (!ret && !path)
-        ret = error_set(&err, -EINVAL, "FILE is needed (ferry restore --help)");
+    if (!ret && !path == !options.newest)
+        ret = error_set(&err, -EINVAL, "FILE or --newest DIR is needed (ferry restore --help)");
+    if (!ret && options.newest)
+        ret = newest(options.newest, found, &err);
     if (!ret)
         ret = session_default_name(&options, &err);
     if (ret) {
         options_free(&options);
         return ret > 0 ? EXIT_OK : cli_fail(&err);
     }
-    ret = session_init(&session, &options, &err);
-    if (!ret)
-        ret = restore_session(&session, path, &err);
-    session_destroy(&session);
+    struct restore restore = {&options, path ? path : found};
+    if (!options.checkpoints)
+        return restore_run(&restore, NULL);
+    ret = supervise_vm(options.checkpoints, options.name, restore_run, &restore, &status, &err);
     options_free(&options);
-    return ret < 0 ? cli_fail(&err) : ret;
+    return ret ? cli_fail(&err) : status;
 }

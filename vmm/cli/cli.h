@@ -2,6 +2,7 @@
 // The ferry program. vmm/cli is the top of the house: it alone may use every room.
 #pragma once
 
+#include <jansson.h>
 #include <stdint.h>
 
 #include "vmm/error.h"
@@ -15,6 +16,8 @@ struct cli_command {
 
 int cli_run(int argc, char **argv);
 int cli_check(int argc, char **argv);
+int cli_checkpoint(int argc, char **argv);
+int cli_rollback(int argc, char **argv);
 int cli_info(int argc, char **argv);
 int cli_pause(int argc, char **argv);
 int cli_resume(int argc, char **argv);
@@ -29,9 +32,11 @@ int cli_events(int argc, char **argv);
 int cli_console(int argc, char **argv);
 int cli_set(int argc, char **argv);
 int cli_snapshot(int argc, char **argv);
+int cli_clone(int argc, char **argv);
 int cli_restore(int argc, char **argv);
 int cli_migrate(int argc, char **argv);
 int cli_receive(int argc, char **argv);
+int cli_sched(int argc, char **argv);
 int cli_version(int argc, char **argv);
 
 // When main began: the zero of `--mark`.
@@ -39,3 +44,8 @@ extern uint64_t cli_start_ns;
 
 // Prints "ferry: <text>" to stderr; the exit status that fits err->code.
 int cli_fail(const struct error *err);
+// An object's members, a line each.
+void cli_print_members(json_t *object);
+// "90s", "5m", "3h", "12d".
+enum { CLI_DURATION = 24 }; // bytes
+void cli_duration(int64_t seconds, char out[CLI_DURATION]);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Commands that talk to a running VM: info, set, pause, resume, stop, snapshot.
+// Commands that talk to a running VM: info, set, pause, resume, stop.
 #include <errno.h>
 #include <getopt.h>
 #include <stdio.h>
@@ -54,7 +54,7 @@ static int parse(int argc, char **argv, const char *usage, int wanted, bool more
     return 0;
 }
 
-static void print_members(json_t *object)
+void cli_print_members(json_t *object)
 {
     const char *key;
     json_t *value;
@@ -83,7 +83,7 @@ static int call(const char *method, const char *route, json_t *request,
         json_decref(empty);
         printf("\n");
     } else if (result) {
-        print_members(result);
+        cli_print_members(result);
     }
     json_decref(result);
     return EXIT_OK;
@@ -103,7 +103,11 @@ int cli_info(int argc, char **argv)
 {
     struct client_args args;
     struct error err;
-    int ret = parse(argc, argv, "ferry info NAME [--json]", 1, false, &args, &err);
+    int ret = parse(argc, argv,
+                    "ferry info NAME [--json]\n\n"
+                    "What a VM is and does: state, vCPUs, memory, each device.\n"
+                    "example: ferry info web --json",
+                    1, false, &args, &err);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
     return call("GET", "/info", NULL, &args);
@@ -111,19 +115,31 @@ int cli_info(int argc, char **argv)
 
 int cli_pause(int argc, char **argv)
 {
-    return state_set(argc, argv, "ferry pause NAME [--json]", "Paused");
+    return state_set(argc, argv,
+                     "ferry pause NAME [--json]\n\n"
+                     "The vCPUs stand still, the devices too, until `ferry resume`.\n"
+                     "example: ferry pause web",
+                     "Paused");
 }
 
 int cli_resume(int argc, char **argv)
 {
-    return state_set(argc, argv, "ferry resume NAME [--json]", "Resumed");
+    return state_set(argc, argv,
+                     "ferry resume NAME [--json]\n\n"
+                     "A paused VM goes on.\n"
+                     "example: ferry resume web",
+                     "Resumed");
 }
 
 int cli_stop(int argc, char **argv)
 {
     struct client_args args;
     struct error err;
-    int ret = parse(argc, argv, "ferry stop NAME [--powerbutton] [--json]", 1, false, &args, &err);
+    int ret = parse(argc, argv,
+                    "ferry stop NAME [--powerbutton] [--json]\n\n"
+                    "Ends a VM at once, or with --powerbutton asks its guest to power off.\n"
+                    "example: ferry stop web --powerbutton",
+                    1, false, &args, &err);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
     return call("PUT", "/stop", json_pack("{s:b}", "powerbutton", (int)args.powerbutton), &args);
@@ -146,27 +162,16 @@ int cli_reset(int argc, char **argv)
     return call("PUT", "/reset", NULL, &args);
 }
 
-int cli_snapshot(int argc, char **argv)
-{
-    struct client_args args;
-    struct error err;
-    int ret = parse(argc, argv, "ferry snapshot NAME FILE [--json]", 2, false, &args, &err);
-    if (ret)
-        return ret > 0 ? EXIT_OK : cli_fail(&err);
-    // The VM's working directory is not ours.
-    autofree char *cwd = args.positional[1][0] == '/' ? NULL : getcwd(NULL, 0);
-    char path[4096];
-    snprintf(path, sizeof(path), "%s%s%s", cwd ? cwd : "", cwd ? "/" : "", args.positional[1]);
-    return call("PUT", "/snapshot/file", json_pack("{s:s}", "path", path), &args);
-}
-
 int cli_set(int argc, char **argv)
 {
     struct client_args args;
     struct error err;
-    static const char usage[] = "ferry set NAME DEVICE.KEY=VALUE... [--json]\n"
-                                "  e.g. ferry set web disk0.size=2G\n"
-                                "  `ferry info NAME` lists the devices";
+    static const char usage[] =
+        "ferry set NAME KEY=VALUE... [--json]\n\n"
+        "  memory=SIZE       what the guest may keep; its balloon takes the rest\n"
+        "  weight=N cap=PERCENT affinity=PCPUS  what the host's scheduler gives it\n"
+        "  DEVICE.KEY=VALUE  of a device that `ferry info NAME` lists\n"
+        "example: ferry set web memory=256M disk0.size=2G disk0.bps=50M";
     int ret = parse(argc, argv, usage, 1, true, &args, &err);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
@@ -176,7 +181,7 @@ int cli_set(int argc, char **argv)
         size_t len = equals ? (size_t)(equals - argv[i]) : 0;
         if (!len || json_object_setn_new(request, argv[i], len, json_string(equals + 1))) {
             json_decref(request);
-            error_set(&err, -EINVAL, "'%s': expected DEVICE.KEY=VALUE", argv[i]);
+            error_set(&err, -EINVAL, "'%s': expected KEY=VALUE", argv[i]);
             return cli_fail(&err);
         }
     }
@@ -202,7 +207,8 @@ int cli_events(int argc, char **argv)
     char path[108];
     int ret = parse(argc, argv,
                     "ferry events NAME [--json] [--follow]\n\n"
-                    "Prints each change of a VM's state as it happens, until the VM ends.",
+                    "Prints each change of a VM's state as it happens, until the VM ends.\n"
+                    "example: ferry events web --json",
                     1, false, &args, &err);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);

@@ -35,10 +35,47 @@ static struct device *device_find(const struct session *s, const char *wanted, s
     return NULL;
 }
 
+// "memory": what the guest shall have, the balloon holds the rest.
+static int memory_apply(const struct session *s, json_t *value, struct error *err)
+{
+    uint64_t bytes, size = s->vm->ram.size;
+    const char *text = json_string_value(value);
+    char target[32];
+    struct device *dev = device_find(s, "balloon0", strlen("balloon0"));
+    if (!dev)
+        return error_set(err, -ENOENT, "memory: VM %s has no balloon to take the rest",
+                         s->vm->name);
+    if (!text || size_parse(text, MiB, &bytes) || !bytes || bytes > size || bytes % PAGE_SIZE)
+        return error_set(err, -EINVAL, "memory '%.40s': expected a size up to the VM's %llu MiB",
+                         text ? text : "", (unsigned long long)(size / MiB));
+    snprintf(target, sizeof(target), "%lluK", (unsigned long long)((size - bytes) / KiB));
+    return dev->class->set(dev, "target", target, err);
+}
+
+static int share_set(const struct session *s, const struct sched_share *share, struct error *err)
+{
+    if (!s->tie)
+        return error_set(err, -ENOTCONN, "VM %s is not scheduled by ferry (ferry run --sched)",
+                         s->options->name);
+    return sched_tie_set(s->tie, share, err);
+}
+
+static bool share_key(const char *key)
+{
+    return !strcmp(key, "weight") || !strcmp(key, "cap") || !strcmp(key, "affinity");
+}
+
 // "disk0.size": what is before the point names a device.
 static int setting_apply(const struct session *s, const char *key, json_t *value, struct error *err)
 {
+    struct sched_share share = {0};
+    if (!strcmp(key, "memory"))
+        return memory_apply(s, value, err);
     const char *point = strchr(key, '.');
+    if (!point && json_is_string(value) && share_key(key)) {
+        int set = sched_share_parse(key, json_string_value(value), &share, err);
+        return set ? set : share_set(s, &share, err);
+    }
     size_t len = point ? (size_t)(point - key) : strlen(key);
     struct device *dev = device_find(s, key, len);
     if (!dev)
@@ -85,6 +122,8 @@ json_t *session_info(struct session *s)
         json_object_set_new(info, "vcpus", vcpus);
         json_object_set_new(info, "devices", devices_show(s));
         usage_show(&s->usage, info);
+        if (s->tie)
+            json_object_set_new(info, "sched", sched_tie_show(s->tie));
     }
     const char *console = s->console ? console_path(s->console) : NULL;
     if (console && *console)
@@ -146,6 +185,32 @@ static void patch_vm(struct control_request *req, json_t *args, void *context)
         resume_vm(context, req);
 }
 
+static void get_sched(struct control_request *req, json_t *args, void *context)
+{
+    const struct session *s = context;
+    control_reply_ok(req, s->tie ? sched_tie_show(s->tie) : json_pack("{s:b}", "attached", 0));
+}
+
+static void patch_sched(struct control_request *req, json_t *args, void *context)
+{
+    struct error err;
+    struct sched_share share = {0};
+    json_t *weight = json_object_get(args, "weight"), *cap = json_object_get(args, "cap");
+    const char *affinity = json_string_value(json_object_get(args, "affinity"));
+    int ret = affinity ? sched_affinity_parse(affinity, &share, &err) : 0;
+    if (weight)
+        share.weight = (int32_t)json_integer_value(weight);
+    if (cap)
+        share.cap = (int32_t)json_integer_value(cap);
+    share.has |= (weight ? SCHED_HAS_WEIGHT : 0) | (cap ? SCHED_HAS_CAP : 0);
+    if (!ret)
+        ret = share_set(context, &share, &err);
+    if (ret)
+        control_reply_error(req, &err);
+    else
+        control_reply_ok(req, NULL);
+}
+
 static void put_stop(struct control_request *req, json_t *args, void *context)
 {
     struct session *s = context;
@@ -182,6 +247,15 @@ static void get_events(struct control_request *req, json_t *args, void *context)
     control_subscribe(s->control, req);
 }
 
+static void put_rollback(struct control_request *req, json_t *args, void *context)
+{
+    struct error err;
+    if (session_rollback(context, json_string_value(json_object_get(args, "path")), &err))
+        control_reply_error(req, &err);
+    else
+        control_reply_ok(req, NULL);
+}
+
 static const char *const vm_states[] = {"Paused", "Resumed", NULL};
 static const struct schema_field vm_fields[] = {
     {"state", SCHEMA_STRING, .required = true, .choices = vm_states}, {NULL}};
@@ -190,8 +264,17 @@ static const struct schema_field stop_fields[] = {
     {"timeout_s", SCHEMA_INTEGER, .min = 1, .max = STOP_TIMEOUT_MAX_S},
     {NULL},
 };
+static const struct schema_field rollback_fields[] = {
+    {"path", SCHEMA_STRING, .required = true, .min = 1}, {NULL}};
 static const struct schema_field devices_fields[] = {{"settings", SCHEMA_OBJECT, .required = true},
                                                      {NULL}};
+
+static const struct schema_field sched_fields[] = {
+    {"weight", SCHEMA_INTEGER, .min = 1, .max = 65535},
+    {"cap", SCHEMA_INTEGER, .max = SCHED_VCPUS_MAX * 100},
+    {"affinity", SCHEMA_STRING, .min = 1, .max = SCHED_TEXT_MAX},
+    {NULL},
+};
 
 enum {
     LIVE = LIFE_BIT(LIFE_RUNNING) | LIFE_BIT(LIFE_PAUSED),
@@ -204,7 +287,12 @@ static const struct control_route routes[] = {
      .at_once = true},
     {"PATCH", "/devices", "change devices: {\"settings\": {\"disk0.size\": \"2G\", ...}}", BUILT,
      devices_fields, patch_devices},
+    {"GET", "/sched", "how the host's scheduler treats the VM: weight, cap, affinity", 0, NULL,
+     get_sched},
+    {"PATCH", "/sched", "change that, within a slice", BUILT, sched_fields, patch_sched},
     {"PATCH", "/vm", "pause or resume", LIVE, vm_fields, patch_vm},
+    {"PUT", "/rollback", "the guest becomes the one in that file",
+     LIVE | LIFE_BIT(LIFE_SNAPSHOTTING), rollback_fields, put_rollback},
     {"PUT", "/stop", "end the VM; {\"powerbutton\": true} asks the guest first",
      BUILT | LIFE_BIT(LIFE_CREATED) | LIFE_BIT(LIFE_STOPPING), stop_fields, put_stop},
     {"PUT", "/reset", "start the guest again from its kernel, at once", LIVE, NULL, put_reset},

@@ -23,6 +23,7 @@ struct attached {
     char socket[108]; // of the API
     int fd;           // the console
     bool tty;         // our input is a person's
+    bool json;        // only say where it is
     struct console_escape escape;
     bool done;
 };
@@ -79,6 +80,12 @@ static int console_find(struct attached *a, struct error *err)
                 ? console_open_at(a, console,
                                   (long long)json_integer_value(json_object_get(info, "pid")), err)
                 : not_attachable(a, "with the process that runs it", err);
+    if (a->fd >= 0 && a->json) {
+        json_t *where = json_pack("{s:s, s:s}", "name", a->name, "console", console);
+        json_dumpf(where, stdout, JSON_INDENT(2));
+        printf("\n");
+        json_decref(where);
+    }
     json_decref(info);
     return a->fd < 0 ? a->fd : 0;
 }
@@ -141,23 +148,30 @@ static void attached_run(struct attached *a)
 static int options_take(int argc, char **argv, struct attached *a, struct error *err)
 {
     static const char usage[] =
-        "ferry console NAME [--escape KEY]\n\n"
+        "ferry console NAME [--escape KEY] [--json]\n\n"
         "Attaches this terminal to the console of a VM that was started with the console pty or\n"
         "unix:PATH, until the VM ends or the escape key (Ctrl-] unless KEY says another), then q. "
         "Then\n"
         "p presses the power button instead. Input that is no terminal is passed on as it is.\n"
+        "  -j, --json     only say where the console is\n"
         "example: ferry console web";
-    static const struct option longs[] = {
-        {"escape", required_argument, NULL, 'e'}, {"help", no_argument, NULL, 'h'}, {0}};
+    static const struct option longs[] = {{"escape", required_argument, NULL, 'e'},
+                                          {"json", no_argument, NULL, 'j'},
+                                          {"help", no_argument, NULL, 'h'},
+                                          {0}};
     char text[64] = "stdio";
     struct console_config config;
     opterr = 0;
     optind = 0;
     int c;
-    while ((c = getopt_long(argc, argv, ":e:h", longs, NULL)) != -1) {
+    while ((c = getopt_long(argc, argv, ":e:jh", longs, NULL)) != -1) {
         if (c == 'h') {
             printf("usage: %s\n", usage);
             return 1;
+        }
+        if (c == 'j') {
+            a->json = true;
+            continue;
         }
         if (c != 'e')
             return error_set(err, -EINVAL, "unknown option '%s'; usage: %.*s", argv[optind - 1],
@@ -183,6 +197,10 @@ int cli_console(int argc, char **argv)
     int ret = options_take(argc, argv, &a, &err);
     if (!ret)
         ret = console_find(&a, &err);
+    if (!ret && a.json) {
+        close(a.fd);
+        return EXIT_OK;
+    }
     a.tty = isatty(STDIN_FILENO);
     if (!ret && a.tty)
         ret = terminal_raw(STDIN_FILENO, &terminal, &err);

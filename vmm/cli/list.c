@@ -13,10 +13,9 @@
 #include "vmm/util.h"
 
 enum {
-    ASK_MS = 2000,   // how long a VM may take to say how it is
-    GHOST_S = 3600,  // idle for longer: nobody needs it
-    OVER_MEMORY = 4, // more than so many times the memory it uses,
-    DURATION = 24,
+    ASK_MS = 2000,    // how long a VM may take to say how it is
+    GHOST_S = 3600,   // idle for longer: nobody needs it
+    OVER_MEMORY = 4,  // more than so many times the memory it uses,
     OVER_MIN_S = 600, // for a VM that had this long to use it
 };
 
@@ -86,23 +85,23 @@ static const char *text(json_t *object, const char *key)
     return json_string_value(json_object_get(object, key)) ?: "?";
 }
 
-static void duration(json_int_t s, char out[DURATION])
+void cli_duration(int64_t s, char out[CLI_DURATION])
 {
     if (s < 120)
-        snprintf(out, DURATION, "%llds", (long long)s);
+        snprintf(out, CLI_DURATION, "%llds", (long long)s);
     else if (s < 7200)
-        snprintf(out, DURATION, "%lldm", (long long)s / 60);
+        snprintf(out, CLI_DURATION, "%lldm", (long long)s / 60);
     else if (s < 48 * 3600)
-        snprintf(out, DURATION, "%lldh", (long long)s / 3600);
+        snprintf(out, CLI_DURATION, "%lldh", (long long)s / 3600);
     else
-        snprintf(out, DURATION, "%lldd", (long long)s / 86400);
+        snprintf(out, CLI_DURATION, "%lldd", (long long)s / 86400);
 }
 
 static void row_print(json_t *info)
 {
-    char up[DURATION], idle[DURATION];
-    duration(number(info, "uptime_s"), up);
-    duration(number(info, "idle_s"), idle);
+    char up[CLI_DURATION], idle[CLI_DURATION];
+    cli_duration(number(info, "uptime_s"), up);
+    cli_duration(number(info, "idle_s"), idle);
     printf("%-20s %-12s %8lld %5zu %7lld %9lld %5lld.%lld %6s %6s\n", text(info, "name"),
            text(info, "state"), (long long)number(info, "pid"),
            json_array_size(json_object_get(info, "vcpus")),
@@ -132,7 +131,7 @@ static json_t *finding(const char *kind, json_t *info, json_int_t bytes, const c
 
 static void sprawl_of(const struct registry_entry *e, json_t *info, json_t *findings)
 {
-    char span[DURATION], command[96];
+    char span[CLI_DURATION], command[96];
     json_int_t memory = number(info, "memory_bytes"), used = number(info, "resident_bytes");
     bool lives = !strcmp(text(info, "state"), "running") || !strcmp(text(info, "state"), "paused");
     if (e->fate == REGISTRY_DEAD) {
@@ -147,7 +146,7 @@ static void sprawl_of(const struct registry_entry *e, json_t *info, json_t *find
                                                 "ferry rm %s"));
         json_decref(files);
     } else if (lives && number(info, "idle_s") >= GHOST_S) {
-        duration(number(info, "idle_s"), span);
+        cli_duration(number(info, "idle_s"), span);
         json_array_append_new(findings, finding("ghost", info, used, "idle for %s", span,
                                                 "ferry stop %s --powerbutton"));
     } else if (lives && number(info, "uptime_s") >= OVER_MIN_S && used * OVER_MEMORY < memory) {
@@ -226,32 +225,47 @@ int cli_ls(int argc, char **argv)
     return EXIT_OK;
 }
 
-static unsigned entry_clean(const struct registry_entry *e, const struct list_args *args)
+// Adds the files to `removed`, or says their names.
+static void entry_clean(const struct registry_entry *e, const struct list_args *args,
+                        json_t *removed)
 {
     json_t *files = registry_leftovers(e), *file;
     size_t i;
-    json_array_foreach(files, i, file) if (!args->quiet)
+    json_array_foreach(files, i, file) if (!args->quiet && !args->json)
         printf("%s %s\n", args->dry_run ? "would remove" : "removed", text(file, "path"));
+    json_array_extend(removed, files);
     json_decref(files);
-    return args->dry_run ? 0 : registry_clean(e);
+    if (!args->dry_run)
+        registry_clean(e);
+}
+
+static void removed_print(json_t *removed, const struct list_args *args)
+{
+    json_t *all = json_pack("{s:O}", args->dry_run ? "would_remove" : "removed", removed);
+    if (args->json)
+        json_print(all);
+    json_decref(all);
+    json_decref(removed);
 }
 
 int cli_prune(int argc, char **argv)
 {
-    static const char usage[] = "ferry prune [--dry-run] [--quiet]\n\n"
+    static const char usage[] = "ferry prune [--dry-run] [--quiet] [--json]\n\n"
                                 "Removes what dead VMs left: their sockets and records. Never a "
                                 "disk, overlay or snapshot.\n"
                                 "example: ferry prune --dry-run";
     struct list_args args;
     struct registry registry;
     struct error err;
-    int ret = parse(argc, argv, usage, "nq", false, &args, &err);
+    int ret = parse(argc, argv, usage, "jnq", false, &args, &err);
     if (!ret)
         ret = registry_scan(&registry, &err);
     if (ret)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
+    json_t *removed = json_array();
     for (size_t i = 0; i < registry.nr; i++)
-        entry_clean(&registry.entries[i], &args);
+        entry_clean(&registry.entries[i], &args, removed);
+    removed_print(removed, &args);
     registry_free(&registry);
     return EXIT_OK;
 }
@@ -282,17 +296,19 @@ static int remove_one(const struct registry_entry *e, const struct list_args *ar
     if (e->fate == REGISTRY_ALIVE)
         return error_set(err, -EBUSY, "VM %s runs (pid %d): ferry stop %s first", e->name,
                          (int)e->pid, e->name);
-    entry_clean(e, args);
+    json_t *removed = json_array();
+    entry_clean(e, args, removed);
+    removed_print(removed, args);
     return 0;
 }
 
 int cli_rm(int argc, char **argv)
 {
     return with_entry(argc, argv,
-                      "ferry rm NAME [--dry-run] [--quiet]\n\n"
+                      "ferry rm NAME [--dry-run] [--quiet] [--json]\n\n"
                       "Removes what a dead VM left: its sockets and record.\n"
                       "example: ferry rm web",
-                      "nq", remove_one);
+                      "jnq", remove_one);
 }
 
 static int kill_one(const struct registry_entry *e, const struct list_args *args, struct error *err)
@@ -302,6 +318,11 @@ static int kill_one(const struct registry_entry *e, const struct list_args *args
                          e->name, e->name);
     if (kill(e->pid, SIGKILL))
         return error_errno(err, "VM %s, pid %d", e->name, (int)e->pid);
+    if (args->json) {
+        json_t *killed = json_pack("{s:s, s:i}", "name", e->name, "pid", (int)e->pid);
+        json_print(killed);
+        json_decref(killed);
+    }
     return 0;
 }
 
@@ -309,9 +330,9 @@ int cli_kill(int argc, char **argv)
 {
     return with_entry(
         argc, argv,
-        "ferry kill NAME\n\n"
+        "ferry kill NAME [--json]\n\n"
         "Ends a VM's process at once, whatever it does; for one that `ferry stop` cannot\n"
         "reach. Its guest loses what it has not flushed.\n"
         "example: ferry kill web",
-        "", kill_one);
+        "j", kill_one);
 }

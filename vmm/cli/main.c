@@ -22,10 +22,14 @@ static const struct cli_command commands[] = {
     {"top", cli_top, "a live view of what the VMs of this host use"},
     {"events", cli_events, "what happens to a VM, a line each"},
     {"set", cli_set, "change a device of a running VM"},
-    {"snapshot", cli_snapshot, "save a running VM to a file"},
+    {"snapshot", cli_snapshot, "save a running VM to a file; list, check, merge such files"},
+    {"clone", cli_clone, "make copies of a running VM that share its memory"},
+    {"checkpoint", cli_checkpoint, "save a guest now and then, as often as pays"},
+    {"rollback", cli_rollback, "take a guest back to a checkpoint"},
     {"restore", cli_restore, "start a VM from a snapshot file"},
     {"migrate", cli_migrate, "move a running VM to another host"},
     {"receive", cli_receive, "wait for a VM that migrates here"},
+    {"sched", cli_sched, "the credit scheduler of this host's vCPUs"},
     {"version", cli_version, "version and build"},
 };
 
@@ -34,7 +38,7 @@ static void help(FILE *out)
     fprintf(out, "Ferry: small Linux guests on KVM that move while they run.\n\n"
                  "usage: ferry COMMAND [OPTIONS]     (ferry COMMAND --help for each)\n\n");
     for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
-        fprintf(out, "  %-9s %s\n", commands[i].name, commands[i].help);
+        fprintf(out, "  %-10s %s\n", commands[i].name, commands[i].help);
     fprintf(out, "\nexample: ferry run --kernel vmlinux --initrd initramfs.cpio --memory 128M\n");
 }
 

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "devices/virtio_console.h"
+#include "sched/client.h"
 
 enum { OPTIONS_MAX = 64, CONFIG_FILE_MAX = 1024 * 1024 };
 
@@ -135,6 +136,14 @@ static int set_stop_timeout(struct vm_options *o, const char *value, struct erro
     return 0;
 }
 
+static int set_json(struct vm_options *o, const char *value, struct error *err)
+{
+    bool json = false;
+    int ret = set_bool(&json, value, err);
+    o->vm.log_format = json ? LOG_JSON : LOG_TEXT;
+    return ret;
+}
+
 static int set_on_reboot(struct vm_options *o, const char *value, struct error *err)
 {
     if (strcmp(value, "stop") && strcmp(value, "reset"))
@@ -162,6 +171,9 @@ SWITCH(ucall)
 SWITCH(debug_exit)
 SWITCH(control)
 SWITCH(vmgenid)
+SWITCH(lazy)
+SWITCH(map)
+SWITCH(disks)
 #undef SWITCH
 
 static int set_transport(struct vm_options *o, const char *value, struct error *err)
@@ -263,6 +275,21 @@ static int set_seccomp(struct vm_options *o, const char *value, struct error *er
     return seccomp_mode_parse(value, &o->vm.seccomp, err);
 }
 
+static int set_weight(struct vm_options *o, const char *value, struct error *err)
+{
+    return sched_weight_parse(value, &o->share, err);
+}
+
+static int set_cap(struct vm_options *o, const char *value, struct error *err)
+{
+    return sched_cap_parse(value, &o->share, err);
+}
+
+static int set_affinity(struct vm_options *o, const char *value, struct error *err)
+{
+    return sched_affinity_parse(value, &o->share, err);
+}
+
 static int set_jail(struct vm_options *o, const char *value, struct error *err)
 {
     return jail_parse(value, &o->jail, err);
@@ -322,6 +349,28 @@ static const struct option_row rows[] = {
     {"config-file", 0, FOR_RUN, false, "FILE", "a VM as microVM tools describe it, started at once",
      set_nothing, TEXT(config_file)},
     {"id", 0, FOR_RUN, false, "NAME", "the same as --name", set_nothing, TEXT(name)},
+    {"metrics-listen", 0, FOR_ALL, false, "ADDRESS",
+     "[tcp:][HOST:]PORT where Prometheus gets /metrics, and nobody anything else (HOST: 127.0.0.1)",
+     set_nothing, TEXT(metrics_listen)},
+    {"checkpoints", 0, FOR_RUN | FOR_RESTORE, false, "DIR[,...]",
+     "save the guest to DIR now and then, go on from there if this process dies: DIR"
+     "[,mtbf=SPAN|,interval=SPAN][,keep=N][,hourly=N][,restarts=N]",
+     set_nothing, TEXT(checkpoints)},
+    {"newest", 0, FOR_RESTORE, false, "DIR", "restore the newest whole checkpoint in DIR",
+     set_nothing, TEXT(newest)},
+    {"lazy", 0, FOR_RESTORE, false, NULL,
+     "start at once: pages are read, checked and unpacked when they are touched; what was touched "
+     "first is kept in FILE.ws and fetched ahead the next time",
+     set_lazy, 0},
+    {"map", 0, FOR_RESTORE, false, NULL,
+     "start at once: map FILE (of the mapped layout); VMs share its pages until they write; "
+     "unchecked (ferry snapshot verify)",
+     set_map, 0},
+    {"disks", 0, FOR_RESTORE, false, NULL,
+     "use the disks that FILE names, with a copy of each overlay that was saved with it "
+     "(FILE.diskN."
+     "NAME); it is trusted to name the right files",
+     set_disks, 0},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},
     {"stop-timeout", 0, FOR_ALL, false, "SECONDS",
@@ -336,12 +385,22 @@ static const struct option_row rows[] = {
     {"log-format", 0, FOR_ALL, false, "KIND",
      "text (default) or json; with priorities where stderr is systemd's journal", set_log_format,
      0},
+    {"sched", 0, FOR_ALL, false, "SOCKET",
+     "the scheduler to be scheduled by: auto (default: " SCHED_SOCKET " if it is there), off",
+     set_nothing, TEXT(sched)},
+    {"weight", 0, FOR_ALL, false, "N", "its weight there, 1 to 65535 (default 256)", set_weight, 0},
+    {"cap", 0, FOR_ALL, false, "PERCENT", "at most that of one pCPU (default 0: no limit)", set_cap,
+     0},
+    {"affinity", 0, FOR_ALL, false, "PCPUS",
+     "run only on these, e.g. 0-3,8; soft:0-3 for rather there; or both, with a /", set_affinity,
+     0},
     {"jail", 0, FOR_RUN, false, "DIR[,...]",
      "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH[,FILE=VALUE]...]",
      set_jail, 0},
     {"seccomp", 0, FOR_ALL, false, "MODE",
      "filter the system calls of each thread: on (default), off, or log what a filter would stop",
      set_seccomp, 0},
+    {"json", 'j', FOR_ALL, false, NULL, "the same as --log-format json", set_json, 0},
     {"ucall", 0, FOR_RUN, true, NULL, "answer the test guests of guest/bare", set_ucall, 0},
     {"debug-exit", 0, FOR_RUN, true, NULL, "let the guest end the VM through port 0xf4",
      set_debug_exit, 0},

@@ -9,6 +9,7 @@
 
 #include "devices/console.h"
 #include "devices/virtio_kinds.h"
+#include "sched/proto.h"
 #include "vmm/boot/boot.h"
 #include "vmm/cli/jail.h"
 #include "vmm/error.h"
@@ -31,15 +32,20 @@ struct vm_options {
     struct boot_config boot;
     struct console_config console;
     char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
-    char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file;
+    char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file, *metrics_listen;
+    char *checkpoints, *newest;
     char *tls, *tls_ca, *tls_cert, *tls_key, *psk;    // files, of `receive`
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
     struct jail_config jail;
-    unsigned stop_timeout_s; // for a guest that was asked to end; 0: it is not asked
-    bool pci;                // transport of the virtio devices
-    bool console_given;      // by an option, not by default
+    char *sched;              // socket of the scheduler, "auto" or "off"; NULL: auto
+    struct sched_share share; // asked of it
+    unsigned stop_timeout_s;  // for a guest that was asked to end; 0: it is not asked
+    bool pci;                 // transport of the virtio devices
+    bool console_given;       // by an option, not by default
     bool dry_run, mark, ucall, debug_exit, control, vmgenid, reboots, insecure;
+    bool disks;     // restore: those of the snapshot
+    bool lazy, map; // restore: memory comes when it is touched; is the file's until it is written
 };
 
 void options_init(struct vm_options *o);

@@ -4,8 +4,10 @@
 #include <string.h>
 
 #include "vmm/cli/api.h"
+#include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 #include "vmm/cli/session.h"
+#include "vmm/cli/supervise.h"
 
 static const char usage[] =
     "ferry run --kernel FILE [OPTIONS]\n"
@@ -23,17 +25,53 @@ static int dry_run(struct session *s)
     return EXIT_OK;
 }
 
+static int boot(struct session *s, struct error *err)
+{
+    struct vm_options *o = s->options;
+    int ret = o->config_file ? api_take_file(s, o->config_file, err) : 0;
+    if (!ret && o->kernel)
+        ret = session_build(s, err);
+    if (!ret && o->dry_run)
+        return dry_run(s);
+    if (!ret)
+        ret = session_listen(s, err);
+    if (!ret && o->kernel)
+        ret = session_start(s, err);
+    if (!ret)
+        ret = session_serve(s, err);
+    if (!ret)
+        ret = session_checkpoints(s, NULL, err);
+    return ret ? ret : session_run(s);
+}
+
+static int run(void *context, const char *checkpoint)
+{
+    struct vm_options *options = context;
+    struct session session;
+    struct error err = {0};
+    int ret = session_init(&session, options, &err);
+    if (!ret)
+        ret = checkpoint ? arrival_restore(&session, checkpoint, true, &err) : boot(&session, &err);
+    session_destroy(&session);
+    options_free(options);
+    return ret < 0 ? cli_fail(&err) : ret;
+}
+
 int cli_run(int argc, char **argv)
 {
     struct vm_options options;
-    struct session session;
     struct error err = {0};
+    int status;
     options_init(&options);
     int ret = options_parse(&options, FOR_RUN, argc, argv, usage, NULL, 0, &err);
     if (!ret && !options.kernel && !options.api_sock && !options.config_file)
         ret = error_set(&err, -EINVAL,
                         "--kernel FILE is needed, or --config-file FILE, or --api-sock PATH "
                         "(ferry run --help)");
+    if (!ret && *options.jail.dir && options.checkpoints)
+        ret = error_set(&err, -EINVAL,
+                        "--checkpoints and --jail: a VM in a jail is not started again; have its "
+                        "checkpoints taken by API (PUT /checkpoint, with a path in the jail)");
     if (!ret)
         ret = session_default_name(&options, &err);
     if (ret) {
@@ -41,30 +79,14 @@ int cli_run(int argc, char **argv)
         return ret > 0 ? EXIT_OK : cli_fail(&err);
     }
 
-    int status;
     ret = *options.jail.dir && !options.dry_run ? jail_begin(&options, &status, &err) : 0;
     if (ret) {
         options_free(&options);
         return ret > 0 ? status : cli_fail(&err);
     }
-    ret = session_init(&session, &options, &err);
-    if (!ret && options.config_file)
-        ret = api_take_file(&session, options.config_file, &err);
-    if (!ret && options.kernel)
-        ret = session_build(&session, &err);
-    if (!ret && options.dry_run) {
-        status = dry_run(&session);
-    } else {
-        if (!ret)
-            ret = session_listen(&session, &err);
-        if (!ret && options.kernel)
-            ret = session_start(&session, &err);
-        if (!ret)
-            ret = session_serve(&session, &err);
-        if (!ret)
-            status = session_run(&session);
-    }
-    session_destroy(&session);
+    if (!options.checkpoints || options.dry_run)
+        return run(&options, NULL);
+    ret = supervise_vm(options.checkpoints, options.name, run, &options, &status, &err);
     options_free(&options);
     return ret ? cli_fail(&err) : status;
 }

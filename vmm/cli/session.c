@@ -11,11 +11,13 @@
 #include "devices/platform.h"
 #include "devices/ucall.h"
 #include "devices/virtio_pci.h"
+#include "migrate/lazy.h"
 #include "migrate/snapshot.h"
 #include "vmm/cli/api.h"
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 #include "vmm/cli/registry.h"
+#include "vmm/cli/supervise.h"
 #include "vmm/http.h"
 
 static void patience_ends(struct loop_timer *timer)
@@ -109,7 +111,8 @@ static void control_publish(struct session *s, struct control *control)
 
 int session_init(struct session *s, struct vm_options *options, struct error *err)
 {
-    *s = (struct session) {.options = options, .signal_fd = -1, .usage.statm_fd = -1};
+    *s = (struct session) {
+        .options = options, .signal_fd = -1, .metrics_fd = -1, .usage.statm_fd = -1};
     life_init(&s->life);
     s->life.changed = state_changed;
     s->life.arg = s;
@@ -176,7 +179,7 @@ static int virtio_add(struct session *s, unsigned i, struct error *err)
     const struct virtio_pci_place slot = {.host = s->board.pci, .slot = i + 1};
     d->config->transport = s->options->pci ? &virtio_pci_transport : &virtio_mmio_transport;
     d->config->place = s->options->pci ? (const void *)&slot : &window;
-    d->config->arrives = !s->options->kernel;
+    d->config->arrives = s->restored || !s->options->kernel;
     return device_add(s->vm, d->kind->class, d->config, &s->devices[i], err);
 }
 
@@ -212,6 +215,8 @@ int session_build(struct session *s, struct error *err)
         return ret;
     if (s->migrate)
         migrate_commands_vm(s->migrate, s->vm);
+    if (s->checkpoints)
+        checkpoint_commands_vm(s->checkpoints, s->vm);
     s->vm->on_stop = stopped;
     s->vm->on_stop_arg = s;
     if (!s->console) // it stays open when an arrival fails and the next is awaited
@@ -228,7 +233,7 @@ int session_build(struct session *s, struct error *err)
     ret = board_create(s->vm, &board, &s->board, err);
     for (unsigned i = 0; i < o->nr_devices && !ret; i++)
         ret = virtio_add(s, i, err);
-    if (ret || !o->kernel)
+    if (ret || !o->kernel || s->restored)
         return ret;
     ret = kernel_load(s, err);
     if (ret)
@@ -241,6 +246,17 @@ void session_vm_drop(struct session *s)
 {
     if (s->migrate)
         migrate_commands_vm(s->migrate, NULL);
+    if (s->tie)
+        vm_join(s->vm);
+    sched_untie(s->tie);
+    s->tie = NULL;
+    if (s->checkpoints)
+        checkpoint_commands_vm(s->checkpoints, NULL);
+    if (s->lazy) { // serves the devices' last requests, too
+        vm_pause(s->vm, NULL);
+        lazy_free(s->lazy);
+        s->lazy = NULL;
+    }
     vm_destroy(s->vm);
     s->vm = NULL;
     s->board = (struct board) {0};
@@ -295,7 +311,9 @@ static void reboot_now(void *arg)
     if (state == LIFE_RUNNING || state == LIFE_PAUSED) {
         session_reset(s, "its guest rebooted", &err);
     } else if (state == LIFE_STOPPING) { // it was asked to end, and that is one way
+        pthread_mutex_lock(&s->vm->lock);
         s->vm->on_reset = NULL;
+        pthread_mutex_unlock(&s->vm->lock);
         vm_request_stop(s->vm, VM_STOP_RESET, 0, "the guest reset the machine");
     }
 }
@@ -335,10 +353,47 @@ static void destroy_vm(void *context, struct vm *vm)
     session_vm_drop(context);
 }
 
+static int disks(void *context, struct vm *vm, char **texts, struct error *err)
+{
+    struct session *s = context;
+    json_t *all = options_json(s->options), *list = json_object_get(all, "disk");
+    *texts = list ? json_dumps(list, JSON_COMPACT) : strdup("[]");
+    json_decref(all);
+    return *texts ? 0 : error_set(err, -ENOMEM, "no memory for the list of disks");
+}
+
+// Disks that the user has named are meant.
+static int use_disks(void *context, const char *texts, struct error *err)
+{
+    struct vm_options *o = ((struct session *)context)->options;
+    json_t *list = json_loads(texts, 0, NULL), *text;
+    size_t i;
+    int ret = 0;
+    json_array_foreach(list, i, text)
+    {
+        if (!ret)
+            ret = options_set(o, FOR_RESTORE, "disk", json_string_value(text), err);
+    }
+    json_decref(list);
+    return ret;
+}
+
+static bool has_disks(const struct vm_options *o)
+{
+    bool any = false;
+    for (unsigned i = 0; i < o->nr_devices; i++)
+        any |= !strcmp(o->devices[i].kind->name, "disk");
+    return any;
+}
+
 void session_hooks(struct session *s, struct migrate_hooks *hooks)
 {
-    *hooks = (struct migrate_hooks) {
-        .context = s, .describe = describe, .create_vm = create_vm, .destroy_vm = destroy_vm};
+    *hooks = (struct migrate_hooks) {.context = s,
+                                     .describe = describe,
+                                     .create_vm = create_vm,
+                                     .destroy_vm = destroy_vm,
+                                     .disks = disks,
+                                     .use_disks = has_disks(s->options) ? NULL : use_disks};
 }
 
 int session_default_name(struct vm_options *o, struct error *err)
@@ -353,7 +408,11 @@ static int migration_add(struct session *s, struct error *err)
     session_hooks(s, &s->hooks);
     int ret = migrate_commands_create(&s->migrate, s->control, &s->life, &s->hooks, err);
     if (!ret)
+        ret = checkpoint_commands_create(&s->checkpoints, s->control, &s->life, &s->hooks, err);
+    if (!ret) {
         migrate_commands_vm(s->migrate, s->vm); // NULL before a start
+        checkpoint_commands_vm(s->checkpoints, s->vm);
+    }
     return ret;
 }
 
@@ -377,6 +436,14 @@ static int socket_open(struct session *s, const char *path, struct error *err)
     return 0;
 }
 
+static int metrics_listen(struct session *s, struct error *err)
+{
+    if (!s->nr_sockets)
+        return error_set(err, -EINVAL, "--metrics-listen needs the API (--control or --api-sock)");
+    int ret = http_listen_tcp(s->options->metrics_listen, &s->metrics_fd, err);
+    return ret ? error_prefix(err, "--metrics-listen") : 0;
+}
+
 int session_listen(struct session *s, struct error *err)
 {
     const struct vm_options *o = s->options;
@@ -393,6 +460,8 @@ int session_listen(struct session *s, struct error *err)
     s->registered = !ret && o->control;
     if (!ret)
         ret = usage_open(&s->usage, err);
+    if (!ret && o->metrics_listen)
+        ret = metrics_listen(s, err);
     return ret ? ret : jail(s, err);
 }
 
@@ -424,6 +493,8 @@ int session_serve(struct session *s, struct error *err)
         ret = migration_add(s, err);
     if (!ret)
         ret = sockets_hand_over(s, err);
+    if (!ret && s->metrics_fd >= 0)
+        ret = control_take_reader(s->control, take_fd(&s->metrics_fd), "/metrics/prometheus", err);
     if (ret)
         return ret;
     control_confine(s->control, s->options->vm.seccomp);
@@ -438,6 +509,18 @@ int session_confine(struct session *s, struct error *err)
     return ret;
 }
 
+// What was asked for must be had; "auto" takes what there is. `arrived`: it runs, and is not ended
+// for that.
+static int schedule(struct session *s, bool arrived, struct error *err)
+{
+    const struct vm_options *o = s->options;
+    const char *socket = o->sched && strcmp(o->sched, "auto") ? o->sched : SCHED_SOCKET;
+    bool asked = socket == o->sched || o->share.has;
+    if (!strcmp(socket, "off") || (!asked && access(SCHED_SOCKET, F_OK)))
+        return 0;
+    return sched_tie(&s->tie, s->vm, socket, &o->share, asked && !arrived, err);
+}
+
 int session_start(struct session *s, struct error *err)
 {
     int ret = life_move(&s->life, LIFE_STARTING, err);
@@ -447,6 +530,8 @@ int session_start(struct session *s, struct error *err)
         ret = session_build(s, err);
     if (!ret)
         ret = vm_start(s->vm, err);
+    if (!ret)
+        ret = schedule(s, false, err);
     if (ret) { // back to where it can be configured anew
         session_vm_drop(s);
         life_move(&s->life, LIFE_CREATED, NULL);
@@ -467,7 +552,7 @@ int session_start(struct session *s, struct error *err)
 void session_arrived(struct session *s)
 {
     struct error err;
-    if (usage_start(&s->usage, s->vm, &err))
+    if (usage_start(&s->usage, s->vm, &err) || schedule(s, true, &err))
         log_write(&s->vm->log, LOG_WARN, "%s", err.text);
     life_move(&s->life, LIFE_STARTING, NULL);
     life_move(&s->life, vm_paused(s->vm) ? LIFE_PAUSED : LIFE_RUNNING, NULL);
@@ -480,14 +565,96 @@ int session_load(struct session *s, const char *path, struct snapshot_report *re
     if (ret)
         return ret;
     session_hooks(s, &s->hooks);
+    s->restored = true;
     ret = snapshot_load(path, &s->hooks, &s->vm, report, err);
     if (ret) {
+        s->restored = false;
         session_vm_drop(s);
         life_move(&s->life, LIFE_CREATED, NULL);
         return ret;
     }
     session_arrived(s);
     return session_confine(s, err);
+}
+
+void session_disks_forget(struct session *s, const struct snapfile *file)
+{
+    struct vm_options *o = s->options;
+    size_t len;
+    if (!snapfile_section(file, SNAPFILE_DISKS, &len))
+        return;
+    for (unsigned i = o->nr_devices; i > 0; i--)
+        if (!strcmp(o->devices[i - 1].kind->name, "disk"))
+            options_remove_device(o, i - 1);
+}
+
+// From here on there is no way back to the guest that was there.
+static int rollback_load(struct session *s, struct snapshot_back *back, struct error *err)
+{
+    lazy_free(s->lazy); // what it would still fetch is of the guest that was
+    s->lazy = NULL;
+    int ret = snapshot_back_load(back, err);
+    if (!ret && s->board.vmgenid)
+        ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
+    if (ret) {
+        error_prefix(err, "the guest is lost");
+        vm_request_stop(s->vm, VM_STOP_ERROR, 0, "%s", err->text);
+    }
+    return ret;
+}
+
+static int rollback(struct session *s, struct snapshot_back *back, struct error *err)
+{
+    enum life_state before = life_get(&s->life);
+    int ret = life_move(&s->life, LIFE_STARTING, err);
+    if (ret)
+        return ret;
+    bool paused = !vm_pause(s->vm, err);
+    ret = paused ? rollback_load(s, back, err) : err->code;
+    if (ret && paused)
+        return ret;
+    life_move(&s->life, before, NULL);
+    if (before == LIFE_RUNNING)
+        vm_resume(s->vm);
+    return ret;
+}
+
+int session_rollback(struct session *s, const char *path, struct error *err)
+{
+    struct snapshot_back *back;
+    int ret = snapshot_back_open(&back, path, s->vm, &s->hooks, err);
+    if (ret)
+        return ret;
+    json_t *body = json_incref(checkpoint_commands_body(s->checkpoints));
+    checkpoint_commands_stop(s->checkpoints); // one may be under way: that is given up
+    ret = rollback(s, back, err);
+    snapshot_back_close(back);
+    struct error none;
+    if (body && !vm_stopped(s->vm) && checkpoint_commands_start(s->checkpoints, body, &none))
+        log_write(&s->vm->log, LOG_ERROR, "no more checkpoints: %s", none.text);
+    json_decref(body);
+    return ret;
+}
+
+int session_checkpoints(struct session *s, const char *from, struct error *err)
+{
+    json_t *body = NULL;
+    unsigned restarts;
+    const char *option = s->options->checkpoints;
+    struct error unread = {0};
+    if (from && checkpoint_policy_read(from, &body, &unread) && unread.code != -ENOENT)
+        log_write(&s->vm->log, LOG_WARN, "%s", unread.text);
+    if (!body && option) {
+        int ret = supervise_parse(option, &body, &restarts, err);
+        if (ret)
+            return ret;
+    }
+    if (!body)
+        return 0;
+    int ret = s->checkpoints ? checkpoint_commands_start(s->checkpoints, body, err)
+                             : error_set(err, -EINVAL, "checkpoints need --control true");
+    json_decref(body);
+    return ret;
 }
 
 // Said at every level, but for the end that everybody hopes for.
@@ -539,9 +706,12 @@ void session_drop(struct session *s)
         close(s->sockets[s->nr_sockets - 1].fd);
         unlink(s->sockets[s->nr_sockets - 1].path);
     }
+    checkpoint_commands_destroy(s->checkpoints);
+    s->checkpoints = NULL;
     migrate_commands_destroy(s->migrate);
     s->migrate = NULL;
     usage_stop(&s->usage);
+    api_vm_gone(s->api);
     if (s->stop_timer.fn)
         loop_timer_close(&s->stop_timer);
     s->stop_timer.fn = NULL;
@@ -563,6 +733,8 @@ void session_destroy(struct session *s)
     console_close(s->console); // after the loop, which may still hold its polls
     api_destroy(s->api);
     usage_close(&s->usage);
+    if (s->metrics_fd >= 0)
+        close(s->metrics_fd);
     life_destroy(&s->life);
-    *s = (struct session) {.signal_fd = -1, .usage.statm_fd = -1};
+    *s = (struct session) {.signal_fd = -1, .metrics_fd = -1, .usage.statm_fd = -1};
 }

@@ -5,7 +5,9 @@
 
 #include "devices/board.h"
 #include "devices/virtio_mmio.h"
+#include "migrate/checkpoint_commands.h"
 #include "migrate/commands.h"
+#include "sched/vm.h"
 #include "vmm/cli/options.h"
 #include "vmm/cli/usage.h"
 #include "vmm/control.h"
@@ -14,6 +16,7 @@
 #include "vmm/vm.h"
 
 struct api;
+struct lazy;
 struct snapshot_report;
 
 struct session {
@@ -26,18 +29,23 @@ struct session {
     struct console *console; // the board's; outlives the VM, is closed after the loop
     struct life life;
     struct usage usage;
+    struct sched_tie *tie; // to the scheduler; NULL: without
     struct control *control;
     bool registered; // vmm/cli/registry.h has a record of this VM
     bool confined;   // session_confine has been
     struct api *api;
     struct migrate_commands *migrate;
+    struct checkpoint_commands *checkpoints;
+    bool restored; // the guest came from a file, though options->kernel may be set
     struct migrate_hooks hooks;
+    struct lazy *lazy;       // a guest that was restored before its memory was there
     struct arrival *arrival; // `ferry receive`: the guest that comes in, NULL otherwise
     struct session_socket {  // of the API, between session_listen and session_serve
         int fd;
         char path[108];
     } sockets[2];
     unsigned nr_sockets;
+    int metrics_fd;               // --metrics-listen, until session_serve; -1 otherwise
     struct loop_timer stop_timer; // runs while the guest is asked to end
     unsigned stop_s;
     struct boot_files *boot_files; // what the guest starts from, NULL if it came otherwise
@@ -82,6 +90,15 @@ void session_destroy(struct session *s);
 // Builds the VM that a snapshot file holds; it is paused then.
 int session_load(struct session *s, const char *path, struct snapshot_report *report,
                  struct error *err);
+// Begins the checkpoints that --checkpoints asks for. `from` (may be NULL): the directory the guest
+// came from; what was asked for there last counts then.
+int session_checkpoints(struct session *s, const char *from, struct error *err);
+// The options' disks, once a snapshot brings the state that they had at its instant.
+void session_disks_forget(struct session *s, const struct snapfile *file);
+// The running or paused guest is replaced, in the same VM, by the one in the file, which goes on if
+// this one ran. The file must be of this machine. An error with the VM stopped: there is no guest
+// any more.
+int session_rollback(struct session *s, const char *path, struct error *err);
 json_t *session_info(struct session *s);                        // what GET /info says
 int session_commands_add(struct session *s, struct error *err); // vmm/cli/commands.c
 

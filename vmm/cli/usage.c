@@ -45,9 +45,14 @@ static void usage_read(struct loop_timer *timer)
 int usage_start(struct usage *u, struct vm *vm, struct error *err)
 {
     const uint64_t period = USAGE_PERIOD_S * 1000000000ull;
-    *u = (struct usage) {.vm = vm, .start_ns = time_ns(), .statm_fd = u->statm_fd};
-    u->at_ns = u->busy_at_ns = u->start_ns;
+    bool goes = u->vm; // the timer does: of the guest that this one takes the place of
+    u->vm = vm;
+    u->at_ns = u->start_ns = time_ns();
+    u->busy_at_ns = u->start_ns;
     u->vcpu_ns = vcpus_time(vm);
+    u->permille = u->peak_permille = 0;
+    if (goes)
+        return 0;
     int ret = loop_timer_init(vm->loop, &u->timer, usage_read, err);
     if (ret)
         u->vm = NULL;

@@ -29,7 +29,8 @@ struct usage {
 // The file stays open: the process may not see /proc later, or not from each thread.
 int usage_open(struct usage *u, struct error *err);
 void usage_close(struct usage *u);
-int usage_start(struct usage *u, struct vm *vm, struct error *err); // loop's thread
+// Loop's thread. Again for a guest that is rolled back: the VM is another one then.
+int usage_start(struct usage *u, struct vm *vm, struct error *err);
 void usage_stop(struct usage *u);
 // Adds uptime, CPU, idle time, resident memory.
 void usage_show(struct usage *u, json_t *out);

@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "migrate/userfault.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "vmm/util.h"
+
+int uffd_open(int *fd, const char *who, uint64_t features, struct error *err)
+{
+    autoclose int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+    *fd = device >= 0 ? ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK) : -1;
+    if (*fd < 0)
+        *fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+    if (*fd < 0 && errno == EPERM)
+        return error_set(err, -EPERM,
+                         "%s needs userfaultfd for kernel accesses: allow access to "
+                         "/dev/userfaultfd, or CAP_SYS_PTRACE, or sysctl "
+                         "vm.unprivileged_userfaultfd=1",
+                         who);
+    if (*fd < 0)
+        return error_errno(err, "%s: userfaultfd", who);
+    struct uffdio_api api = {.api = UFFD_API, .features = features};
+    if (!ioctl(*fd, UFFDIO_API, &api))
+        return 0;
+    int ret = errno == EINVAL ? error_set(err, -EOPNOTSUPP,
+                                          "%s: this kernel's userfaultfd lacks a feature of 0x%llx",
+                                          who, (unsigned long long)features)
+                              : error_errno(err, "%s: UFFDIO_API", who);
+    close(*fd);
+    *fd = -1;
+    return ret;
+}
+
+int uffd_register(int fd, const void *start, uint64_t len, uint64_t mode, uint64_t need,
+                  struct error *err)
+{
+    struct uffdio_register reg = {.range = {.start = (uintptr_t)start, .len = len}, .mode = mode};
+    if (ioctl(fd, UFFDIO_REGISTER, &reg))
+        return errno == EINVAL || errno == EPERM
+                   ? error_set(err, -EOPNOTSUPP,
+                               "userfaultfd does not support this kind of memory (mode 0x%llx)",
+                               (unsigned long long)mode)
+                   : error_errno(err, "UFFDIO_REGISTER of %llu MiB of guest memory",
+                                 (unsigned long long)(len / MiB));
+    if ((reg.ioctls & need) == need)
+        return 0;
+    uffd_unregister(fd, start, len);
+    return error_set(err, -EOPNOTSUPP, "userfaultfd offers 0x%llx for this kind of memory",
+                     (unsigned long long)reg.ioctls);
+}
+
+void uffd_unregister(int fd, const void *start, uint64_t len)
+{
+    struct uffdio_range range = {.start = (uintptr_t)start, .len = len};
+    ioctl(fd, UFFDIO_UNREGISTER, &range);
+}
+
+static int writeprotect(int fd, const void *start, uint64_t len, uint64_t mode, struct error *err)
+{
+    struct uffdio_writeprotect wp = {.range = {.start = (uintptr_t)start, .len = len},
+                                     .mode = mode};
+    while (ioctl(fd, UFFDIO_WRITEPROTECT, &wp))
+        if (errno != EAGAIN && errno != EINTR)
+            return error_errno(err, "UFFDIO_WRITEPROTECT of %llu KiB",
+                               (unsigned long long)(len / KiB));
+    return 0;
+}
+
+int uffd_protect(int fd, const void *start, uint64_t len, struct error *err)
+{
+    return writeprotect(fd, start, len, UFFDIO_WRITEPROTECT_MODE_WP, err);
+}
+
+int uffd_unprotect(int fd, const void *start, uint64_t len, struct error *err)
+{
+    return writeprotect(fd, start, len, 0, err);
+}
+
+static int wake(int fd, const void *start, uint64_t len, struct error *err)
+{
+    struct uffdio_range range = {.start = (uintptr_t)start, .len = len};
+    return ioctl(fd, UFFDIO_WAKE, &range) ? error_errno(err, "UFFDIO_WAKE") : 0;
+}
+
+int uffd_copy(int fd, void *to, const void *from, uint64_t len, struct error *err)
+{
+    for (uint64_t at = 0; at < len;) {
+        struct uffdio_copy copy = {
+            .dst = (uintptr_t)to + at, .src = (uintptr_t)from + at, .len = len - at};
+        if (!ioctl(fd, UFFDIO_COPY, &copy))
+            return 0;
+        if (copy.copy > 0) { // a part: the next call says why
+            at += (uint64_t)copy.copy;
+        } else if (errno == EEXIST) {
+            int ret = wake(fd, (uint8_t *)to + at, PAGE_SIZE, err);
+            if (ret)
+                return ret;
+            at += PAGE_SIZE;
+        } else if (errno != EAGAIN && errno != EINTR) {
+            return error_errno(err, "UFFDIO_COPY of %llu bytes", (unsigned long long)(len - at));
+        }
+    }
+    return 0;
+}
+
+int uffd_zero(int fd, void *start, uint64_t len, struct error *err)
+{
+    for (uint64_t at = 0; at < len;) {
+        struct uffdio_zeropage zero = {.range = {.start = (uintptr_t)start + at, .len = len - at}};
+        if (!ioctl(fd, UFFDIO_ZEROPAGE, &zero))
+            return 0;
+        if (zero.zeropage > 0) {
+            at += (uint64_t)zero.zeropage;
+        } else if (errno == EEXIST) {
+            int ret = wake(fd, (uint8_t *)start + at, PAGE_SIZE, err);
+            if (ret)
+                return ret;
+            at += PAGE_SIZE;
+        } else if (errno != EAGAIN && errno != EINTR) {
+            return error_errno(err, "UFFDIO_ZEROPAGE");
+        }
+    }
+    return 0;
+}

@@ -1,0 +1,471 @@
+// SPDX-License-Identifier: Apache-2.0
+// Turns: what sched/credit.h decides is made true of threads, and what threads do is told to it.
+//
+// A turn changes hands without a gap: the next thread is woken on the pCPU in the same breath as
+// the last one is told to leave it. Meanwhile, some tens of microseconds, Linux shares the pCPU
+// among the two; each is charged what it really had.
+//
+// A vCPU that halts sleeps inside KVM_RUN (with GRANT_WAIT, so that an exit makes it ask). When it
+// gets on a CPU again without a turn, the record of that tells us: it gets a turn, or a signal.
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <signal.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/syscall.h>
+#include <sys/timerfd.h>
+#include <unistd.h>
+
+#include "sched/daemon_internal.h"
+#include "vmm/probe.h"
+#include "vmm/util.h"
+
+static uint64_t least(uint64_t a, uint64_t b)
+{
+    return a < b ? a : b;
+}
+
+static void kick(struct sched_daemon *d, struct sched_vcpu *v)
+{
+    d->kicks++;
+    FERRY_PROBE3(sched_kick, v->vm->id, v->index, v->watch.tid);
+    if (v->pidfd < 0 || syscall(SYS_pidfd_send_signal, v->pidfd, v->vm->signal, NULL, 0))
+        syscall(SYS_tgkill, v->watch.pid, v->watch.tid, v->vm->signal);
+}
+
+static void policy(struct sched_vcpu *v, enum sched_policy wanted)
+{
+    if (v->policy != wanted && !sched_policy_set(v->watch.tid, wanted))
+        v->policy = wanted;
+}
+
+static void charge(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    uint64_t cpu = sched_watch_cpu(&v->watch, now);
+    if (cpu <= v->charged_ns)
+        return;
+    credit_charge(&d->credit, &v->credit, cpu - v->charged_ns, now);
+    v->charged_ns = cpu;
+}
+
+// --- what threads do
+
+// A thread with a fresh turn still sleeps in its futex, or waits for Linux to run it.
+static bool in_transit(struct sched_vcpu *v, uint64_t now)
+{
+    if (atomic_load(&v->slot->want) != WANT_TURN)
+        return false;
+    if (now < v->granted_ns + TRANSIT_NS)
+        return true;
+    v->stuck = sched_watch_sleeps(&v->watch);
+    v->stuck_cpu_ns = v->charged_ns;
+    return !v->stuck;
+}
+
+// How Linux is to wake it. A real-time priority is bounded as a BOOST is: by credit, by one tick of
+// CPU time per slice, and each time by TRANSIT_NS.
+static enum sched_policy sleeper_policy(const struct sched_daemon *d, const struct sched_vcpu *v)
+{
+    bool boosted = !d->config.no_boost && v->credit.credit_ns >= 0 &&
+                   v->credit.boost_ns < d->credit.params.tick_ns;
+    return boosted ? SCHED_POLICY_BOOST : SCHED_POLICY_PROMPT;
+}
+
+static void woke(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now);
+
+static void sleeps(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    v->brief_until_ns = 0;
+    policy(v, sleeper_policy(d, v));
+    sched_watch_listen(&v->watch, true);
+    sched_watch_read(&v->watch, now); // it may have woken before we listened
+    if (!v->watch.asleep && !sched_watch_polls(&v->watch))
+        woke(d, v, now);
+}
+
+static void fell_asleep(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    credit_block(&d->credit, &v->credit, now);
+    sleeps(d, v, now);
+}
+
+// Most wake-ups are over soon. One with credit, which Linux let run at once, has BRIEF_NS for it:
+// the pCPU's turn goes on behind it, and nobody is told to leave. It is charged all the same.
+static bool runs_briefly(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    if (v->policy != SCHED_POLICY_BOOST || atomic_load(&v->slot->want) == WANT_TURN)
+        return false;
+    if (v->brief_until_ns)
+        return now < v->brief_until_ns;
+    v->briefs++;
+    v->brief_until_ns = now + BRIEF_NS;
+    d->brief_at_ns = least(d->brief_at_ns, v->brief_until_ns);
+    sched_watch_listen(&v->watch, false);
+    return true;
+}
+
+static void woke(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    if (runs_briefly(d, v, now))
+        return;
+    v->brief_until_ns = 0;
+    v->stuck = false;
+    v->woken = true;
+    sched_watch_listen(&v->watch, false);
+    credit_wake(&d->credit, &v->credit, now);
+}
+
+void vcpu_look(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    if (!v->present)
+        return;
+    sched_watch_read(&v->watch, now);
+    charge(d, v, now);
+    uint32_t want = atomic_load(&v->slot->want);
+    bool asleep = v->watch.asleep, turn = v->credit.state == CREDIT_RUNNING;
+    if (v->revoked && (asleep || want == WANT_TURN)) {
+        v->revoked = v->offender = false;
+        v->loose_cpu_ns = v->charged_ns;
+    }
+    if (want == WANT_NOTHING) {
+        if (v->credit.state != CREDIT_BLOCKED)
+            credit_block(&d->credit, &v->credit, now);
+    } else if (v->credit.state == CREDIT_BLOCKED) {
+        v->stuck &= v->charged_ns == v->stuck_cpu_ns;
+        if (!asleep || (want == WANT_TURN && !v->stuck))
+            woke(d, v, now);
+        else if (v->brief_until_ns)
+            sleeps(d, v, now);
+    } else if (asleep && (turn ? !in_transit(v, now) : want != WANT_TURN)) {
+        fell_asleep(d, v, now);
+    }
+}
+
+// --- turns
+
+static void turn_begin(struct sched_daemon *d, struct sched_vcpu *v, unsigned pcpu)
+{
+    int cpu = d->cpus[pcpu];
+    if (v->cpu != cpu) {
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(cpu, &set);
+        if (!sched_setaffinity(v->watch.tid, sizeof(set), &set))
+            v->cpu = cpu;
+        atomic_store(&v->slot->pcpu, (uint32_t)cpu);
+    }
+    if (v->policy == SCHED_POLICY_LAST) // in its turn even an offender runs; else it never obeys
+        policy(v, SCHED_POLICY_PLAIN);
+    sched_watch_listen(&v->watch, false);
+    atomic_store(&v->slot->wait_ns, v->credit.wait_ns);
+    atomic_store(&v->slot->grant, GRANT_RUN);
+    syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    v->granted_ns = time_ns();
+    v->revoked = v->woken = false;
+    v->brief_until_ns = 0;
+    d->turns++;
+}
+
+static void turn_end(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    atomic_store(&v->slot->grant, GRANT_WAIT);
+    v->loose_cpu_ns = v->charged_ns;
+    v->loose_since_ns = now;
+    v->woken = false;
+    if (v->credit.state == CREDIT_BLOCKED && v->watch.asleep)
+        return;
+    if (v->credit.state != CREDIT_BLOCKED)
+        policy(v, SCHED_POLICY_PLAIN); // it used up its turn: not one that sleeps mostly
+    v->revoked = true;
+    kick(d, v);
+}
+
+static struct sched_vcpu *vcpu_of(struct credit_vcpu *credit)
+{
+    return credit ? container_of(credit, struct sched_vcpu, credit) : NULL;
+}
+
+static void apply(struct sched_daemon *d, uint64_t now)
+{
+    for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
+        struct sched_vcpu *old = d->holder[p], *new = vcpu_of(d->credit.pcpus[p].current);
+        if (old == new)
+            continue;
+        d->holder[p] = NULL;
+        if (old && old->credit.state != CREDIT_RUNNING)
+            turn_end(d, old, now);
+    }
+    for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
+        struct sched_vcpu *new = vcpu_of(d->credit.pcpus[p].current);
+        if (d->holder[p] != new)
+            turn_begin(d, new, p);
+        d->holder[p] = new;
+    }
+}
+
+// Those that woke and got no turn go to sleep in their futex.
+static void restrain(struct sched_daemon *d, uint64_t now)
+{
+    for (struct sched_vm *vm = d->vms; vm; vm = vm->next) {
+        for (unsigned i = 0; i < vm->nr; i++) {
+            struct sched_vcpu *v = &vm->vcpus[i];
+            if (!v->woken)
+                continue;
+            v->woken = false;
+            if (v->credit.state == CREDIT_RUNNING || v->watch.asleep ||
+                atomic_load(&v->slot->want) == WANT_TURN)
+                continue;
+            v->revoked = true;
+            v->loose_cpu_ns = v->charged_ns;
+            v->loose_since_ns = now;
+            kick(d, v);
+        }
+    }
+}
+
+static void charge_running(struct sched_daemon *d, uint64_t now)
+{
+    for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
+        struct sched_vcpu *v = vcpu_of(d->credit.pcpus[p].current);
+        if (!v)
+            continue;
+        sched_watch_read(&v->watch, now);
+        charge(d, v, now);
+    }
+}
+
+// True when a pCPU was due.
+static bool decide(struct sched_daemon *d, uint64_t now)
+{
+    bool due = false;
+    if (credit_next(&d->credit) <= now) {
+        charge_running(d, now);
+        credit_timer(&d->credit, now);
+    }
+    credit_kicks(&d->credit); // each pCPU is looked at anyway
+    for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
+        if (d->credit.pcpus[p].until_ns > now)
+            continue;
+        struct sched_vcpu *v = vcpu_of(d->credit.pcpus[p].current);
+        if (v)
+            vcpu_look(d, v, now);
+        credit_pick(&d->credit, p, now);
+        due = true;
+    }
+    return due;
+}
+
+// Somebody runs, or could: then time matters.
+static bool anybody_awake(const struct sched_daemon *d)
+{
+    for (const struct sched_vm *vm = d->vms; vm; vm = vm->next)
+        for (unsigned i = 0; i < vm->nr; i++)
+            if (vm->vcpus[i].present && vm->vcpus[i].credit.state != CREDIT_BLOCKED)
+                return true;
+    return false;
+}
+
+static bool anybody_polled(const struct sched_daemon *d)
+{
+    for (const struct sched_vm *vm = d->vms; vm; vm = vm->next)
+        for (unsigned i = 0; i < vm->nr; i++)
+            if (vm->quiet || (vm->vcpus[i].present && sched_watch_polls(&vm->vcpus[i].watch)))
+                return true;
+    return false;
+}
+
+static void arm(struct sched_daemon *d, uint64_t now)
+{
+    uint64_t at = d->brief_at_ns;
+    bool awake = anybody_awake(d), polled = anybody_polled(d);
+    if (!awake && !polled) {
+        d->tick_at_ns = d->poll_at_ns = CREDIT_NEVER;
+    } else {
+        d->tick_at_ns = least(d->tick_at_ns, now + d->credit.params.tick_ns);
+        at = least(at, least(d->tick_at_ns, credit_next(&d->credit)));
+        d->poll_at_ns = polled ? least(d->poll_at_ns, now + POLL_NS) : CREDIT_NEVER;
+        at = least(at, d->poll_at_ns);
+    }
+    for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
+        const struct sched_vcpu *v = d->holder[p];
+        at = least(at, d->credit.pcpus[p].until_ns);
+        if (v && (v->watch.asleep || v->policy == SCHED_POLICY_BOOST) &&
+            v->granted_ns + TRANSIT_NS > now)
+            at = least(at, v->granted_ns + TRANSIT_NS);
+    }
+    if (at == d->armed_ns)
+        return;
+    d->armed_ns = at;
+    struct itimerspec when = {{0, 0}, {0, 0}};
+    if (at != CREDIT_NEVER) {
+        when.it_value.tv_sec = (time_t)(at / 1000000000);
+        when.it_value.tv_nsec = (long)(at % 1000000000);
+    }
+    timerfd_settime(d->timer_fd, TFD_TIMER_ABSTIME, &when, NULL);
+}
+
+// Those that woke for a moment and still run want a turn.
+static void briefs_check(struct sched_daemon *d, uint64_t now)
+{
+    if (now < d->brief_at_ns)
+        return;
+    d->brief_at_ns = CREDIT_NEVER;
+    for (struct sched_vm *vm = d->vms; vm; vm = vm->next) {
+        for (unsigned i = 0; i < vm->nr; i++) {
+            if (!vm->vcpus[i].brief_until_ns)
+                continue;
+            vcpu_look(d, &vm->vcpus[i], now);
+            if (vm->vcpus[i].brief_until_ns)
+                d->brief_at_ns = least(d->brief_at_ns, vm->vcpus[i].brief_until_ns);
+        }
+    }
+}
+
+static void transits_check(struct sched_daemon *d, uint64_t now)
+{
+    for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
+        struct sched_vcpu *v = d->holder[p];
+        if (!v || now < v->granted_ns + TRANSIT_NS)
+            continue;
+        if (v->watch.asleep)
+            vcpu_look(d, v, now);
+        if (v->policy == SCHED_POLICY_BOOST)
+            policy(v, SCHED_POLICY_PROMPT);
+    }
+}
+
+void turns_settle(struct sched_daemon *d)
+{
+    enum { ROUNDS = 4 };
+    uint64_t now = time_ns();
+    if (now >= d->poll_at_ns || now >= d->tick_at_ns)
+        turns_tick(d, now);
+    transits_check(d, now);
+    briefs_check(d, now);
+    // What is decided takes a moment, in which the next thing may be due.
+    for (unsigned i = 0; i < ROUNDS && decide(d, now); i++) {
+        apply(d, now);
+        now = time_ns();
+    }
+    apply(d, now);
+    restrain(d, now);
+    arm(d, now);
+}
+
+// --- the tick
+
+// It has had CPU time for most of a tick although its turn was over before.
+static void discipline(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    if (v->credit.state == CREDIT_RUNNING || now < v->loose_since_ns + d->credit.params.tick_ns)
+        return;
+    if (v->charged_ns > v->loose_cpu_ns + LOOSE_NS) {
+        d->offences += !v->offender;
+        v->vm->offences += !v->offender;
+        if (!v->offender)
+            log_limited(&d->log, &d->limit, LOG_WARN,
+                        "VM %s, vCPU %u ran %llu us after its turn: from now on it has what others "
+                        "leave",
+                        v->vm->name, v->index,
+                        (unsigned long long)(v->charged_ns - v->loose_cpu_ns) / 1000);
+        v->offender = v->revoked = true;
+        policy(v, SCHED_POLICY_LAST);
+        if (v->credit.state != CREDIT_BLOCKED)
+            kick(d, v);
+    }
+    v->loose_cpu_ns = v->charged_ns;
+    v->loose_since_ns = now;
+}
+
+static void vm_listen(struct sched_daemon *d, struct sched_vm *vm)
+{
+    vm->quiet = false;
+    struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &vm->source};
+    epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, vm->bell, &ev);
+    for (unsigned i = 0; i < vm->nr; i++) {
+        struct sched_vcpu *v = &vm->vcpus[i];
+        if (!v->present || v->watch.out_fd < 0)
+            continue;
+        ev.data.ptr = &v->source;
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.out_fd, &ev);
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.in_fd, &ev);
+    }
+}
+
+void turns_tick(struct sched_daemon *d, uint64_t now)
+{
+    bool tick = now >= d->tick_at_ns;
+    d->poll_at_ns = CREDIT_NEVER;
+    if (tick)
+        d->tick_at_ns = CREDIT_NEVER; // armed anew
+    for (struct sched_vm *vm = d->vms; vm; vm = vm->next) {
+        if (tick) {
+            vm->events = 0;
+            if (vm->quiet)
+                vm_listen(d, vm);
+        }
+        for (unsigned i = 0; i < vm->nr; i++) {
+            if (tick || vm->quiet || sched_watch_polls(&vm->vcpus[i].watch))
+                vcpu_look(d, &vm->vcpus[i], now);
+            if (tick && vm->vcpus[i].present)
+                discipline(d, &vm->vcpus[i], now);
+        }
+    }
+}
+
+// --- coming and going
+
+int vcpu_join(struct sched_daemon *d, struct sched_vcpu *v, pid_t tid, struct error *err)
+{
+    enum { PIDFD_OF_THREAD = 0200 }; // PIDFD_THREAD, Linux 6.9
+    v->pidfd = -1;
+    int ret = sched_watch_open(&v->watch, v->vm->pid, tid, !d->config.no_records, err);
+    if (ret)
+        return ret;
+    v->cpu = -1;
+    v->source = (struct source) {SOURCE_VCPU, v};
+    v->slot = &v->vm->page->slots[v->index];
+    v->pidfd = (int)syscall(SYS_pidfd_open, tid, PIDFD_OF_THREAD);
+    if (syscall(SYS_tgkill, v->vm->pid, tid, 0))
+        return error_errno(err, "thread %d of process %d: this scheduler may not signal it",
+                           (int)tid, (int)v->vm->pid);
+    v->policy = SCHED_POLICY_PLAIN;
+    return 0;
+}
+
+void vcpu_begin(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
+{
+    v->present = true;
+    v->charged_ns = v->loose_cpu_ns = sched_watch_cpu(&v->watch, now);
+    v->loose_since_ns = now;
+    atomic_store(&v->slot->grant, GRANT_WAIT);
+    credit_vcpu_add(&d->credit, &v->vm->credit, &v->credit, v->index, now);
+    struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &v->source};
+    if (v->watch.out_fd >= 0) {
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.out_fd, &ev);
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.in_fd, &ev);
+    }
+    if (v->watch.asleep)
+        sched_watch_listen(&v->watch, true);
+    vcpu_look(d, v, now);
+}
+
+// The thread may live on: then freely.
+void vcpu_leave(struct sched_daemon *d, struct sched_vcpu *v)
+{
+    if (v->present) {
+        for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++)
+            if (d->holder[p] == v)
+                d->holder[p] = NULL;
+        credit_vcpu_remove(&d->credit, &v->credit, time_ns());
+        atomic_store(&v->slot->grant, GRANT_FREE);
+        syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    }
+    v->present = v->woken = false;
+    sched_watch_close(&v->watch);
+    if (v->pidfd >= 0)
+        close(v->pidfd);
+    v->pidfd = -1;
+}

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sched/watch.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/perf_event.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "vmm/util.h"
+
+enum { RING_BYTES = 4096, MAP_BYTES = 4096 + RING_BYTES };
+
+// CPU time in ns, or -errno when the thread is gone.
+static int64_t schedstat_read(const struct sched_watch *w)
+{
+    char text[96];
+    ssize_t n = pread(w->schedstat_fd, text, sizeof(text) - 1, 0);
+    if (n <= 0)
+        return n < 0 ? -errno : -ESRCH;
+    text[n] = 0;
+    return (int64_t)strtoull(text, NULL, 10);
+}
+
+static int proc_open(const struct sched_watch *w, const char *file)
+{
+    char path[64];
+    snprintf(path, sizeof(path), "/proc/%d/task/%d/%s", (int)w->pid, (int)w->tid, file);
+    return open(path, O_RDONLY | O_CLOEXEC);
+}
+
+static int perf_open(const struct sched_watch *w, bool in, void **map)
+{
+    struct perf_event_attr attr = {.size = sizeof(attr),
+                                   .type = PERF_TYPE_SOFTWARE,
+                                   .sample_type = PERF_SAMPLE_TIME,
+                                   .sample_id_all = 1,
+                                   .context_switch = 1,
+                                   .use_clockid = 1,
+                                   .clockid = CLOCK_MONOTONIC};
+    if (in) {
+        attr.config = PERF_COUNT_SW_DUMMY;
+        attr.watermark = 1;
+        attr.wakeup_watermark = 1;
+    } else {
+        attr.config = PERF_COUNT_SW_CONTEXT_SWITCHES;
+        attr.sample_period = 1;
+        attr.wakeup_events = 1;
+    }
+    autoclose int fd =
+        (int)syscall(SYS_perf_event_open, &attr, w->tid, -1, -1, PERF_FLAG_FD_CLOEXEC);
+    if (fd < 0)
+        return -errno;
+    void *p = mmap(NULL, MAP_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (p == MAP_FAILED)
+        return -errno;
+    *map = p;
+    return take_fd(&fd);
+}
+
+int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, struct error *err)
+{
+    *w = (struct sched_watch) {.pid = pid, .tid = tid, .out_fd = -1, .in_fd = -1, .stat_fd = -1};
+    w->schedstat_fd = proc_open(w, "schedstat");
+    w->stat_fd = w->schedstat_fd < 0 ? -1 : proc_open(w, "stat");
+    if (w->schedstat_fd < 0 || w->stat_fd < 0) {
+        int code = errno == ENOENT ? -ESRCH : -errno;
+        sched_watch_close(w);
+        return error_set(err, code, "thread %d of process %d: %s", (int)tid, (int)pid,
+                         code == -ESRCH ? "there is none" : strerror(-code));
+    }
+    if (perf && (w->out_fd = perf_open(w, false, &w->out_map)) >= 0) {
+        w->in_fd = perf_open(w, true, &w->in_map);
+        if (w->in_fd < 0) {
+            munmap(w->out_map, MAP_BYTES);
+            close(w->out_fd);
+            w->out_fd = -1;
+        } else {
+            ioctl(w->in_fd, PERF_EVENT_IOC_PAUSE_OUTPUT, 1);
+        }
+    }
+    // Until its first record, it is taken for one that runs unless it sleeps.
+    w->since_ns = time_ns();
+    int64_t ran = schedstat_read(w);
+    w->base_ns = w->seen_ns = ran > 0 ? (uint64_t)ran : 0;
+    w->asleep = sched_watch_sleeps(w);
+    w->on_cpu = !w->asleep;
+    w->fresh = true;
+    return 0;
+}
+
+void sched_watch_close(struct sched_watch *w)
+{
+    if (w->out_fd >= 0) {
+        munmap(w->out_map, MAP_BYTES);
+        close(w->out_fd);
+    }
+    if (w->in_fd >= 0) {
+        munmap(w->in_map, MAP_BYTES);
+        close(w->in_fd);
+    }
+    if (w->schedstat_fd >= 0)
+        close(w->schedstat_fd);
+    if (w->stat_fd >= 0)
+        close(w->stat_fd);
+    w->out_fd = w->in_fd = w->schedstat_fd = w->stat_fd = -1;
+}
+
+// --- by records
+
+static void schedstat_take(struct sched_watch *w)
+{
+    int64_t ran = schedstat_read(w);
+    if (ran > 0 && (uint64_t)ran > w->base_ns)
+        w->base_ns = (uint64_t)ran;
+}
+
+static void record_take(struct sched_watch *w, uint16_t misc, uint64_t at)
+{
+    bool in = !(misc & PERF_RECORD_MISC_SWITCH_OUT);
+    if (w->fresh && !in) {
+        schedstat_take(w);
+        w->fresh = false;
+    } else if (w->on_cpu && !w->fresh && at > w->since_ns) {
+        w->base_ns += at - w->since_ns;
+    }
+    w->on_cpu = in;
+    w->asleep = !in && !(misc & PERF_RECORD_MISC_SWITCH_OUT_PREEMPT);
+    w->since_ns = at;
+}
+
+// A record may lie across the end of the ring.
+static void ring_copy(const struct perf_event_mmap_page *page, uint64_t at, void *to, size_t size)
+{
+    const char *data = (const char *)page + MAP_BYTES - RING_BYTES;
+    for (size_t i = 0; i < size; i++)
+        ((char *)to)[i] = data[(at + i) % RING_BYTES];
+}
+
+// Drains the ring; true when records were lost in it.
+static bool ring_drain(struct sched_watch *w, void *map, bool take)
+{
+    struct perf_event_mmap_page *page = map;
+    uint64_t head = __atomic_load_n(&page->data_head, __ATOMIC_ACQUIRE), at = page->data_tail;
+    bool lost = false;
+    while (take && at < head) {
+        struct perf_event_header h;
+        uint64_t time;
+        ring_copy(page, at, &h, sizeof(h));
+        if (h.type == PERF_RECORD_SWITCH) {
+            ring_copy(page, at + sizeof(h), &time, sizeof(time));
+            record_take(w, h.misc, time);
+        }
+        lost |= h.type == PERF_RECORD_LOST;
+        if (h.size < sizeof(h))
+            break;
+        at += h.size;
+    }
+    __atomic_store_n(&page->data_tail, head, __ATOMIC_RELEASE);
+    return lost;
+}
+
+bool sched_watch_sleeps(const struct sched_watch *w)
+{
+    // "tid (name) S ..."; the name may hold anything, so from its last bracket on.
+    char text[256];
+    ssize_t n = pread(w->stat_fd, text, sizeof(text) - 1, 0);
+    if (n <= 0)
+        return true;
+    text[n] = 0;
+    const char *state = strrchr(text, ')');
+    return !state || !state[1] || state[2] != 'R';
+}
+
+static void proc_look(struct sched_watch *w, uint64_t now_ns)
+{
+    int64_t ran = schedstat_read(w);
+    if (ran < 0) {
+        w->on_cpu = false;
+        w->asleep = true;
+        return;
+    }
+    bool advanced = (uint64_t)ran > w->seen_ns;
+    w->seen_ns = w->base_ns = (uint64_t)ran;
+    w->since_ns = now_ns;
+    // The figure of one that runs grows at the kernel's tick; one that stands still may sleep.
+    w->asleep = !advanced && sched_watch_sleeps(w);
+    w->on_cpu = advanced;
+}
+
+void sched_watch_read(struct sched_watch *w, uint64_t now_ns)
+{
+    if (w->out_fd < 0) {
+        proc_look(w, now_ns);
+        return;
+    }
+    ring_drain(w, w->in_map, false);
+    if (ring_drain(w, w->out_map, true))
+        w->fresh = true; // records were lost
+    if (w->fresh)
+        schedstat_take(w);
+}
+
+uint64_t sched_watch_cpu(const struct sched_watch *w, uint64_t now_ns)
+{
+    bool runs = w->out_fd >= 0 && w->on_cpu && !w->fresh && now_ns > w->since_ns;
+    return w->base_ns + (runs ? now_ns - w->since_ns : 0);
+}
+
+void sched_watch_listen(struct sched_watch *w, bool on)
+{
+    if (w->in_fd < 0 || w->listening == on)
+        return;
+    ioctl(w->in_fd, PERF_EVENT_IOC_PAUSE_OUTPUT, on ? 0 : 1);
+    w->listening = on;
+}

@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a thread of another process does: runs, waits for a CPU, or sleeps; and for how long it ran.
+//
+// With an in-kernel local APIC a halted vCPU sleeps inside KVM_RUN, and nobody is told. The
+// kernel's context-switch records (perf_event_open(2), `context_switch`) say so within tens of
+// microseconds. Two descriptors, since a record cannot choose whom it wakes:
+//  - `out`: wakes the poller whenever the thread leaves its CPU (a sample each), and holds all
+//    records;
+//  - `in`: wakes it whenever it gets on one. Only listened to while the thread sleeps: a poller
+//    that wakes on the watched thread's own CPU drives it away and so makes the next record, for
+//    ever.
+// Without the right to open those (CAP_PERFMON), /proc/<pid>/task/<tid> is read instead, which must
+// be asked for again and again (sched_watch_polls).
+#pragma once
+
+#include <stdbool.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include "vmm/error.h"
+
+struct sched_watch {
+    pid_t pid, tid;
+    int out_fd, in_fd;         // -1: by /proc
+    int schedstat_fd, stat_fd; // of /proc
+    void *out_map, *in_map;
+    bool listening; // `in` wakes
+    bool on_cpu;
+    bool asleep;       // left its CPU by itself; false: preempted, or waits to be put there
+    bool fresh;        // by records: none tells yet how long it has run; its schedstat does
+    uint64_t since_ns; // of on_cpu, CLOCK_MONOTONIC
+    uint64_t base_ns;  // CPU time before that
+    uint64_t seen_ns;  // by /proc: CPU time at the last look
+};
+
+// -errno; -ESRCH: no such thread in that process.
+int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, struct error *err);
+void sched_watch_close(struct sched_watch *w);
+static inline bool sched_watch_polls(const struct sched_watch *w)
+{
+    return w->out_fd < 0;
+}
+// Brings `on_cpu`, `asleep` and the rest up to date.
+void sched_watch_read(struct sched_watch *w, uint64_t now_ns);
+// CPU time that the thread had, ns, exact up to `now_ns`; after sched_watch_read.
+uint64_t sched_watch_cpu(const struct sched_watch *w, uint64_t now_ns);
+// Whether getting on a CPU wakes the poller of in_fd.
+void sched_watch_listen(struct sched_watch *w, bool on);
+// Asks the kernel whether the thread sleeps (or is stopped) right now, not what it did last.
+bool sched_watch_sleeps(const struct sched_watch *w);
