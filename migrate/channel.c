@@ -13,6 +13,8 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+enum { TLS_CHUNK = 16 * 1024 }; // what goes into one record
+
 // How far a writer may run ahead of the bandwidth limit after an idle time.
 #define BURST_NS 20000000ull
 
@@ -51,21 +53,59 @@ static unsigned iov_advance(struct iovec **iov, unsigned nr, size_t n)
     return nr;
 }
 
+static int closed(struct channel *c, struct error *err)
+{
+    return error_set(err, -ENODATA, "%s: closed by the other side after %llu bytes", c->name,
+                     (unsigned long long)c->wire.in);
+}
+
+static int tls_readv(struct channel *c, struct iovec *iov, unsigned nr, struct error *err)
+{
+    while (nr) {
+        size_t n;
+        short events;
+        int ret = tls_read(c->tls, iov->iov_base, iov->iov_len, &n, &events, err);
+        if (ret == -EAGAIN)
+            ret = wait_fd(c->fd, events, c->cancel_fd, c->timeout_ms, c->name, err);
+        else if (ret)
+            error_prefix(err, "%s", c->name);
+        else if (!n)
+            ret = closed(c, err);
+        if (ret)
+            return ret;
+        c->wire.in += n;
+        nr = iov_advance(&iov, nr, n);
+    }
+    return 0;
+}
+
+// The first bytes are the beginning of a record of TLS (RFC 8446, 5.1): handshake or alert.
+static bool looks_like_tls(const struct iovec *iov, size_t n)
+{
+    const uint8_t *b = iov->iov_base;
+    return n >= 3 && iov->iov_len >= 3 && (b[0] == 22 || b[0] == 21) && b[1] == 3 && b[2] <= 4;
+}
+
 static int channel_readv(struct wire *w, struct iovec *iov, unsigned nr, struct error *err)
 {
     struct channel *c = container_of(w, struct channel, wire);
     nr = iov_advance(&iov, nr, 0);
+    if (c->tls)
+        return tls_readv(c, iov, nr, err);
     while (nr) {
         struct msghdr m = {.msg_iov = iov, .msg_iovlen = nr};
         ssize_t n = recvmsg(c->fd, &m, MSG_DONTWAIT);
         if (n > 0) {
+            if (!w->in && looks_like_tls(iov, (size_t)n))
+                return error_set(err, -EPROTO,
+                                 "%s: it speaks TLS: give this side --tls DIR or --psk FILE too",
+                                 c->name);
             w->in += (uint64_t)n;
             nr = iov_advance(&iov, nr, (size_t)n);
             continue;
         }
         if (!n)
-            return error_set(err, -ENODATA, "%s: closed by the other side after %llu bytes",
-                             c->name, (unsigned long long)w->in);
+            return closed(c, err);
         if (errno == EINTR)
             continue;
         if (errno != EAGAIN)
@@ -102,6 +142,62 @@ static int limit_wait(struct channel *c, size_t bytes, struct error *err)
     return 0;
 }
 
+// What goes into the next record: one large piece, or small ones together in `chunk`.
+static size_t tls_gather(const struct iovec *iov, unsigned nr, uint8_t *chunk, const void **data)
+{
+    size_t len = 0;
+    *data = iov->iov_base;
+    if (nr == 1 || iov->iov_len >= TLS_CHUNK)
+        return iov->iov_len;
+    *data = chunk;
+    for (unsigned i = 0; i < nr && len < TLS_CHUNK; i++) {
+        size_t n = iov[i].iov_len < TLS_CHUNK - len ? iov[i].iov_len : TLS_CHUNK - len;
+        memcpy(chunk + len, iov[i].iov_base, n);
+        len += n;
+    }
+    return len;
+}
+
+// Who is refused has been told why before the link broke.
+static int tls_write_failed(struct channel *c, int ret, struct error *err)
+{
+    uint8_t byte;
+    size_t n;
+    short events;
+    struct error why;
+    if (tls_read(c->tls, &byte, 1, &n, &events, &why) == -EACCES) {
+        ret = -EACCES;
+        error_set(err, ret, "%s", why.text);
+    }
+    error_prefix(err, "%s", c->name);
+    return ret;
+}
+
+static int tls_writev(struct channel *c, struct iovec *iov, unsigned nr, struct error *err)
+{
+    uint8_t chunk[TLS_CHUNK];
+    int ret = 0;
+    for (bool sent = false; !ret && !sent;) {
+        size_t n = 0;
+        short events;
+        const void *data;
+        if (nr) {
+            size_t len = tls_gather(iov, nr, chunk, &data);
+            ret = tls_write(c->tls, data, len, &n, &events, err);
+        } else {
+            ret = tls_flush(c->tls, &events, err);
+            sent = !ret;
+        }
+        c->wire.out += n;
+        nr = iov_advance(&iov, nr, n);
+        if (ret == -EAGAIN)
+            ret = wait_fd(c->fd, events, c->cancel_fd, c->timeout_ms, c->name, err);
+        else if (ret)
+            ret = tls_write_failed(c, ret, err);
+    }
+    return ret;
+}
+
 static int channel_writev(struct wire *w, struct iovec *iov, unsigned nr, struct error *err)
 {
     struct channel *c = container_of(w, struct channel, wire);
@@ -110,6 +206,8 @@ static int channel_writev(struct wire *w, struct iovec *iov, unsigned nr, struct
         bytes += iov[i].iov_len;
     int ret = limit_wait(c, bytes, err);
     nr = iov_advance(&iov, nr, 0);
+    if (c->tls)
+        return ret ? ret : tls_writev(c, iov, nr, err);
     while (!ret && nr) {
         struct msghdr m = {.msg_iov = iov, .msg_iovlen = nr};
         ssize_t n = sendmsg(c->fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
@@ -136,9 +234,19 @@ void channel_init(struct channel *c, int fd, int cancel_fd, unsigned timeout_ms,
 
 void channel_close(struct channel *c)
 {
+    tls_stream_free(c->tls);
+    c->tls = NULL;
     if (c->fd >= 0)
         close(c->fd);
     c->fd = -1;
+}
+
+void channel_move(struct channel *to, struct channel *from, int cancel_fd, unsigned timeout_ms)
+{
+    struct tls_stream *tls = from->tls;
+    from->tls = NULL;
+    channel_init(to, take_fd(&from->fd), cancel_fd, timeout_ms, from->name);
+    to->tls = tls;
 }
 
 void channel_shutdown(struct channel *c)
@@ -240,8 +348,27 @@ static int connect_one(const struct sockaddr *sa, socklen_t len, int cancel_fd, 
     return 0;
 }
 
-static int connect_any(const char *address, int cancel_fd, unsigned timeout_ms, int *fd,
-                       struct error *err)
+static bool is_loopback(const struct sockaddr *sa)
+{
+    const uint8_t *a = ((const struct sockaddr_in6 *)sa)->sin6_addr.s6_addr;
+    const uint8_t *v4 = (const uint8_t *)&((const struct sockaddr_in *)sa)->sin_addr;
+    if (sa->sa_family == AF_INET6 && IN6_IS_ADDR_V4MAPPED((const struct in6_addr *)a))
+        return a[12] == 127;
+    return sa->sa_family == AF_INET6 ? IN6_IS_ADDR_LOOPBACK((const struct in6_addr *)a)
+                                     : sa->sa_family == AF_INET && v4[0] == 127;
+}
+
+static int refuse_clear(const char *address, struct error *err)
+{
+    return error_set(err, -EPERM,
+                     "%s can be reached from other hosts, and nothing protects the guest's memory "
+                     "on the way: give both sides --tls DIR or --psk FILE (or --insecure, where "
+                     "the network is yours)",
+                     address);
+}
+
+static int connect_any(const char *address, bool loopback_only, int cancel_fd, unsigned timeout_ms,
+                       int *fd, struct error *err)
 {
     if (!strncmp(address, "unix:", 5)) {
         struct sockaddr_un sun;
@@ -266,23 +393,99 @@ static int connect_any(const char *address, int cancel_fd, unsigned timeout_ms, 
         return ret;
     ret = -EHOSTUNREACH;
     for (struct addrinfo *a = list; a && ret && ret != -ECANCELED; a = a->ai_next)
-        ret = connect_one(a->ai_addr, a->ai_addrlen, cancel_fd, timeout_ms, address, fd, err);
+        ret = loopback_only && !is_loopback(a->ai_addr)
+                  ? refuse_clear(address, err)
+                  : connect_one(a->ai_addr, a->ai_addrlen, cancel_fd, timeout_ms, address, fd, err);
     freeaddrinfo(list);
     return ret;
 }
 
-int channel_connect(struct channel *c, const char *address, int cancel_fd, unsigned timeout_ms,
-                    struct error *err)
+static int connect_named(struct channel *c, const char *address, bool loopback_only, int cancel_fd,
+                         unsigned timeout_ms, struct error *err)
 {
     int fd = -1;
     c->fd = -1;
-    int ret = connect_any(address, cancel_fd, timeout_ms, &fd, err);
+    c->tls = NULL;
+    int ret = connect_any(address, loopback_only, cancel_fd, timeout_ms, &fd, err);
     if (ret)
         return ret;
     char name[sizeof(c->name)];
     snprintf(name, sizeof(name), "connection to %s", address);
     channel_init(c, fd, cancel_fd, timeout_ms, name);
     return 0;
+}
+
+int channel_connect(struct channel *c, const char *address, int cancel_fd, unsigned timeout_ms,
+                    struct error *err)
+{
+    return connect_named(c, address, false, cancel_fd, timeout_ms, err);
+}
+
+static unsigned ms_until(uint64_t end)
+{
+    uint64_t now = time_ns();
+    return now < end ? (unsigned)((end - now + 999999) / 1000000) : 0;
+}
+
+// The time-out is for all of it: a peer that sends a byte now and then gets no further.
+static int channel_secure(struct channel *c, const struct tls *tls, bool server, const char *host,
+                          struct error *err)
+{
+    uint64_t end = time_ns() + c->timeout_ms * 1000000ull;
+    short events = 0;
+    int ret = tls_stream_create(&c->tls, tls, c->fd, server, host, err);
+    if (!ret)
+        ret = -EAGAIN;
+    while (ret == -EAGAIN) {
+        ret = tls_handshake(c->tls, &events, err);
+        unsigned left = c->timeout_ms ? ms_until(end) : 0;
+        if (ret && ret != -EAGAIN)
+            error_prefix(err, "%s", c->name);
+        else if (ret && c->timeout_ms && !left)
+            ret = error_set(err, -ETIMEDOUT, "%s: no TLS handshake within %u ms", c->name,
+                            c->timeout_ms);
+        else if (ret) {
+            ret = wait_fd(c->fd, events, c->cancel_fd, left, c->name, err);
+            ret = ret ? ret : -EAGAIN;
+        }
+    }
+    if (ret)
+        channel_close(c);
+    return ret;
+}
+
+int channel_connect_secure(struct channel *c, const char *address,
+                           const struct channel_security *security, int cancel_fd,
+                           unsigned timeout_ms, struct error *err)
+{
+    char host[256] = "";
+    const char *port;
+    bool tcp = !strncmp(address, "tcp:", 4);
+    int ret = connect_named(c, address, !security->tls && !security->insecure, cancel_fd,
+                            timeout_ms, err);
+    if (ret || !security->tls)
+        return ret;
+    if (tcp)
+        tcp_split(address, host, sizeof(host), &port, NULL); // connected: it is well-formed
+    return channel_secure(c, security->tls, false, *host ? host : NULL, err);
+}
+
+int channel_accept_secure(struct channel *c, const struct channel_security *security,
+                          struct error *err)
+{
+    return security->tls ? channel_secure(c, security->tls, true, NULL, err) : 0;
+}
+
+int channel_listen_check(int fd, const char *address, const struct channel_security *security,
+                         struct error *err)
+{
+    struct sockaddr_storage ss;
+    socklen_t len = sizeof(ss);
+    if (security->tls || security->insecure || strncmp(address, "tcp:", 4))
+        return 0;
+    if (getsockname(fd, (struct sockaddr *)&ss, &len))
+        return error_errno(err, "%s", address);
+    return is_loopback((struct sockaddr *)&ss) ? 0 : refuse_clear(address, err);
 }
 
 static int listen_one(const struct sockaddr *sa, socklen_t len, const char *address, int *out,
@@ -349,6 +552,7 @@ int channel_accept(struct channel *c, int listen_fd, int cancel_fd, unsigned wai
                    unsigned timeout_ms, struct error *err)
 {
     c->fd = -1;
+    c->tls = NULL;
     for (;;) {
         int ret = wait_fd(listen_fd, POLLIN, cancel_fd, wait_ms, "waiting for a migration", err);
         if (ret)

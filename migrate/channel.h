@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "migrate/tls.h"
 #include "migrate/wire.h"
 #include "vmm/error.h"
 
@@ -17,11 +18,18 @@ enum {
     CHANNEL_IDLE_MS = 60 * 1000,      // default time-out without any byte later
 };
 
+// Whom a channel talks to, and how.
+struct channel_security {
+    const struct tls *tls; // NULL: in clear, which over TCP is for addresses of this host only
+    bool insecure;         // in clear to anywhere
+};
+
 struct channel {
     struct wire wire;
     int fd;
-    int cancel_fd;       // readable = give up with -ECANCELED; -1 = none
-    unsigned timeout_ms; // without any progress
+    struct tls_stream *tls; // NULL: in clear
+    int cancel_fd;          // readable = give up with -ECANCELED; -1 = none
+    unsigned timeout_ms;    // without any progress
     char name[160];
     // Bandwidth limit in bytes/s, 0 = none; may change while in use. NULL = none.
     const _Atomic uint64_t *limit;
@@ -31,12 +39,25 @@ struct channel {
 // Takes over fd (made non-blocking, TCP_NODELAY where it is TCP).
 void channel_init(struct channel *c, int fd, int cancel_fd, unsigned timeout_ms, const char *name);
 void channel_close(struct channel *c); // fd becomes -1; harmless when it is
+// `to` becomes what `from` was, which is then closed.
+void channel_move(struct channel *to, struct channel *from, int cancel_fd, unsigned timeout_ms);
 
 // Wakes whoever waits on the channel, in any thread; later calls fail.
 void channel_shutdown(struct channel *c);
 
 int channel_connect(struct channel *c, const char *address, int cancel_fd, unsigned timeout_ms,
                     struct error *err);
+// As channel_connect, and makes sure who is there. -EPERM: in clear to another host. Closed on
+// error.
+int channel_connect_secure(struct channel *c, const char *address,
+                           const struct channel_security *security, int cancel_fd,
+                           unsigned timeout_ms, struct error *err);
+// The other end of that, after channel_accept. Closed on error.
+int channel_accept_secure(struct channel *c, const struct channel_security *security,
+                          struct error *err);
+// -EPERM: this listening socket may be reached from other hosts, in clear.
+int channel_listen_check(int fd, const char *address, const struct channel_security *security,
+                         struct error *err);
 // A listening socket. `bound` (may be NULL, else of `size` bytes) gets the address with the real
 // port.
 int channel_listen(const char *address, int *fd, char *bound, size_t size, struct error *err);

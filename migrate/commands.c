@@ -21,7 +21,8 @@ struct migrate_commands {
     pthread_t thread;
     struct control_request *req; // of the long command
     struct migrate_params params;
-    char *target; // address or path
+    char *target;    // address or path
+    struct tls *tls; // of params
     struct snapshot_params snapshot;
     char *parent; // of the snapshot
     struct snapshot_track track;
@@ -196,6 +197,18 @@ static const char *const packings[] = {"auto", "always", "none", NULL};
 static const char *const stalls[] = {"continue", "cancel", "switch", "postcopy", "throttle", NULL};
 enum { DOWNTIME_MAX_MS = 3600 * 1000, ROUNDS_MAX = 1000 * 1000 };
 
+// Contents, not names of files: this process may not see the files that the caller does. The
+// certificates are PEM, the shared key is NAME:HEX DIGITS.
+// clang-format off
+#define SECURITY_FIELDS                                                                       \
+    {"tls_ca", SCHEMA_STRING, .min = 1, .max = TLS_TEXT_MAX},                                 \
+    {"tls_cert", SCHEMA_STRING, .min = 1, .max = TLS_TEXT_MAX},                               \
+    {"tls_key", SCHEMA_STRING, .min = 1, .max = TLS_TEXT_MAX},                                \
+    {"psk", SCHEMA_STRING, .min = 1, .max = TLS_TEXT_MAX},                                    \
+    {"tls_name", SCHEMA_STRING, .min = 1}, /* what the other side's certificate must name */  \
+    {"insecure", SCHEMA_BOOL}              /* in clear to another host */
+// clang-format on
+
 static const struct schema_field migrate_fields[] = {
     {"to", SCHEMA_STRING, .required = true, .min = 1},
     {"mode", SCHEMA_STRING, .choices = modes},
@@ -207,11 +220,13 @@ static const struct schema_field migrate_fields[] = {
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},
+    SECURITY_FIELDS,
     {NULL},
 };
 
 static const struct schema_field recover_fields[] = {
     {"to", SCHEMA_STRING, .required = true, .min = 1},
+    SECURITY_FIELDS,
     {NULL},
 };
 
@@ -233,6 +248,27 @@ static const struct schema_field snapshot_fields[] = {
     {"disks", SCHEMA_BOOL}, // the disks' overlays as well, as they are at that instant
     {NULL},
 };
+
+// Makes p->security.tls if there is something to make it of; else it stays what it was.
+static int security_args(struct migrate_params *p, json_t *args, struct error *err)
+{
+    static const char *const keys[TLS_PARTS] = {"tls_ca", "tls_cert", "tls_key", "psk"};
+    struct tls_texts texts = {0}; // borrowed from args
+    for (unsigned i = 0; i < TLS_PARTS; i++)
+        texts.text[i] = (char *)json_string_value(json_object_get(args, keys[i]));
+    json_t *insecure = json_object_get(args, "insecure");
+    if (json_is_boolean(insecure))
+        p->security.insecure = json_is_true(insecure);
+    const char *peer = json_string_value(json_object_get(args, "tls_name"));
+    struct tls *tls = NULL;
+    if (!tls_texts_given(&texts))
+        return peer ? error_set(err, -EINVAL, "tls_name: without certificates there is no name")
+                    : 0;
+    int ret = tls_create(&tls, &texts, peer, err);
+    if (!ret)
+        p->security.tls = tls;
+    return ret;
+}
 
 // `args` are as the schema says.
 static int migrate_args(struct migrate_params *p, json_t *args, struct error *err)
@@ -261,7 +297,7 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
         ret = pack_when_parse(json_string_value(compress), &p->compress, err);
     if (!ret && json_is_string(prepaging))
         ret = prepage_parse(json_string_value(prepaging), &p->prepaging, err);
-    return ret;
+    return ret ? ret : security_args(p, args, err);
 }
 
 // --- the long commands
@@ -382,6 +418,15 @@ static int prepare(struct migrate_commands *mc, const char *target, bool recover
     return migration_init(&mc->m, err);
 }
 
+// Before the thread is there.
+static void keep_tls(struct migrate_commands *mc, const struct tls *tls)
+{
+    if (tls == mc->tls)
+        return;
+    tls_free(mc->tls);
+    mc->tls = (struct tls *)tls; // ours from now on
+}
+
 // After prepare: starts `fn` in the worker thread; it answers `req`.
 static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)(void *),
                  const struct migrate_params *params, struct control_request *req,
@@ -395,8 +440,10 @@ static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)
     if (params && params->keep_history)
         history_start(&mc->m.history);
     mc->m.on_progress_arg = mc;
-    if (params)
+    if (params) {
+        keep_tls(mc, params->security.tls);
         mc->params = *params;
+    }
     mc->params.to = mc->target;
     mc->req = req;
     mc->working = true;
@@ -412,6 +459,14 @@ static int start(struct migrate_commands *mc, enum life_state state, void *(*fn)
     return 0;
 }
 
+static void refuse(struct migrate_commands *mc, const struct migrate_params *params,
+                   struct control_request *req, const struct error *err)
+{
+    if (params->security.tls != mc->tls)
+        tls_free((struct tls *)params->security.tls);
+    control_reply_error(req, err);
+}
+
 static void put_migration(struct control_request *req, json_t *args, void *context)
 {
     struct migrate_commands *mc = context;
@@ -425,7 +480,7 @@ static void put_migration(struct control_request *req, json_t *args, void *conte
     if (!ret)
         ret = start(mc, LIFE_MIGRATING, migrate_main, &params, req, &err);
     if (ret)
-        control_reply_error(req, &err);
+        refuse(mc, &params, req, &err);
 }
 
 static void put_recover(struct control_request *req, json_t *args, void *context)
@@ -434,11 +489,13 @@ static void put_recover(struct control_request *req, json_t *args, void *context
     struct migrate_params params = mc->params; // of the migration that broke off
     struct error err;
     params.to = json_string_value(json_object_get(args, "to"));
-    int ret = prepare(mc, params.to, true, &err);
+    int ret = security_args(&params, args, &err);
+    if (!ret)
+        ret = prepare(mc, params.to, true, &err);
     if (!ret)
         ret = start(mc, LIFE_MIGRATING, recover_main, &params, req, &err);
     if (ret)
-        control_reply_error(req, &err);
+        refuse(mc, &params, req, &err);
 }
 
 static void put_pause(struct control_request *req, json_t *args, void *context)
@@ -638,6 +695,7 @@ void migrate_commands_destroy(struct migrate_commands *mc)
     if (mc->vm)
         snapshot_track_end(&mc->track, mc->vm);
     migration_free(&mc->m);
+    tls_free(mc->tls);
     free(mc->target);
     free(mc->parent);
     pthread_mutex_destroy(&mc->lock);

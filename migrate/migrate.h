@@ -8,6 +8,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "migrate/channel.h"
 #include "migrate/history.h"
 #include "migrate/owner.h"
 #include "migrate/pack.h"
@@ -54,6 +55,7 @@ enum migrate_stall {
 
 struct migrate_params {
     const char *to; // channel.h's addresses
+    struct channel_security security;
     enum migrate_mode mode;
     uint64_t downtime_ns; // limit
     uint64_t bandwidth;   // bytes/s, 0 = as fast as it goes

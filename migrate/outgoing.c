@@ -231,6 +231,11 @@ static int check_local(const struct outgoing *out, struct error *err)
                          "mode local hands memory to a process of this host: expected unix:PATH, "
                          "not %s",
                          out->params->to);
+    if (out->params->security.tls)
+        return error_set(
+            err, -EINVAL,
+            "mode local: memory is handed over by a descriptor, which TLS cannot carry, "
+            "and nothing leaves this host: leave --tls and --psk out");
     if (out->vm->ram.memfd < 0 || out->vm->ram.unit != PAGE_SIZE)
         return error_set(err, -EINVAL,
                          "mode local: the memory of VM %s cannot be handed over: start it with "
@@ -254,7 +259,7 @@ static int handshake(struct outgoing *out, struct error *err)
     int cancel = out->m->cancel_fd;
     int ret = check_local(out, err);
     if (!ret)
-        ret = channel_connect(&out->main, p->to, cancel, p->handshake_ms, err);
+        ret = channel_connect_secure(&out->main, p->to, &p->security, cancel, p->handshake_ms, err);
     if (!ret)
         ret = say_hello(out, &out->main, WIRE_MAIN, err);
     if (!ret)
@@ -264,7 +269,8 @@ static int handshake(struct outgoing *out, struct error *err)
     if (!ret && p->mode == MIGRATE_LOCAL)
         ret = hand_memory(out, err);
     if (!ret && may_postcopy(p)) {
-        ret = channel_connect(&out->demand, p->to, cancel, p->handshake_ms, err);
+        ret =
+            channel_connect_secure(&out->demand, p->to, &p->security, cancel, p->handshake_ms, err);
         if (!ret)
             ret = say_hello(out, &out->demand, WIRE_DEMAND, err);
     }
@@ -381,7 +387,8 @@ static enum owner_source_event ask_once(struct outgoing *out, struct error *err)
 {
     struct channel c;
     struct wire_answer answer = {0};
-    if (!channel_connect(&c, out->params->to, -1, ASK_TIMEOUT_MS, err)) {
+    if (!channel_connect_secure(&c, out->params->to, &out->params->security, -1, ASK_TIMEOUT_MS,
+                                err)) {
         struct wire_hello hello;
         wire_hello_fill(&hello, WIRE_QUERY, out->report->id);
         if (!wire_put(&c.wire, WIRE_HELLO, 0, &hello, sizeof(hello), NULL, 0, err) &&
@@ -559,13 +566,14 @@ static int reconnect(struct outgoing *out, struct error *err)
 {
     const struct migrate_params *p = out->params;
     int cancel = out->m->cancel_fd;
-    int ret = channel_connect(&out->main, p->to, cancel, p->handshake_ms, err);
+    int ret = channel_connect_secure(&out->main, p->to, &p->security, cancel, p->handshake_ms, err);
     if (!ret)
         ret = say_hello(out, &out->main, WIRE_RECOVER, err);
     if (!ret)
         ret = hear_missing(out, err);
     if (!ret)
-        ret = channel_connect(&out->demand, p->to, cancel, p->handshake_ms, err);
+        ret =
+            channel_connect_secure(&out->demand, p->to, &p->security, cancel, p->handshake_ms, err);
     if (!ret)
         ret = say_hello(out, &out->demand, WIRE_DEMAND, err);
     if (!ret)

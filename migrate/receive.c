@@ -154,7 +154,7 @@ static bool let_demand_in(struct receive *r, struct channel *c, const struct wir
     if (!wanted || answer_hello(c, hello, &version, NULL))
         return false;
     pthread_mutex_lock(&r->lock);
-    channel_init(&r->demand, take_fd(&c->fd), r->cancel_fd, r->params.idle_ms, c->name);
+    channel_move(&r->demand, c, r->cancel_fd, r->params.idle_ms);
     pthread_cond_broadcast(&r->changed);
     pthread_mutex_unlock(&r->lock);
     return true;
@@ -173,7 +173,7 @@ static bool let_recover_in(struct receive *r, struct channel *c, const struct wi
     if (!wanted || answer_hello(c, hello, &version, NULL))
         return false;
     pthread_mutex_lock(&r->lock);
-    channel_init(&r->again, take_fd(&c->fd), r->cancel_fd, r->params.handshake_ms, c->name);
+    channel_move(&r->again, c, r->cancel_fd, r->params.handshake_ms);
     channel_shutdown(&r->main);
     pthread_cond_broadcast(&r->changed);
     pthread_mutex_unlock(&r->lock);
@@ -185,7 +185,9 @@ static void visitor(struct receive *r, struct channel *c)
     struct wire_record record = {0};
     struct wire_hello hello;
     struct error err = {0};
-    int ret = wire_expect(&c->wire, &record, WIRE_HELLO, &err);
+    int ret = channel_accept_secure(c, &r->params.security, &err);
+    if (!ret)
+        ret = wire_expect(&c->wire, &record, WIRE_HELLO, &err);
     if (!ret)
         ret = wire_hello_parse(&record, &hello, &err);
     if (!ret && hello.kind == WIRE_QUERY) {
@@ -237,7 +239,9 @@ static void door_close(struct receive *r)
 static int first_hello(struct receive *r, struct error *err)
 {
     struct wire_hello hello;
-    int ret = wire_expect(&r->main.wire, &r->record, WIRE_HELLO, err);
+    int ret = channel_accept_secure(&r->main, &r->params.security, err);
+    if (!ret)
+        ret = wire_expect(&r->main.wire, &r->record, WIRE_HELLO, err);
     if (!ret)
         ret = wire_hello_parse(&r->record, &hello, err);
     if (ret)
@@ -668,7 +672,7 @@ static int rejoin(struct receive *r, struct error *err)
 {
     enum owner_action action;
     pthread_mutex_lock(&r->lock);
-    channel_init(&r->main, take_fd(&r->again.fd), -1, r->params.handshake_ms, r->again.name);
+    channel_move(&r->main, &r->again, -1, r->params.handshake_ms);
     pthread_mutex_unlock(&r->lock);
     int ret = say_missing(r, err);
     if (!ret && !wait_demand(r))

@@ -14,7 +14,8 @@ struct receive_params {
     // How long to wait for the source's new connection when post-copy broke off; 0 = for ever.
     unsigned recover_ms;
     uint64_t ram_max; // bytes a guest may have; 0 = no limit
-    bool one_try;     // fail on the first connection that is no migration, instead of waiting on
+    struct channel_security security;
+    bool one_try; // fail on the first connection that is no migration, instead of waiting on
 };
 void receive_params_default(struct receive_params *params);
 

@@ -26,6 +26,7 @@ build zlib1g-dev          unpacks gzip kernels on the host side
 build liblzma-dev         unpacks xz kernels on the host side
 build liblz4-dev          unpacks lz4 kernels on the host side
 build libzstd-dev         unpacks zstd kernels on the host side
+build libssl-dev         TLS 1.3 between the hosts of a migration
 build systemtap-sdt-dev  probes for perf and bpftrace (headers only)
 build check               the unit tests are part of the build
 build python3             meson, the tests and the benchmarks run on it
@@ -44,6 +45,7 @@ test clang                second compiler, and the fuzzers' one
 test libclang-rt-14-dev   sanitizer and libFuzzer run time of clang
 test lz4                  makes lz4 kernels, seeds of the fuzzers
 test zstd                 makes zstd kernels, seeds of the fuzzers
+test openssl             makes the certificates that migrations are tested with
 test iproute2             two "hosts" are two network namespaces
 test passt                user networking of guests without privileges (--net user)
 test iperf3               guests exchange its traffic; part of their tools image

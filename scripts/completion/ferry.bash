@@ -43,7 +43,11 @@ _ferry()
         --control | --vmgenid) choices="true false" ;;
         --sched) choices="auto off" ;;
         --seccomp) choices="on off log" ;;
-        --jail)
+        --psk | --tls-ca | --tls-cert | --tls-key)
+            mapfile -t COMPREPLY < <(compgen -f -- "$word")
+            return
+            ;;
+        --jail | --tls)
             mapfile -t COMPREPLY < <(compgen -d -- "$word")
             return
             ;;

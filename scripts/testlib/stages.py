@@ -185,8 +185,10 @@ class Stages:
                    and self.wanted(os.path.basename(path))]
         self.make_seeds()
         label = f"{len(targets)} fuzzers, {FUZZ_SECONDS[self.long]} s each"
+        # Some more than there are CPUs: all of them within the time that CI has.
+        at_once = (os.cpu_count() or 1) * 3 // 2 or 1
         with proc.progress(label, os.devnull), \
-                concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+                concurrent.futures.ThreadPoolExecutor(at_once) as pool:
             list(pool.map(self.fuzz_one, targets))
 
     def make_seeds(self):

@@ -33,6 +33,7 @@ struct guest {
     enum prepage_kind prepaging;
     const char *listen;  // NULL: TCP over loopback
     unsigned timeout_ms; // 0: the usual ones
+    struct channel_security security;
     struct oracle_range range[64];
     uint64_t heartbeat[VM_MAX_VCPUS];
 };

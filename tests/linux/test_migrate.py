@@ -8,6 +8,8 @@ memory oracle of guest/bare/guests/incr.c.
 
 import os
 import re
+import shutil
+import subprocess
 import threading
 import unittest
 
@@ -19,6 +21,7 @@ PAGE = 4096
 RAM_BELOW, RAM_ABOVE = 3 * GIB, 4 * GIB  # vmm/layout.h: no RAM between these addresses
 
 MODES = ("precopy", "postcopy", "hybrid")
+AUTHS = ("psk", "certificates", "insecure")
 HOPS = 200 if lab.LONG else 20
 COUNTER_MS = 40
 
@@ -33,18 +36,52 @@ class Hosts:
         self.lab = lab.Lab()
         try:
             self.namespaces = lab.Namespaces()
+            self.certificates()
         except BaseException:
             self.lab.close()
             raise
+        self.auth = "psk"
 
     def close(self):
         self.lab.close()
         self.namespaces.close()
 
+    def certificates(self):
+        """A shared key, and a folder for each host: a CA, its own certificate and key."""
+        def openssl(*args):
+            subprocess.run(["openssl", *args], check=True, capture_output=True)
+
+        def path(*names):
+            return self.lab.path(os.path.join(*names))
+
+        with open(path("psk"), "w", encoding="ascii") as f:
+            f.write(f"lab:{os.urandom(32).hex()}\n")
+        new = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+        openssl("req", "-x509", *new, "-keyout", path("ca.key"), "-out", path("ca.pem"),
+                "-subj", "/CN=lab CA", "-days", "2")
+        for index, side in enumerate(self.namespaces.sides):
+            host = f"host{index}"
+            os.mkdir(path(host))
+            shutil.copy(path("ca.pem"), path(host))
+            openssl("req", *new, "-keyout", path(host, "key.pem"), "-out", path("request"),
+                    "-subj", f"/CN={host}")
+            with open(path("extensions"), "w", encoding="ascii") as f:
+                f.write(f"subjectAltName=IP:{side.address}\n")
+            openssl("x509", "-req", "-in", path("request"), "-CA", path("ca.pem"), "-CAkey",
+                    path("ca.key"), "-CAcreateserial", "-days", "2", "-extfile",
+                    path("extensions"), "-out", path(host, "cert.pem"))
+
+    def trust(self, index):
+        """The options by which host `index` proves who it is, as self.auth says."""
+        return {"psk": ("--psk", self.lab.path("psk")),
+                "certificates": ("--tls", self.lab.path(f"host{index}")),
+                "insecure": ("--insecure",)}[self.auth]
+
     def receive(self, index, *args):
         """A `ferry receive` on host `index`, and the address it waits on."""
         side = self.namespaces.sides[index]
-        vm = self.lab.vm("receive", "--listen", f"tcp:{side.address}:0", *args, namespace=side)
+        vm = self.lab.vm("receive", "--listen", f"tcp:{side.address}:0", *self.trust(index), *args,
+                         namespace=side)
         address = vm.stderr.wait(WAITING).group(1).decode()
         return vm, address
 
@@ -128,7 +165,7 @@ class LinuxMoves(unittest.TestCase):
         source = j.vm
         j.ask()
         report = self.assertStatus(source.ferry("migrate", address, "--mode", mode, "--json",
-                                                *args), lab.OK).json()
+                                                *self.hosts.trust(j.host), *args), lab.OK).json()
         self.assertEqual("destination", report["owner"])
         self.assertEnds(source, lab.OK, "migrated")
         j.moved_to(target)
@@ -172,18 +209,45 @@ class LinuxMoves(unittest.TestCase):
         self.check_output()
 
     def test_3_back_and_forth(self):
+        self.addCleanup(setattr, self.hosts, "auth", "psk")
         for hop in range(HOPS):
             mode = MODES[hop % len(MODES)]
+            self.hosts.auth = AUTHS[hop // len(MODES) % len(AUTHS)]
             report = self.migrate(mode)
             self.assertEqual(mode, report["mode"], f"hop {hop}")
             self.check_output()
+
+    def test_3a_strangers(self):
+        """Whoever is not let in leaves the guest where it is, and both sides' users know why."""
+        j, hosts = self.journey, self.hosts
+        here, there = j.host, 1 - j.host
+        target, address = hosts.receive(there)
+        with open(self.lab.path("other"), "w", encoding="ascii") as f:
+            f.write(f"other:{os.urandom(32).hex()}\n")
+        for trust, says in (((), "--tls DIR or --psk FILE"),
+                            (("--insecure",), "it speaks TLS"),
+                            (("--psk", self.lab.path("other")), "same --psk"),
+                            (("--psk", self.lab.path("nothing")), self.lab.path("nothing")),
+                            (("--tls", self.lab.path(f"host{here}")), "it refuses")):
+            result = j.vm.ferry("migrate", address, "--quiet", *trust)
+            self.assertStatus(result, lab.FAILED)
+            self.assertIn(says, result.stderr, trust)
+            self.assertEqual("running", j.vm.ferry("info", "--json").json()["state"])
+        target.end()
+        refused = self.lab.ferry("receive", "--listen", "tcp:0.0.0.0:0")
+        self.assertStatus(refused, lab.FAILED)
+        self.assertIn("--tls DIR or --psk FILE", refused.stderr)
+        j.ask()
+        j.answered()
+        self.check_output()
 
     def failing_migration(self, hurt, mode="precopy", bandwidth="1M"):
         """Starts a slow migration, calls hurt(target) once pages flow; the guest must go on here."""
         j = self.journey
         target, address = self.hosts.receive(1 - j.host)
         client = self.lab.start(lab.Process(
-            [lab.FERRY, "migrate", j.vm.name, address, "--mode", mode, "--bandwidth", bandwidth],
+            [lab.FERRY, "migrate", j.vm.name, address, "--mode", mode, "--bandwidth", bandwidth,
+             *self.hosts.trust(j.host)],
             env=self.lab.env))
         client.stderr.wait(b"rounds")
         hurt(target)
@@ -224,7 +288,7 @@ class LinuxMoves(unittest.TestCase):
     def test_7_nobody_listens(self):
         j = self.journey
         nobody = f"tcp:{self.hosts.namespaces.sides[1 - j.host].address}:9"
-        result = j.vm.ferry("migrate", nobody, "--quiet")
+        result = j.vm.ferry("migrate", nobody, "--quiet", *self.hosts.trust(j.host))
         self.assertStatus(result, lab.FAILED)
         self.assertEqual(1, len(result.stderr.splitlines()), result.stderr)
         self.assertIn(nobody, result.stderr)
@@ -339,7 +403,8 @@ class BareMoves(LabTest):
             with self.subTest(mode=mode):
                 self.beats_on(oracle, vm, beats)
                 target, address = self.hosts.receive(1 - host, "--backing", "memfd")
-                self.assertStatus(vm.ferry("migrate", address, "--mode", mode), lab.OK)
+                self.assertStatus(vm.ferry("migrate", address, "--mode", mode,
+                                           *self.hosts.trust(host)), lab.OK)
                 self.assertEnds(vm, lab.OK)
                 vm, host = target, 1 - host
                 self.beats_on(oracle, vm, beats)
@@ -357,7 +422,9 @@ class BareMoves(LabTest):
         oracle = Oracle(vm, memory)
         self.beats_on(oracle, vm, {})
         target, address = self.hosts.receive(1, "--backing", "memfd")
-        command = ["migrate", vm.name, address, "--mode", "postcopy", "--prepaging", "none"]
+        command = ["migrate", vm.name, address, "--mode", "postcopy", "--prepaging", "none",
+                   *self.hosts.trust(0)]
+        heard = 0
         for _ in range(2):
             # Nothing is pushed until nobody has asked for anything for a second.
             client = self.lab.start(lab.Process([lab.FERRY, *command], env=self.lab.env))
@@ -365,7 +432,7 @@ class BareMoves(LabTest):
             self.assertStatus(self.lab.ferry("migrate", "pause", vm.name), lab.OK)
             self.assertEqual(lab.FAILED, client.wait(), client.errors())
             self.assertIn("ferry migrate recover", client.errors())
-            target.stderr.wait(b"stands still")
+            heard = target.stderr.wait(b"stands still", heard).end()
             self.assertEqual("paused", target.ferry("info", "--json").json()["state"])
             self.assertStatus(vm.ferry("resume"), lab.FAILED)
             status = self.lab.ferry("migrate", "status", vm.name, "--json").json()

@@ -46,6 +46,7 @@ static void arrival_start(struct arrival *a, struct guest *g)
     OK(channel_listen(g->listen ? g->listen : "tcp:127.0.0.1:0", &a->listen_fd, a->address,
                       sizeof(a->address), &err));
     receive_params_default(&params);
+    params.security = g->security;
     params.one_try = true;
     params.ram_max = 64 * GiB;
     if (g->timeout_ms)
@@ -69,6 +70,7 @@ static struct migrate_params params_for(struct arrival *a, enum migrate_mode mod
     p.to = a->address;
     p.mode = mode;
     p.hooks = &a->hooks;
+    p.security = a->host.guest->security;
     if (a->host.guest->timeout_ms)
         p.handshake_ms = p.idle_ms = a->host.guest->timeout_ms;
     return p;
@@ -135,6 +137,31 @@ static void ping_pong(unsigned cpus, uint64_t memory, uint64_t pages, uint64_t b
 START_TEST(test_ping_pong_1cpu)
 {
     ping_pong(1, 64 * MiB, 2048, 0, RAM_ANONYMOUS, bare_long() ? 60 : 6);
+}
+END_TEST
+
+static struct tls *shared_key(void)
+{
+    const struct tls_texts texts = {
+        .text = {[TLS_PSK] = (char *)"lab:000102030405060708090a0b0c0d0e0f"}};
+    struct tls *tls = NULL;
+    OK(tls_create(&tls, &texts, NULL, &err));
+    return tls;
+}
+
+// The demand connection of post-copy is protected as the first one is.
+START_TEST(test_ping_pong_tls)
+{
+    struct tls *tls = shared_key();
+    struct guest g = {.backing = RAM_ANONYMOUS, .security = {.tls = tls}};
+    struct migrate_report report;
+    guest_boot(&g, 2, 64 * MiB, 2048, 0, 0);
+    for (unsigned i = 0; i < (bare_long() ? 60u : 3u); i++) {
+        guest_move(&g, modes[i % ARRAY_SIZE(modes)], &report);
+        guest_check(&g);
+    }
+    guest_end(&g);
+    tls_free(tls);
 }
 END_TEST
 
@@ -534,7 +561,7 @@ static bool relay_forward(struct relay *r, struct pipe_pair *p, bool counted, bo
     if (cut)
         n = (ssize_t)(limit - *gone);
     *gone += (uint64_t)n;
-    if (write_all(to, buffer, (size_t)n))
+    if (send(to, buffer, (size_t)n, MSG_NOSIGNAL) != n) // blocks until all is gone
         return false;
     r->cut |= cut;
     return !cut;
@@ -997,7 +1024,8 @@ static void recover_once(struct guest *g, struct arrival *a, struct migrate_repo
     OK(migration_init(&m, &err));
     int ret = migrate_recover(g->bare->vm, &p, &m, report, &why);
     migration_free(&m);
-    relay_end(relay);
+    if (!last) // it may still have to pass the good-bye on
+        relay_end(relay);
     ck_assert_msg(last == !ret, "recovery %u, cut %u at %llu: %s", report->recoveries,
                   relay->connection, (unsigned long long)relay->to_dest,
                   ret ? why.text : "the cut had no effect");
@@ -1005,10 +1033,10 @@ static void recover_once(struct guest *g, struct arrival *a, struct migrate_repo
     ck_assert(vm_paused(g->bare->vm));
 }
 
-START_TEST(test_postcopy_recovery)
+static void postcopy_recovery(struct tls *tls)
 {
     enum { CUTS = 10, PAGES = 16384 };
-    struct guest g = {0};
+    struct guest g = {.security = {.tls = tls}};
     struct arrival a;
     struct migration m;
     struct migrate_report report;
@@ -1047,6 +1075,7 @@ START_TEST(test_postcopy_recovery)
     recover_once(&g, &a, &report, &relay, true);
     ck_assert_uint_eq(report.recoveries, CUTS);
     ck_assert_int_eq(arrival_join(&a), 0);
+    relay_end(&relay);
     ck_assert_int_eq(a.report.owner, DEST_RUNNING);
     ck_assert_uint_eq(a.report.missing_pages, 0);
     printf("cut %u times: pushed %llu demand %llu of %u pages\n", CUTS,
@@ -1056,6 +1085,19 @@ START_TEST(test_postcopy_recovery)
     guest_check(&g);
     ck_assert_int_eq(migrate_recover(g.bare->vm, &p, &m, &report, NULL), -EPROTO);
     guest_end(&g);
+}
+
+START_TEST(test_postcopy_recovery)
+{
+    postcopy_recovery(NULL);
+}
+END_TEST
+
+START_TEST(test_postcopy_recovery_tls)
+{
+    struct tls *tls = shared_key();
+    postcopy_recovery(tls);
+    tls_free(tls);
 }
 END_TEST
 
@@ -1114,6 +1156,7 @@ const char *__tsan_default_suppressions(void)
 static void add_tests(TCase *tc)
 {
     tcase_add_test(tc, test_ping_pong_1cpu);
+    tcase_add_test(tc, test_ping_pong_tls);
     tcase_add_test(tc, test_ping_pong_2cpu);
     tcase_add_test(tc, test_ping_pong_memfd);
     tcase_add_test(tc, test_ping_pong_above_3g);
@@ -1133,6 +1176,7 @@ static void add_tests(TCase *tc)
     tcase_add_test(tc, test_doubt);
     tcase_add_test(tc, test_postcopy_broken);
     tcase_add_test(tc, test_postcopy_recovery);
+    tcase_add_test(tc, test_postcopy_recovery_tls);
     tcase_add_test(tc, test_postcopy_paused);
 }
 

@@ -20,6 +20,7 @@
 struct arrival {
     struct session *session;
     struct receive *receive;
+    struct tls *tls;
     pthread_t thread;
     struct loop_call done_call;
     bool started, done;
@@ -172,11 +173,33 @@ void arrival_settle(struct arrival *a)
     a->receive = NULL;
 }
 
+// The files are read here, before the process shuts itself off from them.
+static int arrival_tls(struct arrival *a, const struct vm_options *o, struct error *err)
+{
+    const struct tls_files files = {.dir = o->tls,
+                                    .file = {[TLS_CA] = o->tls_ca,
+                                             [TLS_CERT] = o->tls_cert,
+                                             [TLS_KEY] = o->tls_key,
+                                             [TLS_PSK] = o->psk}};
+    struct tls_texts texts;
+    int ret = tls_texts_read(&texts, &files, err);
+    if (!ret && tls_texts_given(&texts))
+        ret = tls_create(&a->tls, &texts, NULL, err);
+    tls_texts_free(&texts);
+    return ret;
+}
+
+static struct channel_security security_of(const struct arrival *a)
+{
+    return (struct channel_security) {a->tls, a->session->options->insecure};
+}
+
 static int arrival_start(struct arrival *a, int listen_fd, const struct migrate_hooks *hooks,
                          struct error *err)
 {
     struct receive_params params;
     receive_params_default(&params);
+    params.security = security_of(a);
     int ret = receive_create(&a->receive, listen_fd, hooks, &params, err);
     if (ret)
         return ret;
@@ -196,6 +219,10 @@ static int receive_session(struct session *s, struct arrival *a, struct error *e
     if (ret)
         return ret;
     a->session = s;
+    const struct channel_security security = security_of(a);
+    ret = channel_listen_check(listen_fd, s->options->listen, &security, err);
+    if (ret)
+        return ret;
     session_hooks(s, &s->hooks);
     const struct migrate_hooks hooks = {.context = a,
                                         .describe = s->hooks.describe,
@@ -217,7 +244,8 @@ static int receive_session(struct session *s, struct arrival *a, struct error *e
 static const char receive_usage[] =
     "ferry receive --listen tcp:HOST:PORT [OPTIONS]\n\n"
     "Waits for one VM, takes it over and runs it here. The guest's hardware comes with it.\n"
-    "example: ferry receive --listen tcp:0.0.0.0:7000 --name web --console unix:/tmp/web.console";
+    "example: ferry receive --listen tcp:0.0.0.0:7000 --tls /etc/ferry/tls --name web "
+    "--console unix:/tmp/web.console";
 
 int cli_receive(int argc, char **argv)
 {
@@ -230,8 +258,11 @@ int cli_receive(int argc, char **argv)
     if (!ret && !options.listen)
         ret = error_set(&err, -EINVAL, "--listen ADDRESS is needed (ferry receive --help)");
     if (!ret)
+        ret = arrival_tls(&arrival, &options, &err);
+    if (!ret)
         ret = session_default_name(&options, &err);
     if (ret) {
+        tls_free(arrival.tls);
         options_free(&options);
         return ret > 0 ? EXIT_OK : cli_fail(&err);
     }
@@ -240,6 +271,7 @@ int cli_receive(int argc, char **argv)
         ret = receive_session(&session, &arrival, &err);
     if (arrival.receive)
         arrival_settle(&arrival);
+    tls_free(arrival.tls);
     session_destroy(&session);
     options_free(&options);
     return ret < 0 ? cli_fail(&err) : ret;

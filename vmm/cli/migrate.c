@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "migrate/tls.h"
 #include "vmm/cli/cli.h"
 #include "vmm/cli/migrate_page.h"
 #include "vmm/control.h"
@@ -25,6 +26,12 @@ static const char migrate_usage[] =
     "      --compress WHEN    pre-copy: auto (default: while it pays), always, none\n"
     "      --delta-cache SIZE copies of sent pages, for those that change little (default 64M)\n"
     "      --prepaging HOW    post-copy: none, push, forward, bubble, multi-bubble (default)\n"
+    "      --tls DIR          over TLS: DIR has ca.pem, cert.pem and key.pem (or by themselves:\n"
+    "                         --tls-ca, --tls-cert, --tls-key FILE)\n"
+    "      --tls-name NAME    whom the other side's certificate must name (default HOST)\n"
+    "      --psk FILE         over TLS with a key that both sides share: one line, NAME:HEX "
+    "DIGITS\n"
+    "      --insecure         in clear to another host\n"
     "      --report FILE      the report as a page with plots (HTML)\n"
     "  -j, --json             the report as JSON\n"
     "  -q, --quiet            no progress\n\n"
@@ -32,11 +39,12 @@ static const char migrate_usage[] =
     "ferry migrate cancel NAME         end it; the guest goes on here\n"
     "ferry migrate set NAME OPTIONS    change --downtime-ms and --bandwidth while it works\n"
     "ferry migrate pause NAME          post-copy: break the link; both sides stand still\n"
-    "ferry migrate recover NAME tcp:HOST:PORT\n"
-    "                                  post-copy whose link broke: go on over a new one\n"
+    "ferry migrate recover NAME tcp:HOST:PORT [OPTIONS]\n"
+    "                                  post-copy whose link broke: go on over a new one, with TLS\n"
+    "                                  as before or as the options say\n"
     "ferry migrate force-resume NAME   the hand-over was never answered: run the guest here (you\n"
     "                                  know that it does not run there)\n\n"
-    "example: ferry migrate web tcp:10.0.0.2:7000 --downtime-ms 30";
+    "example: ferry migrate web tcp:10.0.0.2:7000 --tls /etc/ferry/tls --downtime-ms 30";
 
 // What comes before NAME. Without: the migration itself.
 static const struct migrate_verb {
@@ -57,7 +65,11 @@ struct migrate_args {
     bool json, quiet;
     const struct migrate_verb *verb;
     const char *report;
+    struct tls_files tls;
 };
+
+enum { OPTION_TLS = 0x100, OPTION_TLS_PART, OPTION_TLS_NAME = OPTION_TLS_PART + TLS_PARTS };
+enum { OPTION_INSECURE = OPTION_TLS_NAME + 1 };
 
 static int put_number(json_t *request, const char *key, const char *text, uint64_t unit,
                       struct error *err)
@@ -100,6 +112,21 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
         return put_number(a->request, "bandwidth", optarg, 1, err);
     case 'r':
         return put_number(a->request, "max-rounds", optarg, 1, err);
+    case OPTION_TLS:
+        a->tls.dir = optarg;
+        return 0;
+    case OPTION_TLS_PART + TLS_CA:
+    case OPTION_TLS_PART + TLS_CERT:
+    case OPTION_TLS_PART + TLS_KEY:
+    case OPTION_TLS_PART + TLS_PSK:
+        a->tls.file[c - OPTION_TLS_PART] = optarg;
+        return 0;
+    case OPTION_TLS_NAME:
+        json_object_set_new(a->request, "tls_name", json_string(optarg));
+        return 0;
+    case OPTION_INSECURE:
+        json_object_set_new(a->request, "insecure", json_true());
+        return 0;
     case 'j':
         a->json = true;
         return 0;
@@ -120,22 +147,30 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
 
 static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct error *err)
 {
-    static const struct option longs[] = {{"mode", required_argument, NULL, 'm'},
-                                          {"downtime-ms", required_argument, NULL, 'd'},
-                                          {"bandwidth", required_argument, NULL, 'b'},
-                                          {"max-rounds", required_argument, NULL, 'r'},
-                                          {"on-stall", required_argument, NULL, 's'},
-                                          {"compress", required_argument, NULL, 'c'},
-                                          {"delta-cache", required_argument, NULL, 'D'},
-                                          {"report", required_argument, NULL, 'R'},
-                                          {"prepaging", required_argument, NULL, 'p'},
-                                          {"json", no_argument, NULL, 'j'},
-                                          {"quiet", no_argument, NULL, 'q'},
-                                          {"help", no_argument, NULL, 'h'},
-                                          {"status", no_argument, NULL, 1},
-                                          {"cancel", no_argument, NULL, 2},
-                                          {"force-resume", no_argument, NULL, 3},
-                                          {0}};
+    static const struct option longs[] = {
+        {"mode", required_argument, NULL, 'm'},
+        {"downtime-ms", required_argument, NULL, 'd'},
+        {"bandwidth", required_argument, NULL, 'b'},
+        {"max-rounds", required_argument, NULL, 'r'},
+        {"on-stall", required_argument, NULL, 's'},
+        {"compress", required_argument, NULL, 'c'},
+        {"delta-cache", required_argument, NULL, 'D'},
+        {"report", required_argument, NULL, 'R'},
+        {"prepaging", required_argument, NULL, 'p'},
+        {"tls", required_argument, NULL, OPTION_TLS},
+        {"tls-ca", required_argument, NULL, OPTION_TLS_PART + TLS_CA},
+        {"tls-cert", required_argument, NULL, OPTION_TLS_PART + TLS_CERT},
+        {"tls-key", required_argument, NULL, OPTION_TLS_PART + TLS_KEY},
+        {"psk", required_argument, NULL, OPTION_TLS_PART + TLS_PSK},
+        {"tls-name", required_argument, NULL, OPTION_TLS_NAME},
+        {"insecure", no_argument, NULL, OPTION_INSECURE},
+        {"json", no_argument, NULL, 'j'},
+        {"quiet", no_argument, NULL, 'q'},
+        {"help", no_argument, NULL, 'h'},
+        {"status", no_argument, NULL, 1},
+        {"cancel", no_argument, NULL, 2},
+        {"force-resume", no_argument, NULL, 3},
+        {0}};
     opterr = 0;
     optind = 0;
     int c;
@@ -164,6 +199,24 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
     if (a->verb->target)
         json_object_set_new(a->request, "to", json_string(argv[optind + 1]));
     return 0;
+}
+
+// What the files hold goes to the VM's process, which may not see them. It is looked at here first,
+// where its name is known.
+static int put_tls(const struct migrate_args *a, struct error *err)
+{
+    static const char *const keys[TLS_PARTS] = {"tls_ca", "tls_cert", "tls_key", "psk"};
+    struct tls_texts texts;
+    struct tls *tls = NULL;
+    int ret = tls_texts_read(&texts, &a->tls, err);
+    if (!ret && tls_texts_given(&texts))
+        ret = tls_create(&tls, &texts, NULL, err);
+    tls_free(tls);
+    for (unsigned i = 0; i < TLS_PARTS && !ret; i++)
+        if (texts.text[i] && json_object_set_new(a->request, keys[i], json_string(texts.text[i])))
+            ret = error_set(err, -EINVAL, "%s: not a text", texts.name[i]);
+    tls_texts_free(&texts);
+    return ret;
 }
 
 static json_int_t event_number(json_t *event, const char *key)
@@ -218,6 +271,8 @@ int cli_migrate(int argc, char **argv)
     char path[108];
     json_t *report = NULL;
     int ret = migrate_parse(&args, argc, argv, &err);
+    if (!ret)
+        ret = put_tls(&args, &err);
     if (!ret)
         ret = control_path(argv[optind], path, sizeof(path), &err);
     if (!ret)

@@ -46,6 +46,11 @@ static int set_nothing(struct vm_options *o, const char *value, struct error *er
     return 0; // its text is kept; that is all
 }
 
+static int set_insecure(struct vm_options *o, const char *value, struct error *err)
+{
+    return set_bool(&o->insecure, value, err);
+}
+
 static int set_cpus(struct vm_options *o, const char *value, struct error *err)
 {
     char *end;
@@ -326,6 +331,18 @@ static const struct option_row rows[] = {
      "name of the VM and its control socket (default ferry-PID)", set_nothing, TEXT(name)},
     {"listen", 'l', FOR_RECEIVE, false, "ADDRESS", "tcp:HOST:PORT to wait on", set_nothing,
      TEXT(listen)},
+    {"tls", 0, FOR_RECEIVE, false, "DIR",
+     "take guests over TLS only: DIR has ca.pem, cert.pem and key.pem", set_nothing, TEXT(tls)},
+    {"tls-ca", 0, FOR_RECEIVE, false, "FILE", "the CA that signed the other side's certificate",
+     set_nothing, TEXT(tls_ca)},
+    {"tls-cert", 0, FOR_RECEIVE, false, "FILE", "this side's certificate", set_nothing,
+     TEXT(tls_cert)},
+    {"tls-key", 0, FOR_RECEIVE, false, "FILE", "its private key", set_nothing, TEXT(tls_key)},
+    {"psk", 0, FOR_RECEIVE, false, "FILE",
+     "the same with a key that both sides share: one line, NAME:HEX DIGITS", set_nothing,
+     TEXT(psk)},
+    {"insecure", 0, FOR_RECEIVE, false, NULL,
+     "take guests in clear from other hosts, whoever sends them", set_insecure, 0},
     {"api-sock", 0, FOR_ALL, false, "PATH",
      "a further socket for the API; a run without kernel waits there to be configured", set_nothing,
      TEXT(api_sock)},

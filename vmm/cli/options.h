@@ -35,6 +35,7 @@ struct vm_options {
     char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file, *metrics_listen;
     char *checkpoints, *newest;
     pid_t supervisor; // vmm/cli/supervise.h; 0: nobody starts this VM again
+    char *tls, *tls_ca, *tls_cert, *tls_key, *psk;    // files, of `receive`
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
     struct jail_config jail;
@@ -43,7 +44,7 @@ struct vm_options {
     unsigned stop_timeout_s;  // for a guest that was asked to end; 0: it is not asked
     bool pci;                 // transport of the virtio devices
     bool console_given;       // by an option, not by default
-    bool dry_run, mark, ucall, debug_exit, control, vmgenid, reboots;
+    bool dry_run, mark, ucall, debug_exit, control, vmgenid, reboots, insecure;
     bool disks;     // restore: those of the snapshot
     bool lazy, map; // restore: memory comes when it is touched; is the file's until it is written
 };
