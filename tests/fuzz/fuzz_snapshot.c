@@ -105,23 +105,31 @@ static void parent_make(const char *path)
     close(fd);
 }
 
-static void directory_make(char *path, size_t size)
+static char dir[] = "/dev/shm/fuzz-snapshot-XXXXXX", path[64], parent[64];
+
+static void leave(void)
 {
-    char dir[] = "/dev/shm/fuzz-snapshot-XXXXXX", parent[64];
+    unlink(path);
+    unlink(parent);
+    rmdir(dir);
+}
+
+static void directory_make(void)
+{
     if (!mkdtemp(dir))
         abort();
+    atexit(leave);
     snprintf(parent, sizeof(parent), "%s/p", dir);
     parent_make(parent);
-    snprintf(path, size, "%s/a", dir);
+    snprintf(path, sizeof(path), "%s/a", dir);
 }
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static char path[64];
     if (size <= SNAPFILE_HEADER)
         return 0;
     if (!*path)
-        directory_make(path, sizeof(path));
+        directory_make();
     uint8_t *copy = malloc(size);
     memcpy(copy, data, size);
     repair(copy, size - 1, data[size - 1]);
