@@ -31,7 +31,6 @@ struct scan_arg {
 #define SCAN_SWAPPED (1ull << 4)
 
 enum {
-    FAULT_BATCH = 32,         // taken from the kernel at once
     FAULT_WAY_NS = 50 * 1000, // of a fault that another thread serves: there and back
     HUGE_PAGES = 512,         // 4 KiB pages of a 2 MiB page
     TAKE_PAGES = 64,          // a drain's step: as many pages as a snapshot's chunk
@@ -293,20 +292,14 @@ static int fault_serve(struct capture *c, uint64_t page, struct error *err)
 
 static int faults_take(struct capture *c, struct error *err)
 {
-    struct uffd_msg msgs[FAULT_BATCH];
-    ssize_t len = read(c->uffd, msgs, sizeof(msgs));
-    if (len < 0)
-        return errno == EAGAIN || errno == EINTR ? 0 : error_errno(err, "reading userfaultfd");
-    int ret = 0;
+    uint64_t pages[UFFD_BATCH];
+    unsigned nr;
+    int ret = uffd_faults(c->uffd, c->ram, pages, &nr, err);
     uint64_t begin = time_ns();
     pthread_mutex_lock(&c->lock);
-    for (size_t i = 0; i < (size_t)len / sizeof(msgs[0]) && !ret; i++) {
-        uint64_t page;
-        const void *hva = (const void *)(uintptr_t)msgs[i].arg.pagefault.address;
-        if (msgs[i].event != UFFD_EVENT_PAGEFAULT || !ram_hva_page(c->ram, hva, &page))
-            continue;
+    for (unsigned i = 0; i < nr && !ret; i++) {
         c->counts.faults += c->frozen;
-        ret = fault_serve(c, page, err);
+        ret = fault_serve(c, pages[i], err);
         c->counts.fault_ns += time_ns() - begin + FAULT_WAY_NS;
     }
     pthread_mutex_unlock(&c->lock);

@@ -28,7 +28,6 @@ struct poison {
 #define POISON_IOCTL _IOWR(UFFDIO, 0x08, struct poison)
 
 enum {
-    FAULT_BATCH = 16,
     ZERO_PAGES = 16,       // placed at once around a zero page
     POISON_AFTER_MS = 500, // vCPUs have left by then
     MAP_GAP = 256,         // pages of hole that join two mappings of a file
@@ -126,8 +125,9 @@ static void fail(struct lazy *lz, const struct stretch *s, int ret, const struct
     if (first) {
         lz->failure = ret;
         lz->err = *err;
-        lz->poison_at = time_ns() + POISON_AFTER_MS * 1000000ull;
     }
+    if (!lz->poison_at) // also for who comes to another page after the poison
+        lz->poison_at = time_ns() + POISON_AFTER_MS * 1000000ull;
     if (lz->damaged)
         bitmap_fill(lz->damaged, s->first, s->count, true);
     pthread_cond_broadcast(&lz->changed);
@@ -177,14 +177,11 @@ static void fault_serve(struct lazy *lz, uint64_t page)
 
 static void faults_take(struct lazy *lz)
 {
-    struct uffd_msg msgs[FAULT_BATCH];
-    ssize_t len = read(lz->uffd, msgs, sizeof(msgs));
-    for (ssize_t i = 0; i < len / (ssize_t)sizeof(msgs[0]); i++) {
-        uint64_t page;
-        const void *hva = (const void *)(uintptr_t)msgs[i].arg.pagefault.address;
-        if (msgs[i].event == UFFD_EVENT_PAGEFAULT && ram_hva_page(lz->ram, hva, &page))
-            fault_serve(lz, page);
-    }
+    uint64_t pages[UFFD_BATCH];
+    unsigned nr;
+    uffd_faults(lz->uffd, lz->ram, pages, &nr, NULL);
+    for (unsigned i = 0; i < nr; i++)
+        fault_serve(lz, pages[i]);
 }
 
 static int poison_wait_ms(struct lazy *lz)

@@ -2,24 +2,20 @@
 #include "migrate/postcopy_dest.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
-#include <stdio.h>
 #include <string.h>
 #include <sys/eventfd.h>
-#include <sys/ioctl.h>
-#include <sys/syscall.h>
 #include <time.h>
 
 #include "migrate/bitmap.h"
 #include "migrate/crc32c.h"
 #include "migrate/pages.h"
+#include "migrate/userfault.h"
 
 enum {
-    FAULT_BATCH = 32, // faults taken from the kernel at once
-    WAITS_MAX = 256,  // requests whose latency is measured at a time: more than there are vCPUs
+    WAITS_MAX = 256, // requests whose latency is measured at a time: more than there are vCPUs
 };
 
 struct wait {
@@ -47,75 +43,11 @@ struct postcopy_dest {
     struct error err;
 };
 
-int userfault_open(int *fd, struct error *err)
-{
-    autoclose int device = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
-    *fd = device >= 0 ? ioctl(device, USERFAULTFD_IOC_NEW, O_CLOEXEC | O_NONBLOCK) : -1;
-    if (*fd < 0)
-        *fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-    if (*fd < 0 && errno == EPERM)
-        return error_set(err, -EPERM,
-                         "post-copy needs userfaultfd for kernel accesses: allow access to "
-                         "/dev/userfaultfd, or CAP_SYS_PTRACE, or sysctl "
-                         "vm.unprivileged_userfaultfd=1");
-    if (*fd < 0)
-        return error_errno(err, "post-copy: userfaultfd");
-    struct uffdio_api api = {.api = UFFD_API};
-    if (ioctl(*fd, UFFDIO_API, &api)) {
-        error_errno(err, "post-copy: UFFDIO_API");
-        int ret = -errno;
-        close(*fd);
-        *fd = -1;
-        return ret;
-    }
-    return 0;
-}
-
 // --- placing
-
-static int wake(struct postcopy_dest *pd, uint64_t hva, uint64_t len, struct error *err)
-{
-    struct uffdio_range range = {.start = hva, .len = len};
-    return ioctl(pd->uffd, UFFDIO_WAKE, &range) ? error_errno(err, "UFFDIO_WAKE") : 0;
-}
-
-static int place_data(struct postcopy_dest *pd, uint8_t *hva, const uint8_t *from, uint64_t len,
-                      struct error *err)
-{
-    while (len) {
-        struct uffdio_copy copy = {.dst = (uintptr_t)hva, .src = (uintptr_t)from, .len = len};
-        uint64_t done = len;
-        if (ioctl(pd->uffd, UFFDIO_COPY, &copy)) {
-            if (errno == EAGAIN) { // a part, or nothing because the mappings are changing
-                done = copy.copy > 0 ? (uint64_t)copy.copy : 0;
-            } else if (errno == EEXIST) {
-                done = PAGE_SIZE;
-                int ret = wake(pd, (uintptr_t)hva, done, err);
-                if (ret)
-                    return ret;
-            } else {
-                return error_errno(err, "UFFDIO_COPY of %llu bytes", (unsigned long long)len);
-            }
-        }
-        hva += done;
-        from += done;
-        len -= done;
-    }
-    return 0;
-}
 
 static int place_zero(struct postcopy_dest *pd, uint64_t page, struct error *err)
 {
-    for (;;) {
-        struct uffdio_zeropage zero = {
-            .range = {.start = (uintptr_t)ram_page(pd->ram, page), .len = PAGE_SIZE}};
-        if (!ioctl(pd->uffd, UFFDIO_ZEROPAGE, &zero))
-            return 0;
-        if (errno == EEXIST)
-            return wake(pd, zero.range.start, PAGE_SIZE, err);
-        if (errno != EAGAIN)
-            return error_errno(err, "UFFDIO_ZEROPAGE");
-    }
+    return uffd_zero(pd->uffd, ram_page(pd->ram, page), PAGE_SIZE, err);
 }
 
 // Under the lock: who asked for the page has it now.
@@ -166,8 +98,8 @@ static int take_data_run(struct postcopy_dest *pd, const struct wire_run *run, c
     for (uint64_t p = 0; p < run->count;) {
         uint64_t n = ram_contiguous(pd->ram, run->first + p);
         n = n < run->count - p ? n : run->count - p;
-        int ret = place_data(pd, ram_page(pd->ram, run->first + p), data + p * PAGE_SIZE,
-                             n * PAGE_SIZE, err);
+        int ret = uffd_copy(pd->uffd, ram_page(pd->ram, run->first + p), data + p * PAGE_SIZE,
+                            n * PAGE_SIZE, err);
         if (ret)
             return ret;
         p += n;
@@ -254,25 +186,17 @@ static int fault_sort(struct postcopy_dest *pd, uint64_t page, uint64_t *want, u
 
 static int faults_take(struct postcopy_dest *pd, struct error *err)
 {
-    struct uffd_msg msgs[FAULT_BATCH];
+    uint64_t pages[UFFD_BATCH];
+    unsigned nr;
     struct {
         struct wire_want head;
-        uint64_t pages[FAULT_BATCH];
+        uint64_t pages[UFFD_BATCH];
     } want = {0};
-    ssize_t len = read(pd->uffd, msgs, sizeof(msgs));
-    if (len < 0)
-        return errno == EAGAIN || errno == EINTR ? 0 : error_errno(err, "reading userfaultfd");
-    for (size_t i = 0; i < (size_t)len / sizeof(msgs[0]); i++) {
-        uint64_t page;
-        const void *hva = (const void *)(uintptr_t)msgs[i].arg.pagefault.address;
-        if (msgs[i].event != UFFD_EVENT_PAGEFAULT || !ram_hva_page(pd->ram, hva, &page))
-            continue;
-        int ret = fault_sort(pd, page, want.pages, &want.head.nr, err);
-        if (ret)
-            return ret;
-    }
-    if (!want.head.nr)
-        return 0;
+    int ret = uffd_faults(pd->uffd, pd->ram, pages, &nr, err);
+    for (unsigned i = 0; i < nr && !ret; i++)
+        ret = fault_sort(pd, pages[i], want.pages, &want.head.nr, err);
+    if (ret || !want.head.nr)
+        return ret;
     return wire_put(&pd->demand->wire, WIRE_WANT, 0, &want,
                     sizeof(want.head) + want.head.nr * sizeof(want.pages[0]), NULL, 0, err);
 }
@@ -322,18 +246,12 @@ static void *demand_main(void *arg)
 static int guard(struct postcopy_dest *pd, struct error *err)
 {
     struct ram *ram = pd->ram;
-    ram_for_each_region (ram, r) {
-        struct uffdio_register reg = {.range = {.start = (uintptr_t)r->hva, .len = r->size},
-                                      .mode = UFFDIO_REGISTER_MODE_MISSING};
-        if (ioctl(pd->uffd, UFFDIO_REGISTER, &reg))
-            return error_errno(err, "UFFDIO_REGISTER of %llu MiB of guest memory",
-                               (unsigned long long)(r->size / MiB));
-        uint64_t need = 1ull << _UFFDIO_COPY | 1ull << _UFFDIO_ZEROPAGE | 1ull << _UFFDIO_WAKE;
-        if ((reg.ioctls & need) != need)
-            return error_set(err, -EOPNOTSUPP,
-                             "post-copy into this kind of memory (huge pages?) is not supported: "
-                             "userfaultfd offers 0x%llx",
-                             (unsigned long long)reg.ioctls);
+    int ret =
+        uffd_register(pd->uffd, ram->map, ram->size, UFFDIO_REGISTER_MODE_MISSING,
+                      1ull << _UFFDIO_COPY | 1ull << _UFFDIO_ZEROPAGE | 1ull << _UFFDIO_WAKE, err);
+    if (ret) {
+        error_prefix(err, "post-copy");
+        return ret;
     }
     // Guarded first, dropped second: nothing can slip in between.
     for (uint64_t first = 0;;) {
@@ -341,7 +259,7 @@ static int guard(struct postcopy_dest *pd, struct error *err)
         if (first == ram->pages)
             return 0;
         uint64_t end = bitmap_find(pd->have, ram->pages, first, true);
-        int ret = ram_drop(ram, first, end - first, err);
+        ret = ram_drop(ram, first, end - first, err);
         if (ret)
             return ret;
         first = end;
@@ -365,7 +283,7 @@ static int dest_start(struct postcopy_dest *pd, struct error *err)
     pd->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (pd->stop_fd < 0)
         return error_errno(err, "eventfd");
-    int ret = userfault_open(&pd->uffd, err);
+    int ret = uffd_open(&pd->uffd, "post-copy", 0, err);
     if (!ret)
         ret = guard(pd, err);
     return ret ? ret : threads_start(pd, err);

@@ -11,9 +11,6 @@
 
 struct postcopy_dest;
 
-// A userfaultfd that also sees the kernel's own accesses to guest memory (KVM's).
-int userfault_open(int *fd, struct error *err);
-
 // `valid` has a bit for each page whose content is here (copied). All others are dropped, and from
 // now on whoever touches one waits until it has come. `demand` must outlive this.
 int postcopy_dest_create(struct postcopy_dest **pd, struct ram *ram, const uint64_t *valid,

@@ -118,22 +118,7 @@ static void *demand_main(void *arg)
 
 int postcopy_discard(struct outgoing *out, struct error *err)
 {
-    uint64_t pages = out->vm->ram.pages;
-    autofree uint8_t *meta =
-        malloc(sizeof(struct wire_discard) + WIRE_DISCARD_WORDS * sizeof(uint64_t));
-    if (!meta)
-        return error_set(err, -ENOMEM, "no memory for the list of discarded pages");
-    int ret = 0;
-    for (uint64_t first = 0; !ret && first < pages; first += WIRE_DISCARD_WORDS * 64ull) {
-        uint64_t left = pages - first;
-        uint64_t n = left < WIRE_DISCARD_WORDS * 64ull ? left : WIRE_DISCARD_WORDS * 64ull;
-        struct wire_discard head = {.first = first, .pages = n};
-        memcpy(meta, &head, sizeof(head));
-        memcpy(meta + sizeof(head), out->todo + first / 64, bitmap_words(n) * 8);
-        ret = wire_put(&out->main.wire, WIRE_DISCARD, 0, meta, sizeof(head) + bitmap_words(n) * 8,
-                       NULL, 0, err);
-    }
-    return ret;
+    return wire_discard_put(&out->main.wire, out->todo, out->vm->ram.pages, err);
 }
 
 int postcopy_serve(struct outgoing *out, struct error *err)

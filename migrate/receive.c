@@ -13,6 +13,7 @@
 #include "migrate/machine.h"
 #include "migrate/pages.h"
 #include "migrate/postcopy_dest.h"
+#include "migrate/userfault.h"
 #include "vmm/stream.h"
 #include "vmm/util.h"
 #include "vmm/vm.h"
@@ -94,17 +95,44 @@ static enum owner_dest owner_now(struct receive *r)
     return owner;
 }
 
-// Waits on `changed` until *flag, cancelled, or the time is over.
-static bool wait_flag(struct receive *r, const bool *flag, const int *fd, unsigned timeout_ms)
+// What is waited for, under the lock.
+static bool has_answered(const struct receive *r)
+{
+    return r->answered;
+}
+
+static bool came_back(const struct receive *r)
+{
+    return r->again.fd >= 0;
+}
+
+// A source that comes back has lost the link over which this connection was to follow.
+static bool demand_settled(const struct receive *r)
+{
+    return r->demand.fd >= 0 || came_back(r);
+}
+
+// Until it has happened, cancelled, or the time is over. True: it has.
+static bool wait_for(struct receive *r, bool (*happened)(const struct receive *),
+                     unsigned timeout_ms)
 {
     struct timespec end = time_deadline(timeout_ms);
     int late = 0;
     pthread_mutex_lock(&r->lock);
-    while (!(flag && *flag) && !(fd && *fd >= 0) && !r->cancelled && late != ETIMEDOUT)
+    while (!happened(r) && !r->cancelled && late != ETIMEDOUT)
         late = pthread_cond_timedwait(&r->changed, &r->lock, &end);
-    bool there = (flag && *flag) || (fd && *fd >= 0);
+    bool has = happened(r);
     pthread_mutex_unlock(&r->lock);
-    return there;
+    return has;
+}
+
+static int wait_demand(struct receive *r, struct error *err)
+{
+    wait_for(r, demand_settled, r->params.handshake_ms);
+    pthread_mutex_lock(&r->lock);
+    bool here = r->demand.fd >= 0;
+    pthread_mutex_unlock(&r->lock);
+    return here ? 0 : error_set(err, -ETIMEDOUT, "the connection for page requests did not come");
 }
 
 // --- the door: second connections of this migration, and questions, while the first one works
@@ -296,7 +324,7 @@ static int take_machine(struct receive *r, struct error *err)
         ret = page_intake_init(&r->intake, &r->vm->ram, err);
     if (!ret && machine.flags & WIRE_MACHINE_POSTCOPY) {
         int probe = -1; // better now than at the switch
-        ret = userfault_open(&probe, err);
+        ret = uffd_open(&probe, "post-copy", 0, err);
         if (!ret)
             close(probe);
         r->stale = calloc(ram_bitmap_words(&r->vm->ram), 8);
@@ -455,8 +483,9 @@ static int begin_postcopy(struct receive *r, uint64_t stale, struct error *err)
     }
     if (bitmap_count(r->intake.seen, pages) != pages - stale)
         return error_set(err, -EPROTO, "pages neither came nor are to come");
-    if (!wait_flag(r, NULL, &r->demand.fd, r->params.handshake_ms))
-        return error_set(err, -ETIMEDOUT, "the connection for page requests did not come");
+    int ret = wait_demand(r, err);
+    if (ret)
+        return ret;
     r->demand.cancel_fd = -1; // a cancel is seen on the main connection, while it has effect
     return postcopy_dest_create(&r->postcopy, &r->vm->ram, r->intake.seen, &r->demand, err);
 }
@@ -565,7 +594,7 @@ static void see_off(struct receive *r, int ret)
     if (!ret)
         ret = wire_expect(&r->main.wire, &r->record, WIRE_BYE, NULL);
     if (ret)
-        wait_flag(r, &r->answered, NULL, r->params.linger_ms);
+        wait_for(r, has_answered, r->params.linger_ms);
 }
 
 // --- post-copy, and what happens when it breaks off
@@ -635,36 +664,11 @@ static int say_missing(struct receive *r, struct error *err)
 {
     uint64_t pages = r->vm->ram.pages;
     autofree uint64_t *missing = calloc(bitmap_words(pages), 8);
-    autofree uint8_t *meta =
-        malloc(sizeof(struct wire_discard) + WIRE_DISCARD_WORDS * sizeof(uint64_t));
-    if (!missing || !meta)
+    if (!missing)
         return error_set(err, -ENOMEM, "no memory for the list of missing pages");
     postcopy_dest_lacks(r->postcopy, missing);
-    int ret = 0;
-    for (uint64_t first = 0; !ret && first < pages; first += WIRE_DISCARD_WORDS * 64ull) {
-        uint64_t left = pages - first;
-        uint64_t n = left < WIRE_DISCARD_WORDS * 64ull ? left : WIRE_DISCARD_WORDS * 64ull;
-        struct wire_discard head = {.first = first, .pages = n};
-        memcpy(meta, &head, sizeof(head));
-        memcpy(meta + sizeof(head), missing + first / 64, bitmap_words(n) * 8);
-        ret = wire_put(&r->main.wire, WIRE_DISCARD, 0, meta, sizeof(head) + bitmap_words(n) * 8,
-                       NULL, 0, err);
-    }
+    int ret = wire_discard_put(&r->main.wire, missing, pages, err);
     return ret ? ret : wire_put(&r->main.wire, WIRE_READY, 0, NULL, 0, NULL, 0, err);
-}
-
-// False: the connection for page requests did not come. A source that comes back once more has lost
-// this link before it could: nobody waits for it any longer.
-static bool wait_demand(struct receive *r)
-{
-    struct timespec end = time_deadline(r->params.handshake_ms);
-    int late = 0;
-    pthread_mutex_lock(&r->lock);
-    while (r->demand.fd < 0 && r->again.fd < 0 && !r->cancelled && late != ETIMEDOUT)
-        late = pthread_cond_timedwait(&r->changed, &r->lock, &end);
-    bool there = r->demand.fd >= 0;
-    pthread_mutex_unlock(&r->lock);
-    return there;
 }
 
 // The source has come back: says what is missing and lets the guest go on.
@@ -675,8 +679,8 @@ static int rejoin(struct receive *r, struct error *err)
     channel_move(&r->main, &r->again, -1, r->params.handshake_ms);
     pthread_mutex_unlock(&r->lock);
     int ret = say_missing(r, err);
-    if (!ret && !wait_demand(r))
-        ret = error_set(err, -ETIMEDOUT, "the connection for page requests did not come");
+    if (!ret)
+        ret = wait_demand(r, err);
     if (ret)
         return ret;
     r->demand.cancel_fd = -1;
@@ -701,7 +705,7 @@ static int postcopy_settle(struct receive *r, int ret, struct error *err)
         sever(r, err);
         // A whole guest needs nobody; the source may still want to hear that.
         unsigned wait_ms = r->report->missing_pages ? r->params.recover_ms : r->params.linger_ms;
-        if (!wait_flag(r, NULL, &r->again.fd, wait_ms ? wait_ms : UINT_MAX))
+        if (!wait_for(r, came_back, wait_ms ? wait_ms : UINT_MAX))
             break;
         ret = rejoin(r, err);
         if (!ret)
@@ -735,7 +739,7 @@ static void give_up(struct receive *r, int ret, struct error *err)
     postcopy_dest_free(r->postcopy);
     r->postcopy = NULL;
     if (r->was_prepared)
-        wait_flag(r, &r->answered, NULL, r->params.linger_ms);
+        wait_for(r, has_answered, r->params.linger_ms);
     door_close(r);
     if (r->vm)
         r->hooks->destroy_vm(r->hooks->context, r->vm);

@@ -50,7 +50,8 @@ int uffd_register(int fd, const void *start, uint64_t len, uint64_t mode, uint64
     if ((reg.ioctls & need) == need)
         return 0;
     uffd_unregister(fd, start, len);
-    return error_set(err, -EOPNOTSUPP, "userfaultfd offers 0x%llx for this kind of memory",
+    return error_set(err, -EOPNOTSUPP,
+                     "userfaultfd offers 0x%llx for this kind of memory (huge pages?)",
                      (unsigned long long)reg.ioctls);
 }
 
@@ -58,6 +59,21 @@ void uffd_unregister(int fd, const void *start, uint64_t len)
 {
     struct uffdio_range range = {.start = (uintptr_t)start, .len = len};
     ioctl(fd, UFFDIO_UNREGISTER, &range);
+}
+
+int uffd_faults(int fd, const struct ram *ram, uint64_t pages[UFFD_BATCH], unsigned *nr,
+                struct error *err)
+{
+    struct uffd_msg msgs[UFFD_BATCH];
+    *nr = 0;
+    ssize_t len = read(fd, msgs, sizeof(msgs));
+    if (len < 0)
+        return errno == EAGAIN || errno == EINTR ? 0 : error_errno(err, "reading userfaultfd");
+    for (size_t i = 0; i < (size_t)len / sizeof(msgs[0]); i++) {
+        const void *hva = (const void *)(uintptr_t)msgs[i].arg.pagefault.address;
+        *nr += msgs[i].event == UFFD_EVENT_PAGEFAULT && ram_hva_page(ram, hva, &pages[*nr]);
+    }
+    return 0;
 }
 
 static int writeprotect(int fd, const void *start, uint64_t len, uint64_t mode, struct error *err)

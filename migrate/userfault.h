@@ -7,6 +7,9 @@
 #include <stdint.h>
 
 #include "vmm/error.h"
+#include "vmm/ram.h"
+
+enum { UFFD_BATCH = 32 }; // faults taken from the kernel at once
 
 // Opens one with `features` (UFFD_FEATURE_*). -EPERM: not allowed here; -EOPNOTSUPP: the kernel
 // lacks a feature. `who` begins the message.
@@ -16,6 +19,11 @@ int uffd_register(int fd, const void *start, uint64_t len, uint64_t mode, uint64
                   struct error *err);
 // Ends that, wakes whoever waits and takes the protection away.
 void uffd_unregister(int fd, const void *start, uint64_t len);
+
+// The pages of guest memory that somebody waits for, those that have come in since the last call:
+// `*nr` of them, maybe none.
+int uffd_faults(int fd, const struct ram *ram, uint64_t pages[UFFD_BATCH], unsigned *nr,
+                struct error *err);
 
 int uffd_protect(int fd, const void *start, uint64_t len, struct error *err);
 int uffd_unprotect(int fd, const void *start, uint64_t len, struct error *err); // wakes

@@ -447,6 +447,24 @@ int wire_packed_parse(const struct wire_record *record, uint64_t ram_pages,
     return 0;
 }
 
+int wire_discard_put(struct wire *w, const uint64_t *bitmap, uint64_t pages, struct error *err)
+{
+    const uint64_t most = WIRE_DISCARD_WORDS * 64ull;
+    autofree uint8_t *meta =
+        malloc(sizeof(struct wire_discard) + WIRE_DISCARD_WORDS * sizeof(uint64_t));
+    if (!meta)
+        return error_set(err, -ENOMEM, "no memory for a list of pages");
+    int ret = 0;
+    for (uint64_t first = 0; !ret && first < pages; first += most) {
+        uint64_t n = pages - first < most ? pages - first : most;
+        struct wire_discard head = {.first = first, .pages = n};
+        memcpy(meta, &head, sizeof(head));
+        memcpy(meta + sizeof(head), bitmap + first / 64, bitmap_words(n) * 8);
+        ret = wire_put(w, WIRE_DISCARD, 0, meta, sizeof(head) + bitmap_words(n) * 8, NULL, 0, err);
+    }
+    return ret;
+}
+
 int wire_discard_parse(const struct wire_record *record, uint64_t ram_pages, uint64_t *stale,
                        struct error *err)
 {

@@ -325,6 +325,8 @@ uint32_t wire_pages_sum(const struct wire_pages_view *view, unsigned index);
 int wire_packed_parse(const struct wire_record *record, uint64_t ram_pages,
                       struct wire_packed_page *entries, unsigned *nr, struct error *err);
 
+// A bitmap of all pages, as DISCARD records.
+int wire_discard_put(struct wire *w, const uint64_t *bitmap, uint64_t pages, struct error *err);
 // ORs the record's bits into `stale` (a bitmap of ram_pages bits).
 int wire_discard_parse(const struct wire_record *record, uint64_t ram_pages, uint64_t *stale,
                        struct error *err);
