@@ -21,21 +21,25 @@ struct timespec time_deadline(unsigned ms)
     return (struct timespec) {(time_t)(end / 1000000000u), (long)(end % 1000000000u)};
 }
 
+int thread_attr_get(pid_t tid, struct thread_attr *attr)
+{
+    *attr = (struct thread_attr) {.size = sizeof(*attr)};
+    return syscall(SYS_sched_getattr, tid, attr, (unsigned)sizeof(*attr), 0) ? -errno : 0;
+}
+
+int thread_attr_set(pid_t tid, const struct thread_attr *attr)
+{
+    return syscall(SYS_sched_setattr, tid, attr, 0) ? -errno : 0;
+}
+
 void thread_prompt(void)
 {
-    enum { RESET_ON_FORK = 1, SLICE_NS = 100 * 1000 }; // the least that the kernel takes
-    struct {
-        uint32_t size, policy;
-        uint64_t flags;
-        int32_t nice;
-        uint32_t priority;
-        uint64_t runtime, deadline, period;
-    } attr = {.size = sizeof(attr)};
-    if (syscall(SYS_sched_getattr, 0, &attr, (unsigned)sizeof(attr), 0) || attr.policy)
-        return;                 // somebody gave it another policy
-    attr.flags = RESET_ON_FORK; // threads that it starts are no such threads
-    attr.runtime = SLICE_NS;
-    syscall(SYS_sched_setattr, 0, &attr, 0);
+    struct thread_attr attr;
+    if (thread_attr_get(0, &attr) || attr.policy)
+        return; // somebody gave it another policy
+    attr.flags = THREAD_RESET_ON_FORK;
+    attr.runtime = THREAD_SHORTEST_SLICE;
+    thread_attr_set(0, &attr);
 }
 
 int size_parse(const char *text, uint64_t unit, uint64_t *bytes)

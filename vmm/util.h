@@ -6,6 +6,7 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -63,6 +64,22 @@ uint64_t time_ns(void);
 
 // The monotonic time `ms` from now, for condition variables made with CLOCK_MONOTONIC.
 struct timespec time_deadline(unsigned ms);
+
+// sched_setattr(2), which the C library does not have. A tid of 0 is the calling thread. 0 or
+// -errno.
+struct thread_attr {
+    uint32_t size, policy;
+    uint64_t flags;
+    int32_t nice;
+    uint32_t priority;
+    uint64_t runtime, deadline, period; // ns
+};
+enum {
+    THREAD_RESET_ON_FORK = 1,           // in flags: not for threads that it starts
+    THREAD_SHORTEST_SLICE = 100 * 1000, // runtime of an ordinary thread: the least that is taken
+};
+int thread_attr_get(pid_t tid, struct thread_attr *attr);
+int thread_attr_set(pid_t tid, const struct thread_attr *attr);
 
 // The calling thread works in short turns, and somebody waits for each: it gets one soon, even
 // beside vCPUs that never sleep. (Linux 6.12 and later; before, nothing changes.)
