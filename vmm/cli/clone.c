@@ -55,12 +55,14 @@ struct child {
 static int clone_option(struct clone *c, int option, struct error *err)
 {
     char *end;
+    unsigned long count;
     switch (option) {
     case 'c':
-        c->count = (unsigned)strtoul(optarg, &end, 10);
-        return *end || end == optarg || !c->count || c->count > CLONES_MAX
-                   ? error_set(err, -EINVAL, "--count %s: expected 1 to %d", optarg, CLONES_MAX)
-                   : 0;
+        count = strtoul(optarg, &end, 10);
+        if (*end || end == optarg || !count || count > CLONES_MAX)
+            return error_set(err, -EINVAL, "--count %s: expected 1 to %d", optarg, CLONES_MAX);
+        c->count = (unsigned)count;
+        return 0;
     case 'n':
         c->prefix = optarg;
         return 0;
