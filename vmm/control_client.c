@@ -175,8 +175,9 @@ static int error_code(json_t *code)
 
 static int failed(json_t *object, const char *text, struct error *err)
 {
+    const char *why = json_string_value(json_object_get(object, text));
     return error_set(err, error_code(json_object_get(object, "code")), "%s",
-                     json_string_value(json_object_get(object, text)) ?: "no reason");
+                     why && *why ? why : "the VM gives no reason");
 }
 
 static int plain_take(struct answer *a, json_t **result, struct error *err)
