@@ -222,7 +222,9 @@ START_TEST(test_damage)
         int fd = open(params.path, O_RDWR);
         off_t at = SNAPFILE_HEADER + (off_t)(i % 2 ? g.range[0].base : report.stored_bytes / 2);
         uint8_t byte;
-        ck_assert_int_eq(pread(fd, &byte, 1, at), 1);
+        do { // a page whose bytes have come round to zero is not in the file
+            ck_assert_int_eq(pread(fd, &byte, 1, at), 1);
+        } while (i % 2 && !byte && (at += PAGE_SIZE));
         byte ^= (uint8_t)(1u << i % 8);
         ck_assert_int_eq(pwrite(fd, &byte, 1, at), 1);
         close(fd);
