@@ -508,6 +508,7 @@ static int settle(struct outgoing *out, struct error *err)
     struct error why = {0};
     int ret = 0;
     out->main.cancel_fd = out->m->sever_fd;
+    out->main.limit = &out->m->bandwidth; // what is asked for goes past it
     if (out->postcopy)
         ret = out->main.fd < 0 ? error_set(&why, -ENOTCONN, "the connection was lost")
                                : postcopy_push(out, &why);

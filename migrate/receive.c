@@ -507,6 +507,14 @@ static int prepare(struct receive *r, struct error *err)
     struct stream_mem blob;
     stream_mem_reader(&blob, "guest state", r->state, r->state_len);
     ret = vm_load(r->vm, &blob.stream, err);
+    if (r->postcopy) { // why loading failed, if it did: what it read was not the guest's
+        struct error why = {0};
+        int failed = postcopy_dest_loaded(r->postcopy, &why);
+        if (failed) {
+            ret = failed;
+            *err = why;
+        }
+    }
     r->report->load_ns = time_ns() - start;
     return ret;
 }
