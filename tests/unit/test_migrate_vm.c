@@ -177,6 +177,23 @@ START_TEST(test_ping_pong_memfd)
 }
 END_TEST
 
+// With dirty rings that are often full; every other time to a host without.
+START_TEST(test_ping_pong_dirty_ring)
+{
+    struct guest g = {.log = RAM_LOG_RING};
+    struct migrate_report report;
+    if (!bare_has_log(g.log))
+        return;
+    guest_boot(&g, 2, 64 * MiB, 4096, 0, 0);
+    for (unsigned i = 0; i < (bare_long() ? 60u : 4u); i++) {
+        g.log = i % 2 ? RAM_LOG_RING : RAM_LOG_BITMAP;
+        guest_move(&g, i % 4 == 3 ? MIGRATE_HYBRID : MIGRATE_PRECOPY, &report);
+        guest_check(&g);
+    }
+    guest_end(&g);
+}
+END_TEST
+
 // Pages on both sides of the hole below 4 GiB.
 START_TEST(test_ping_pong_above_3g)
 {
@@ -1159,6 +1176,7 @@ static void add_tests(TCase *tc)
     tcase_add_test(tc, test_ping_pong_tls);
     tcase_add_test(tc, test_ping_pong_2cpu);
     tcase_add_test(tc, test_ping_pong_memfd);
+    tcase_add_test(tc, test_ping_pong_dirty_ring);
     tcase_add_test(tc, test_ping_pong_above_3g);
     tcase_add_test(tc, test_sweep);
     tcase_add_test(tc, test_local);
