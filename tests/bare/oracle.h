@@ -32,8 +32,9 @@ struct guest {
     enum ram_backing backing;
     enum ram_log log;
     enum prepage_kind prepaging;
-    const char *listen;  // NULL: TCP over loopback
-    unsigned timeout_ms; // 0: the usual ones
+    const char *listen;   // NULL: TCP over loopback
+    unsigned timeout_ms;  // 0: the usual ones
+    unsigned connections; // 0: one
     struct channel_security security;
     struct oracle_range range[64];
     uint64_t heartbeat[VM_MAX_VCPUS];
