@@ -105,6 +105,7 @@ static json_t *json_report(const struct migrate_report *r)
         {"pushed_pages", r->pushed_pages},
         {"demand_pages", r->demand_pages},
         {"discarded_pages", r->discarded_pages},
+        {"connections", r->connections},
         {"recoveries", r->recoveries},
         {"throttle_percent", r->throttle},
         {"faults", r->faults},
@@ -215,8 +216,9 @@ static const struct schema_field migrate_fields[] = {
     {"on_stall", SCHEMA_STRING, .choices = stalls},
     {"prepaging", SCHEMA_STRING, .choices = prepagings},
     {"compress", SCHEMA_STRING, .choices = packings},
-    {"delta_cache", SCHEMA_INTEGER}, // bytes
-    {"history", SCHEMA_BOOL},        // what happened when, in the reply
+    {"delta_cache", SCHEMA_INTEGER},                                    // bytes
+    {"connections", SCHEMA_INTEGER, .min = 1, .max = WIRE_STREAMS_MAX}, // of pre-copy
+    {"history", SCHEMA_BOOL}, // what happened when, in the reply
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},
@@ -279,7 +281,8 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
            *rounds = json_object_get(args, "max_rounds"),
            *prepaging = json_object_get(args, "prepaging"),
            *compress = json_object_get(args, "compress"),
-           *delta_cache = json_object_get(args, "delta_cache");
+           *delta_cache = json_object_get(args, "delta_cache"),
+           *connections = json_object_get(args, "connections");
     p->to = json_string_value(json_object_get(args, "to"));
     if (json_is_integer(downtime))
         p->downtime_ns = (uint64_t)json_integer_value(downtime) * 1000000;
@@ -288,6 +291,8 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
     p->keep_history = json_is_true(json_object_get(args, "history"));
     if (json_is_integer(delta_cache))
         p->delta_cache = (uint64_t)json_integer_value(delta_cache);
+    if (json_is_integer(connections))
+        p->connections = (unsigned)json_integer_value(connections);
     if (json_is_integer(rounds))
         p->max_rounds = (uint32_t)json_integer_value(rounds);
     int ret = json_is_string(mode) ? migrate_mode_parse(json_string_value(mode), &p->mode, err) : 0;

@@ -63,6 +63,7 @@ struct migrate_params {
     enum migrate_stall on_stall;
     enum prepage_kind prepaging;       // post-copy: what is sent before it is asked for
     enum pack_when compress;           // pre-copy
+    unsigned connections;              // pre-copy: over so many, 1 to WIRE_STREAMS_MAX
     uint64_t delta_cache;              // bytes of copies for what changes only a little; 0 = none
     bool keep_history;                 // in struct migration, for the reply
     unsigned handshake_ms, idle_ms;    // time-outs
@@ -105,6 +106,7 @@ struct migrate_report {
     uint64_t faults, requests;           // post-copy, the destination's figures
     struct wire_faults latency;          // of the requests, the destination's figures
     unsigned throttle;                   // percent, at the end
+    uint32_t connections;                // that carried pre-copy's pages
     uint32_t recoveries;                 // of a post-copy whose link broke
     uint64_t state_bytes, wire_bytes;
     uint64_t total_ns;

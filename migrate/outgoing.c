@@ -30,6 +30,7 @@ void migrate_params_default(struct migrate_params *params)
         .prepaging = PREPAGE_MULTI,
         .compress = PACK_AUTO,
         .delta_cache = 64 * MiB,
+        .connections = 1,
         .handshake_ms = CHANNEL_HANDSHAKE_MS,
         .idle_ms = CHANNEL_IDLE_MS,
         .ask_ms = 30 * 1000,
@@ -130,7 +131,7 @@ void migration_get(struct migration *m, struct migrate_progress *progress)
 void outgoing_round(struct outgoing *out, uint64_t bytes)
 {
     out->round_start_ns = time_ns();
-    out->round_start_bytes = out->main.wire.out;
+    out->round_start_bytes = outgoing_bytes(out);
     out->round_start_pages = out->report->data_pages;
     out->round_bytes = bytes;
 }
@@ -148,7 +149,7 @@ void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t 
 {
     struct migration *m = out->m;
     struct migrate_progress copy;
-    uint64_t bytes = out->main.wire.out - out->round_start_bytes;
+    uint64_t bytes = outgoing_bytes(out) - out->round_start_bytes;
     uint64_t data = (out->report->data_pages - out->round_start_pages) * PAGE_SIZE;
     bytes = data > bytes ? data : bytes; // packed
     uint64_t ns = time_ns() - out->round_start_ns;
@@ -159,7 +160,7 @@ void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t 
     m->progress.phase = phase;
     m->progress.round = out->report->rounds;
     m->progress.total_bytes = out->vm->ram.size;
-    m->progress.sent_bytes = out->main.wire.out;
+    m->progress.sent_bytes = outgoing_bytes(out);
     m->progress.round_bytes = out->round_bytes;
     m->progress.remaining_bytes = remaining;
     m->progress.bandwidth = bandwidth;
@@ -207,6 +208,14 @@ static bool may_postcopy(const struct migrate_params *p)
            (p->mode == MIGRATE_PRECOPY && p->on_stall == STALL_POSTCOPY);
 }
 
+// Post-copy pushes over the main connection.
+unsigned outgoing_streams(const struct outgoing *out)
+{
+    const struct migrate_params *p = out->params;
+    bool pages = p->mode == MIGRATE_PRECOPY || p->mode == MIGRATE_HYBRID;
+    return pages && p->connections > 1 ? p->connections : 0;
+}
+
 static int send_machine(struct outgoing *out, struct error *err)
 {
     struct machine machine;
@@ -215,6 +224,8 @@ static int send_machine(struct outgoing *out, struct error *err)
         return ret;
     machine.flags = (may_postcopy(out->params) ? WIRE_MACHINE_POSTCOPY : 0u) |
                     (out->params->mode == MIGRATE_LOCAL ? WIRE_MACHINE_SHARED : 0u);
+    machine.streams = outgoing_streams(out);
+    out->report->connections = machine.streams ? machine.streams : 1;
     autofree void *meta = NULL;
     size_t len;
     ret = machine_encode(&machine, &meta, &len, err);
@@ -224,6 +235,9 @@ static int send_machine(struct outgoing *out, struct error *err)
 
 static int check_local(const struct outgoing *out, struct error *err)
 {
+    if (out->params->connections < 1 || out->params->connections > WIRE_STREAMS_MAX)
+        return error_set(err, -EINVAL, "%u connections: expected 1 to %d", out->params->connections,
+                         WIRE_STREAMS_MAX);
     if (out->params->mode != MIGRATE_LOCAL)
         return 0;
     if (strncmp(out->params->to, "unix:", 5))
@@ -268,6 +282,8 @@ static int handshake(struct outgoing *out, struct error *err)
         ret = wire_expect(&out->main.wire, &out->record, WIRE_READY, err);
     if (!ret && p->mode == MIGRATE_LOCAL)
         ret = hand_memory(out, err);
+    if (!ret)
+        ret = streams_open(out, err);
     if (!ret && may_postcopy(p)) {
         ret =
             channel_connect_secure(&out->demand, p->to, &p->security, cancel, p->handshake_ms, err);
@@ -310,6 +326,7 @@ static int send_rest(struct outgoing *out, bool postcopy, struct error *err)
                                             (out->was_running ? 0u : WIRE_PREPARE_STAY_PAUSED),
                                    .stale = postcopy ? stale : 0};
     int ret = postcopy ? postcopy_begin(out, err) : precopy_pass(out, err);
+    prepare.pass = streams_passes(out);
     out->report->discarded_pages = prepare.stale;
     out->report->downtime.last_pages = time_ns() - start;
     if (ret)
@@ -488,6 +505,7 @@ static void outgoing_release(struct outgoing *out)
     out->report->delta_pages += out->packer.delta_pages;
     out->report->delta_bytes += out->packer.delta_bytes;
     packer_free(&out->packer);
+    streams_close(out);
     out->report->wire_bytes += out->main.wire.out + out->demand.wire.out;
     channel_close(&out->main);
     channel_close(&out->demand);

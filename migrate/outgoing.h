@@ -10,6 +10,7 @@
 #include "vmm/vm.h"
 
 struct postcopy_source;
+struct streams_source;
 
 struct outgoing {
     struct vm *vm;
@@ -35,6 +36,9 @@ struct outgoing {
     uint64_t round_start_ns, round_start_bytes; // of the wire; round_bytes are to be sent
     uint64_t round_bytes, round_start_pages, dirty_rate;
     struct stream_mem state;
+    struct streams_source *streams; // NULL: pages go over the main connection
+    struct page_shard shard;        // one of the streams: what it sends; tells its pages here
+    _Atomic uint64_t *taken;
     struct postcopy_source *postcopy; // NULL unless the switch is a post-copy
 };
 
@@ -50,6 +54,17 @@ int precopy_pass(struct outgoing *out, struct error *err);
 int precopy_flush(struct outgoing *out, struct error *err);
 // Rounds until the guest may be stopped. `*postcopy` says how the switch is to be done.
 int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err);
+
+// Several page connections (migrate/streams_source.c). How many this migration has: 0, or 2 and
+// more.
+unsigned outgoing_streams(const struct outgoing *out);
+int streams_open(struct outgoing *out, struct error *err);
+void streams_close(struct outgoing *out); // harmless when there are none
+// precopy_pass over all of them. Nothing of `todo` or of guest memory is touched when it returns.
+int streams_pass(struct outgoing *out, struct error *err);
+uint32_t streams_passes(const struct outgoing *out); // so far
+// What went over the main and the page connections so far.
+uint64_t outgoing_bytes(const struct outgoing *out);
 
 // No hints of free pages count any more. Harmless when none were asked for.
 void precopy_hints_end(struct outgoing *out);

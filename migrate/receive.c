@@ -13,6 +13,7 @@
 #include "migrate/machine.h"
 #include "migrate/pages.h"
 #include "migrate/postcopy_dest.h"
+#include "migrate/streams_dest.h"
 #include "migrate/userfault.h"
 #include "vmm/stream.h"
 #include "vmm/util.h"
@@ -47,6 +48,7 @@ struct receive {
     struct machine machine;
     struct vm *vm;
     struct page_intake intake;
+    struct streams_dest *streams; // NULL: pages come over the main connection; set under the lock
     uint64_t *stale;
     uint8_t *state; // the whole blob, read before it is loaded
     uint32_t state_len;
@@ -188,6 +190,20 @@ static bool let_demand_in(struct receive *r, struct channel *c, const struct wir
     return true;
 }
 
+// One of the page connections.
+static bool let_stream_in(struct receive *r, struct channel *c, const struct wire_hello *hello)
+{
+    pthread_mutex_lock(&r->lock);
+    struct streams_dest *streams = r->streams; // freed after the door is closed
+    bool wanted = hello->kind == WIRE_STREAM && streams &&
+                  !memcmp(hello->id, r->report->id, WIRE_ID_LEN) &&
+                  streams_dest_wants(streams, hello->stream);
+    pthread_mutex_unlock(&r->lock);
+    unsigned version;
+    return wanted && !answer_hello(c, hello, &version, NULL) &&
+           !streams_dest_take(streams, hello->stream, c, NULL);
+}
+
 // The source is back: its old connection is dead, whether we have noticed or not.
 static bool let_recover_in(struct receive *r, struct channel *c, const struct wire_hello *hello)
 {
@@ -220,7 +236,8 @@ static void visitor(struct receive *r, struct channel *c)
         ret = wire_hello_parse(&record, &hello, &err);
     if (!ret && hello.kind == WIRE_QUERY) {
         answer_query(r, c, &hello);
-    } else if (!ret && !let_demand_in(r, c, &hello) && !let_recover_in(r, c, &hello)) {
+    } else if (!ret && !let_demand_in(r, c, &hello) && !let_stream_in(r, c, &hello) &&
+               !let_recover_in(r, c, &hello)) {
         error_set(&err, -EBUSY, "this receiver is busy with another migration");
         channel_abort(c, &err);
     }
@@ -304,6 +321,21 @@ static int accept_migration(struct receive *r, struct error *err)
     }
 }
 
+static int expect_streams(struct receive *r, struct error *err)
+{
+    struct streams_dest *streams;
+    if (r->version < 2)
+        return error_set(err, -EPROTO, "machine record: version 1 has no page connections");
+    int ret = streams_dest_create(&streams, r->machine.streams, &r->intake, &r->main,
+                                  r->params.idle_ms, err);
+    if (ret)
+        return ret;
+    pthread_mutex_lock(&r->lock);
+    r->streams = streams;
+    pthread_mutex_unlock(&r->lock);
+    return 0;
+}
+
 static int take_machine(struct receive *r, struct error *err)
 {
     struct machine machine;
@@ -332,6 +364,8 @@ static int take_machine(struct receive *r, struct error *err)
         if (!ret && (!r->stale || !r->buffer))
             ret = error_set(err, -ENOMEM, "no memory for post-copy");
     }
+    if (!ret && machine.streams)
+        ret = expect_streams(r, err);
     r->main.timeout_ms = r->params.idle_ms;
     return ret ? ret : wire_put(&r->main.wire, WIRE_READY, 0, NULL, 0, NULL, 0, err);
 }
@@ -357,6 +391,9 @@ static int echo_round(struct receive *r, struct error *err)
 {
     struct wire_round round;
     wire_fixed(&r->record, &round, sizeof(round));
+    int ret = r->streams && !r->postcopy ? streams_dest_wait(r->streams, round.pass, err) : 0;
+    if (ret)
+        return ret;
     return wire_put(&r->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
 }
 
@@ -367,6 +404,8 @@ static int take_discard(struct receive *r, struct error *err)
     if (!r->stale)
         return wire_unexpected(&r->main.wire, &r->record, "pages", err);
     int ret = wire_discard_parse(&r->record, ram->pages, r->stale, err);
+    if (r->streams)
+        streams_dest_hold(r->streams);
     for (uint64_t first = 0; !ret;) {
         first = bitmap_find(r->stale, ram->pages, first, true);
         if (first == ram->pages)
@@ -380,12 +419,14 @@ static int take_discard(struct receive *r, struct error *err)
         bitmap_fill(r->intake.touched, first, stop - first, false);
         first = stop;
     }
+    if (r->streams)
+        streams_dest_go_on(r->streams);
     return ret;
 }
 
 static int take_packed(struct receive *r, struct error *err)
 {
-    if (r->version < 2 || r->machine.flags & WIRE_MACHINE_SHARED)
+    if (r->version < 2 || r->streams || r->machine.flags & WIRE_MACHINE_SHARED)
         return wire_unexpected(&r->main.wire, &r->record, "pages", err);
     if (!r->buffer)
         r->buffer = malloc(WIRE_BATCH_PAGES * PAGE_SIZE);
@@ -419,7 +460,7 @@ static int take_handed(struct receive *r, struct error *err)
 }
 
 // Everything up to PREPARE, which is left in r->record.
-static int take_memory(struct receive *r, struct error *err)
+static int take_records(struct receive *r, struct error *err)
 {
     for (;;) {
         int ret = wire_get(&r->main.wire, &r->record, err);
@@ -427,7 +468,7 @@ static int take_memory(struct receive *r, struct error *err)
             return ret;
         switch (r->record.header.type) {
         case WIRE_PAGES:
-            if (r->machine.flags & WIRE_MACHINE_SHARED)
+            if (r->machine.flags & WIRE_MACHINE_SHARED || r->streams)
                 return wire_unexpected(&r->main.wire, &r->record, "memory, state or prepare", err);
             ret = page_intake_record(&r->intake, &r->main.wire, &r->record, err);
             break;
@@ -454,6 +495,21 @@ static int take_memory(struct receive *r, struct error *err)
         if (ret)
             return ret;
     }
+}
+
+static int take_memory(struct receive *r, struct error *err)
+{
+    struct wire_prepare prep;
+    int ret = take_records(r, err);
+    if (!r->streams)
+        return ret;
+    if (!ret) {
+        wire_fixed(&r->record, &prep, sizeof(prep));
+        ret = streams_dest_wait(r->streams, prep.pass, err);
+    }
+    ret = ret ? streams_dest_cause(r->streams, ret, err) : 0;
+    streams_dest_end(r->streams);
+    return ret;
 }
 
 static int check_precopy(struct receive *r, struct error *err)
@@ -742,6 +798,8 @@ static void give_up(struct receive *r, int ret, struct error *err)
 {
     enum owner_action action;
     owner_step(r, ret == -ECANCELED ? DEST_EV_CANCEL : DEST_EV_LOST, &action);
+    if (r->streams)
+        streams_dest_end(r->streams); // the VM goes whose memory they fill
     channel_abort(&r->main, err);
     channel_shutdown(&r->main); // not close: the door may be looking at it
     postcopy_dest_free(r->postcopy);
@@ -835,6 +893,7 @@ void receive_free(struct receive *r)
     postcopy_dest_free(r->postcopy);
     if (r->pausing)
         pthread_join(r->pauser, NULL);
+    streams_dest_free(r->streams);
     channel_close(&r->main);
     channel_close(&r->demand);
     channel_close(&r->again);

@@ -249,7 +249,7 @@ int wire_hello_parse(const struct wire_record *record, struct wire_hello *hello,
     wire_fixed(record, hello, sizeof(*hello));
     if (memcmp(hello->magic, WIRE_MAGIC, sizeof(hello->magic)))
         return error_set(err, -EPROTO, "not a ferry migration: wrong magic in the hello record");
-    if (hello->kind < WIRE_MAIN || hello->kind > WIRE_RECOVER)
+    if (hello->kind < WIRE_MAIN || hello->kind > WIRE_STREAM)
         return error_set(err, -EPROTO, "hello record: connection kind %u is not known",
                          hello->kind);
     if (hello->oldest > hello->version)
@@ -307,8 +307,14 @@ int machine_parse(const struct wire_record *record, struct machine *machine, str
     if (head.cpus < 1 || head.cpus > VM_MAX_VCPUS)
         return error_set(err, -EPROTO, "machine record: %u CPUs, expected 1 to %d", head.cpus,
                          VM_MAX_VCPUS);
-    if (head.flags & ~(uint32_t)(WIRE_MACHINE_POSTCOPY | WIRE_MACHINE_SHARED) || head.reserved)
+    if (head.flags & ~(uint32_t)(WIRE_MACHINE_POSTCOPY | WIRE_MACHINE_SHARED))
         return error_set(err, -EPROTO, "machine record: flags 0x%x are not known", head.flags);
+    if (head.streams == 1 || head.streams > WIRE_STREAMS_MAX ||
+        (head.streams && head.flags & WIRE_MACHINE_SHARED))
+        return error_set(err, -EPROTO,
+                         "machine record: %u page connections, expected 0, or 2 to %d where memory "
+                         "is copied",
+                         head.streams, WIRE_STREAMS_MAX);
 
     const uint8_t *p = record->meta + sizeof(head);
     const char *json = (const char *)p + regions + cpuid;
@@ -318,6 +324,7 @@ int machine_parse(const struct wire_record *record, struct machine *machine, str
     machine->cpus = head.cpus;
     machine->nr_regions = head.nr_regions;
     machine->flags = head.flags;
+    machine->streams = head.streams;
     memcpy(machine->regions, p, regions);
     int ret = regions_check(machine, err);
     if (ret)
@@ -346,7 +353,8 @@ int machine_encode(const struct machine *machine, void **meta, size_t *len, stru
                                 .nr_regions = machine->nr_regions,
                                 .nr_cpuid = machine->cpuid->nent,
                                 .json_len = (uint32_t)json,
-                                .flags = machine->flags};
+                                .flags = machine->flags,
+                                .streams = machine->streams};
     *len = sizeof(head) + regions + cpuid + json;
     uint8_t *p = malloc(*len);
     *meta = p;

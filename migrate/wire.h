@@ -13,6 +13,8 @@
 //     | <------------------------------- HELLO(chosen version, id)|
 //     | MACHINE(RAM, cpus, CPUID, json) ------------------------> | checks, builds the VM
 //     | <--------------------------------------------------- READY|
+//     |   page connections, if MACHINE says so: HELLO(stream, i)->|
+//     |     and from then on there: PAGES ... ROUND(pass) ------> |
 //     |   demand connection (post-copy): HELLO(demand, id) -----> |
 //     | PAGES ... ROUND ----------------------------------------> | while the guest runs,
 //     | <--------------------------------------------------- ROUND| again and again
@@ -93,6 +95,7 @@ enum {
     WIRE_CPUID_MAX = 256,
     WIRE_STATE_MAX = 16 * 1024 * 1024,
     WIRE_TEXT_MAX = 400,
+    WIRE_STREAMS_MAX = 16, // page connections, at most
     WIRE_ID_LEN = 16,
 };
 
@@ -103,13 +106,13 @@ struct wire_header {
     uint32_t meta_len, data_len, crc;
 };
 
-enum wire_connection { WIRE_MAIN = 1, WIRE_DEMAND, WIRE_QUERY, WIRE_RECOVER };
+enum wire_connection { WIRE_MAIN = 1, WIRE_DEMAND, WIRE_QUERY, WIRE_RECOVER, WIRE_STREAM };
 
 struct wire_hello {
     char magic[8];
     uint16_t version, oldest; // the answer has the chosen version in both
     uint16_t kind;            // enum wire_connection
-    uint16_t reserved;
+    uint16_t stream;          // WIRE_STREAM: which of MACHINE's; else 0
     uint8_t id[WIRE_ID_LEN];
 };
 
@@ -125,7 +128,7 @@ struct wire_machine {  // then regions, CPUID entries, JSON
     uint32_t nr_cpuid;
     uint32_t json_len; // without terminator
     uint32_t flags;
-    uint32_t reserved;
+    uint32_t streams; // page connections that follow: 0, or 2 to WIRE_STREAMS_MAX
 };
 
 struct wire_region {
@@ -168,9 +171,11 @@ struct wire_memory { // then one byte, with a descriptor of guest memory (SCM_RI
     uint64_t size;   // bytes
 };
 
-struct wire_round { // echoed when everything before it has been dealt with
+// Echoed when everything before it has been dealt with, and what came before the ROUND of this pass
+// on every page connection. There it is not echoed, and passes count from 1 on.
+struct wire_round {
     uint32_t round; // completed
-    uint32_t reserved;
+    uint32_t pass;
     uint64_t data_pages; // sent so far
 };
 
@@ -190,7 +195,7 @@ enum { WIRE_PREPARE_POSTCOPY = 1, WIRE_PREPARE_STAY_PAUSED = 2 };
 
 struct wire_prepare {
     uint32_t flags;
-    uint32_t reserved;
+    uint32_t pass;  // the last one of the page connections, which are closed then
     uint64_t stale; // pages marked by DISCARD, to be sent after COMMIT
 };
 
@@ -298,6 +303,7 @@ struct machine {
     uint32_t cpus;
     uint32_t nr_regions;
     uint32_t flags;
+    uint32_t streams;
     struct wire_region regions[2];
     struct kvm_cpuid2 *cpuid;
     char *json;

@@ -25,6 +25,7 @@ static const char migrate_usage[] =
     "      --on-stall WHAT    continue, cancel, switch (pause longer), postcopy, throttle\n"
     "      --compress WHEN    pre-copy: auto (default: while it pays), always, none\n"
     "      --delta-cache SIZE copies of sent pages, for those that change little (default 64M)\n"
+    "      --connections N    pre-copy: over so many connections, 1 (default) to 16\n"
     "      --prepaging HOW    post-copy: none, push, forward, bubble, multi-bubble (default)\n"
     "      --tls DIR          over TLS: DIR has ca.pem, cert.pem and key.pem (or by themselves:\n"
     "                         --tls-ca, --tls-cert, --tls-key FILE)\n"
@@ -99,6 +100,8 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
         return 0;
     case 'D':
         return put_number(a->request, "delta-cache", optarg, 1, err);
+    case 'n':
+        return put_number(a->request, "connections", optarg, 1, err);
     case 'R':
         a->report = optarg;
         json_object_set_new(a->request, "history", json_true());
@@ -155,6 +158,7 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
         {"on-stall", required_argument, NULL, 's'},
         {"compress", required_argument, NULL, 'c'},
         {"delta-cache", required_argument, NULL, 'D'},
+        {"connections", required_argument, NULL, 'n'},
         {"report", required_argument, NULL, 'R'},
         {"prepaging", required_argument, NULL, 'p'},
         {"tls", required_argument, NULL, OPTION_TLS},

@@ -9,7 +9,7 @@
 #include "devices/virtio_console.h"
 #include "sched/client.h"
 
-enum { OPTIONS_MAX = 64, CONFIG_FILE_MAX = 1024 * 1024 };
+enum { OPTIONS_MAX = 72, CONFIG_FILE_MAX = 1024 * 1024 };
 
 struct option_row {
     const char *name;
@@ -95,6 +95,14 @@ static int set_backing(struct vm_options *o, const char *value, struct error *er
         return 0;
     }
     return error_set(err, -EINVAL, "'%s': expected anonymous, thp, memfd or hugetlb", value);
+}
+
+static int set_dirty_log(struct vm_options *o, const char *value, struct error *err)
+{
+    if (strcmp(value, "bitmap") && strcmp(value, "ring"))
+        return error_set(err, -EINVAL, "'%s': expected bitmap or ring", value);
+    o->vm.ram.log = strcmp(value, "ring") ? RAM_LOG_BITMAP : RAM_LOG_RING;
+    return 0;
 }
 
 static int set_cpu(struct vm_options *o, const char *value, struct error *err)
@@ -317,6 +325,10 @@ static const struct option_row rows[] = {
      TEXT(cpu)},
     {"backing", 'B', FOR_ALL, false, "KIND",
      "guest memory from: anonymous (default), thp, memfd, hugetlb", set_backing, 0},
+    {"dirty-log", 0, FOR_ALL, false, "KIND",
+     "how KVM notes what the guest writes, for migration and diff snapshots: bitmap (default), "
+     "ring",
+     set_dirty_log, 0},
     {"numa", 'N', FOR_ALL, false, "POLICY", "bind:NODES, interleave:NODES or preferred:NODE",
      set_nothing, TEXT(numa)},
     {"console", 'o', FOR_ALL, false, "WHERE",
