@@ -20,6 +20,7 @@
 
 enum {
     VISITOR_MS = 5000, // for the hello of a second connection
+    DROP_MS = 3000,    // for the end of a VM that will not run; the source waits longer
     PAUSE_SECONDS = 2, // a guest without its pages: what is not quiet by then waits for one
 };
 
@@ -37,6 +38,7 @@ struct receive {
     pthread_cond_t changed;
     enum owner_dest owner;
     bool answered; // the source's question has been answered
+    bool dropped;  // the guest will not run here, and nothing of it is left
     bool cancelled;
     struct channel demand; // fd -1 until the door let it in
     struct channel again;  // the same: the source came back after post-copy broke off
@@ -101,6 +103,11 @@ static bool has_answered(const struct receive *r)
     return r->answered;
 }
 
+static bool has_dropped(const struct receive *r)
+{
+    return r->dropped;
+}
+
 static bool came_back(const struct receive *r)
 {
     return r->again.fd >= 0;
@@ -149,6 +156,9 @@ static void answer_query(struct receive *r, struct channel *c, const struct wire
         if (action == OWNER_SAY_NO)
             channel_shutdown(&r->main); // a COMMIT under way has no effect any more
         pthread_mutex_unlock(&r->lock);
+        // On a "no" the source goes on at once, and wants the images that are locked here.
+        if (action == OWNER_SAY_NO)
+            wait_for(r, has_dropped, DROP_MS);
     }
     int ret = wire_put(&c->wire, WIRE_ANSWER, 0, &answer, sizeof(answer), NULL, 0, NULL);
     pthread_mutex_lock(&r->lock);
@@ -734,16 +744,20 @@ static void give_up(struct receive *r, int ret, struct error *err)
 {
     enum owner_action action;
     owner_step(r, ret == -ECANCELED ? DEST_EV_CANCEL : DEST_EV_LOST, &action);
-    channel_abort(&r->main, err);
-    channel_shutdown(&r->main); // not close: the door may be looking at it
     postcopy_dest_free(r->postcopy);
     r->postcopy = NULL;
+    if (r->vm) // before the source hears of it: it needs the images back
+        r->hooks->destroy_vm(r->hooks->context, r->vm);
+    r->vm = NULL;
+    pthread_mutex_lock(&r->lock);
+    r->dropped = true;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+    channel_abort(&r->main, err);
+    channel_shutdown(&r->main); // not close: the door may be looking at it
     if (r->was_prepared)
         wait_for(r, has_answered, r->params.linger_ms);
     door_close(r);
-    if (r->vm)
-        r->hooks->destroy_vm(r->hooks->context, r->vm);
-    r->vm = NULL;
 }
 
 int receive_run(struct receive *r, struct vm **vm, struct receive_report *report, struct error *err)
