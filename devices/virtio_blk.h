@@ -50,6 +50,9 @@ struct virtio_blk_config {
     unsigned queues; // 1 to BLK_QUEUES_MAX; 0 = 1
     bool read_only;
     bool cached; // always through the page cache
+    // Of one that arrives: its image may come with the guest (vmm/disk.h), so an empty file will
+    // do, or none; with `overwrite` any.
+    bool comes, overwrite;
 };
 
 // "FILE[,ro][,overlay=FILE][,serial=TEXT][,queues=N][,cached][,packed][,bps=SIZE][,iops=N]

@@ -82,8 +82,10 @@ static int image_take_back(struct virtio_blk *b, struct error *err)
 
 static int image_size(struct virtio_blk *b, struct error *err)
 {
+    bool none_yet = b->config.comes && b->config.attach.arrives && !b->config.read_only;
     if (!has_overlay(b))
-        return blk_image_disk_size(&b->image, &b->capacity, err);
+        return none_yet ? blk_image_bytes(&b->image, &b->capacity, err)
+                        : blk_image_disk_size(&b->image, &b->capacity, err);
     b->capacity = b->overlay.size;
     return 0;
 }
@@ -92,13 +94,17 @@ static int image_open(struct virtio_blk *b, struct error *err)
 {
     const struct virtio_blk_config *c = &b->config;
     const struct virtio_attach *attach = &c->attach;
-    struct blk_image_mode mode = {.read_only = c->read_only || has_overlay(b), .cached = c->cached};
+    bool comes = c->comes && attach->arrives && !c->read_only;
+    struct blk_image_mode mode = {.read_only = c->read_only || has_overlay(b),
+                                  .cached = c->cached,
+                                  .create = comes && !has_overlay(b)};
+    b->made = comes && access(has_overlay(b) ? c->overlay : c->path, F_OK);
     int ret = blk_image_open(&b->image, c->path, &mode, err);
     // Locked before the overlay looks at it: a base that somebody writes is no base.
     if (!ret && !attach->arrives)
         ret = blk_image_lock(&b->image, err);
     mode.read_only = c->read_only;
-    mode.create = !c->read_only && !attach->arrives;
+    mode.create = !c->read_only && (!attach->arrives || comes);
     if (!ret && has_overlay(b))
         ret = blk_overlay_open(&b->overlay, c->overlay, &mode, &b->image, true, err);
     if (!ret && !attach->arrives)
@@ -325,6 +331,7 @@ const struct device_class virtio_blk_class = {
     .resume = blk_resume,
     .unrealize = blk_unrealize,
     .state = &blk_state,
+    .disk = &blk_disk_ops,
     .show = blk_show,
     .set = blk_set,
 };

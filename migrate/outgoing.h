@@ -2,6 +2,7 @@
 // The source's side of one migration, shared by outgoing.c, precopy.c and postcopy_source.c.
 #pragma once
 
+#include "migrate/blockmove.h"
 #include "migrate/channel.h"
 #include "migrate/migrate.h"
 #include "migrate/pages.h"
@@ -36,6 +37,7 @@ struct outgoing {
     uint64_t round_bytes, round_start_pages, dirty_rate;
     struct stream_mem state;
     struct postcopy_source *postcopy; // NULL unless the switch is a post-copy
+    struct block_move *disks;         // NULL unless they go with the guest
 };
 
 // A round begins: `bytes` of guest memory are to be sent.
@@ -50,6 +52,15 @@ int precopy_pass(struct outgoing *out, struct error *err);
 int precopy_flush(struct outgoing *out, struct error *err);
 // Rounds until the guest may be stopped. `*postcopy` says how the switch is to be done.
 int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err);
+
+// Disks that go with the guest (params->disks); without, these do nothing. disks_first: passes over
+// them until little is left. disks_pass: one, after which the guest, if it is paused, has none
+// left.
+int disks_begin(struct outgoing *out, struct error *err);
+int disks_first(struct outgoing *out, struct error *err);
+int disks_pass(struct outgoing *out, struct error *err);
+uint64_t disks_left(const struct outgoing *out); // bytes
+void disks_end(struct outgoing *out);
 
 // No hints of free pages count any more. Harmless when none were asked for.
 void precopy_hints_end(struct outgoing *out);

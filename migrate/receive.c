@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include "migrate/bitmap.h"
+#include "migrate/blockmove.h"
 #include "migrate/channel.h"
 #include "migrate/crc32c.h"
 #include "migrate/machine.h"
@@ -49,6 +50,7 @@ struct receive {
     struct machine machine;
     struct vm *vm;
     struct page_intake intake;
+    struct block_intake disks;
     uint64_t *stale;
     uint8_t *state; // the whole blob, read before it is loaded
     uint32_t state_len;
@@ -314,6 +316,12 @@ static int accept_migration(struct receive *r, struct error *err)
     }
 }
 
+static int take_disks(struct receive *r, struct error *err)
+{
+    int ret = wire_expect(&r->main.wire, &r->record, WIRE_DISKS, err);
+    return ret ? ret : block_intake_disks(&r->disks, r->vm, &r->record, err);
+}
+
 static int take_machine(struct receive *r, struct error *err)
 {
     struct machine machine;
@@ -330,6 +338,8 @@ static int take_machine(struct receive *r, struct error *err)
                          (unsigned long long)(machine.ram_size / MiB),
                          (unsigned long long)(r->params.ram_max / MiB));
     ret = machine_build(&r->machine, r->hooks, &r->vm, err);
+    if (!ret && machine.flags & WIRE_MACHINE_DISKS)
+        ret = take_disks(r, err);
     if (!ret)
         ret = page_intake_init(&r->intake, &r->vm->ram, err);
     if (!ret && machine.flags & WIRE_MACHINE_POSTCOPY) {
@@ -367,7 +377,8 @@ static int echo_round(struct receive *r, struct error *err)
 {
     struct wire_round round;
     wire_fixed(&r->record, &round, sizeof(round));
-    return wire_put(&r->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
+    int ret = block_intake_sync(&r->disks, err);
+    return ret ? ret : wire_put(&r->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
 }
 
 // Gives stale pages back at once: that takes long, and the guest may still be running over there.
@@ -447,6 +458,9 @@ static int take_memory(struct receive *r, struct error *err)
         case WIRE_PACKED:
             ret = take_packed(r, err);
             break;
+        case WIRE_BLOCKS:
+            ret = block_intake_record(&r->disks, &r->main.wire, &r->record, err);
+            break;
         case WIRE_ROUND:
             ret = echo_round(r, err);
             break;
@@ -512,6 +526,9 @@ static int prepare(struct receive *r, struct error *err)
     r->stay_paused = prep.flags & WIRE_PREPARE_STAY_PAUSED;
     r->report->postcopy = prep.flags & WIRE_PREPARE_POSTCOPY;
     int ret = r->report->postcopy ? begin_postcopy(r, prep.stale, err) : check_precopy(r, err);
+    if (ret)
+        return ret;
+    ret = block_intake_sync(&r->disks, err);
     if (ret)
         return ret;
     struct stream_mem blob;
@@ -746,6 +763,8 @@ static void give_up(struct receive *r, int ret, struct error *err)
     owner_step(r, ret == -ECANCELED ? DEST_EV_CANCEL : DEST_EV_LOST, &action);
     postcopy_dest_free(r->postcopy);
     r->postcopy = NULL;
+    if (r->vm)
+        block_intake_forget(r->vm);
     if (r->vm) // before the source hears of it: it needs the images back
         r->hooks->destroy_vm(r->hooks->context, r->vm);
     r->vm = NULL;
@@ -851,6 +870,7 @@ void receive_free(struct receive *r)
     wire_record_free(&r->record);
     machine_free(&r->machine);
     page_intake_free(&r->intake);
+    block_intake_free(&r->disks);
     free(r->stale);
     free(r->state);
     free(r->buffer);
