@@ -63,6 +63,8 @@ static json_t *json_progress(const struct migrate_progress *p)
         {"dirty_rate", p->dirty_rate},
         {"throttle_percent", p->throttle},
         {"bandwidth", p->bandwidth},
+        {"disk_bytes", p->disk_bytes},
+        {"disk_sent_bytes", p->disk_sent_bytes},
     };
     json_t *object = json_counts(counts, ARRAY_SIZE(counts));
     json_object_set_new(object, "phase", json_string(migrate_phase_name(p->phase)));
@@ -112,6 +114,9 @@ static json_t *json_report(const struct migrate_report *r)
         {"requests", r->requests},
         {"state_bytes", r->state_bytes},
         {"wire_bytes", r->wire_bytes},
+        {"disk_bytes", r->disk_bytes},
+        {"disk_zero_bytes", r->disk_zero_bytes},
+        {"disk_passes", r->disk_passes},
         {"total_us", r->total_ns / 1000},
         {"postcopy_us", r->postcopy_ns / 1000},
     };
@@ -218,6 +223,7 @@ static const struct schema_field migrate_fields[] = {
     {"compress", SCHEMA_STRING, .choices = packings},
     {"delta_cache", SCHEMA_INTEGER},                                    // bytes
     {"connections", SCHEMA_INTEGER, .min = 1, .max = WIRE_STREAMS_MAX}, // of pre-copy
+    {"disk", SCHEMA_BOOL},    // images of this host go with the guest
     {"history", SCHEMA_BOOL}, // what happened when, in the reply
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
@@ -288,6 +294,7 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
         p->downtime_ns = (uint64_t)json_integer_value(downtime) * 1000000;
     if (json_is_integer(bandwidth))
         p->bandwidth = (uint64_t)json_integer_value(bandwidth);
+    p->disks = json_is_true(json_object_get(args, "disk"));
     p->keep_history = json_is_true(json_object_get(args, "history"));
     if (json_is_integer(delta_cache))
         p->delta_cache = (uint64_t)json_integer_value(delta_cache);

@@ -39,8 +39,8 @@ void migrate_params_default(struct migrate_params *params)
 
 const char *migrate_phase_name(enum migrate_phase phase)
 {
-    static const char *const names[] = {"idle",    "connecting", "rounds", "switching",
-                                        "pushing", "asking",     "done",   "failed"};
+    static const char *const names[] = {"idle",    "connecting", "disks", "rounds", "switching",
+                                        "pushing", "asking",     "done",  "failed"};
     return names[phase];
 }
 
@@ -153,7 +153,7 @@ void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t 
     uint64_t data = (out->report->data_pages - out->round_start_pages) * PAGE_SIZE;
     bytes = data > bytes ? data : bytes; // packed
     uint64_t ns = time_ns() - out->round_start_ns;
-    bool sending = phase == MIGRATE_ROUNDS || phase == MIGRATE_PUSHING;
+    bool sending = phase == MIGRATE_ROUNDS || phase == MIGRATE_PUSHING || phase == MIGRATE_DISKS;
     uint64_t bandwidth =
         sending && bytes && ns > 50000000 ? switchover_bandwidth(0, bytes, ns) : out->bandwidth;
     pthread_mutex_lock(&m->lock);
@@ -165,6 +165,8 @@ void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t 
     m->progress.remaining_bytes = remaining;
     m->progress.bandwidth = bandwidth;
     m->progress.dirty_rate = out->dirty_rate;
+    m->progress.disk_bytes = out->disks ? out->disks->total_bytes : 0;
+    m->progress.disk_sent_bytes = out->disks ? out->disks->data_bytes : 0;
     m->progress.throttle = out->report->throttle;
     m->progress.time_left_ns =
         sending ? time_left(remaining, bandwidth, phase == MIGRATE_ROUNDS ? out->dirty_rate : 0)
@@ -223,6 +225,7 @@ static int send_machine(struct outgoing *out, struct error *err)
     if (ret)
         return ret;
     machine.flags = (may_postcopy(out->params) ? WIRE_MACHINE_POSTCOPY : 0u) |
+                    (out->disks ? WIRE_MACHINE_DISKS : 0u) |
                     (out->params->mode == MIGRATE_LOCAL ? WIRE_MACHINE_SHARED : 0u);
     machine.streams = outgoing_streams(out);
     out->report->connections = machine.streams ? machine.streams : 1;
@@ -230,7 +233,9 @@ static int send_machine(struct outgoing *out, struct error *err)
     size_t len;
     ret = machine_encode(&machine, &meta, &len, err);
     machine_free(&machine);
-    return ret ? ret : wire_put(&out->main.wire, WIRE_MACHINE, 0, meta, len, NULL, 0, err);
+    if (!ret)
+        ret = wire_put(&out->main.wire, WIRE_MACHINE, 0, meta, len, NULL, 0, err);
+    return ret || !out->disks ? ret : block_move_describe(out->disks, &out->main.wire, err);
 }
 
 static int check_local(const struct outgoing *out, struct error *err)
@@ -245,6 +250,8 @@ static int check_local(const struct outgoing *out, struct error *err)
                          "mode local hands memory to a process of this host: expected unix:PATH, "
                          "not %s",
                          out->params->to);
+    if (out->params->disks)
+        return error_set(err, -EINVAL, "mode local: disks stay where they are: leave --disk out");
     if (out->params->security.tls)
         return error_set(
             err, -EINVAL,
@@ -272,6 +279,8 @@ static int handshake(struct outgoing *out, struct error *err)
     const struct migrate_params *p = out->params;
     int cancel = out->m->cancel_fd;
     int ret = check_local(out, err);
+    if (!ret)
+        ret = disks_begin(out, err);
     if (!ret)
         ret = channel_connect_secure(&out->main, p->to, &p->security, cancel, p->handshake_ms, err);
     if (!ret)
@@ -325,7 +334,9 @@ static int send_rest(struct outgoing *out, bool postcopy, struct error *err)
     struct wire_prepare prepare = {.flags = (postcopy ? WIRE_PREPARE_POSTCOPY : 0u) |
                                             (out->was_running ? 0u : WIRE_PREPARE_STAY_PAUSED),
                                    .stale = postcopy ? stale : 0};
-    int ret = postcopy ? postcopy_begin(out, err) : precopy_pass(out, err);
+    int ret = disks_pass(out, err);
+    if (!ret)
+        ret = postcopy ? postcopy_begin(out, err) : precopy_pass(out, err);
     prepare.pass = streams_passes(out);
     out->report->discarded_pages = prepare.stale;
     out->report->downtime.last_pages = time_ns() - start;
@@ -498,6 +509,7 @@ static int outgoing_alloc(struct outgoing *out, struct error *err)
 static void outgoing_release(struct outgoing *out)
 {
     postcopy_end(out);
+    disks_end(out);
     precopy_hints_end(out);
     throttle_end(&out->throttle);
     out->report->lz4_pages += out->packer.lz4_pages;

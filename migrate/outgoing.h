@@ -2,6 +2,7 @@
 // The source's side of one migration, shared by outgoing.c, precopy.c and postcopy_source.c.
 #pragma once
 
+#include "migrate/blockmove.h"
 #include "migrate/channel.h"
 #include "migrate/migrate.h"
 #include "migrate/pages.h"
@@ -40,6 +41,7 @@ struct outgoing {
     struct page_shard shard;        // one of the streams: what it sends; tells its pages here
     _Atomic uint64_t *taken;
     struct postcopy_source *postcopy; // NULL unless the switch is a post-copy
+    struct block_move *disks;         // NULL unless they go with the guest
 };
 
 // A round begins: `bytes` of guest memory are to be sent.
@@ -65,6 +67,15 @@ int streams_pass(struct outgoing *out, struct error *err);
 uint32_t streams_passes(const struct outgoing *out); // so far
 // What went over the main and the page connections so far.
 uint64_t outgoing_bytes(const struct outgoing *out);
+
+// Disks that go with the guest (params->disks); without, these do nothing. disks_first: passes over
+// them until little is left. disks_pass: one, after which the guest, if it is paused, has none
+// left.
+int disks_begin(struct outgoing *out, struct error *err);
+int disks_first(struct outgoing *out, struct error *err);
+int disks_pass(struct outgoing *out, struct error *err);
+uint64_t disks_left(const struct outgoing *out); // bytes
+void disks_end(struct outgoing *out);
 
 // No hints of free pages count any more. Harmless when none were asked for.
 void precopy_hints_end(struct outgoing *out);

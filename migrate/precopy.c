@@ -217,7 +217,9 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
 {
     uint64_t start = time_ns(), before = outgoing_bytes(out), pages = out->report->data_pages;
     outgoing_round(out, bitmap_count(out->todo, out->vm->ram.pages) * PAGE_SIZE);
-    int ret = precopy_pass(out, err);
+    int ret = disks_pass(out, err);
+    if (!ret)
+        ret = precopy_pass(out, err);
     out->report->rounds++;
     out->packer.again = true;
     if (!ret)
@@ -228,7 +230,7 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
     uint64_t bytes = outgoing_bytes(out) - before, took = time_ns() - start;
     bandwidth_update(out, (out->report->data_pages - pages) * PAGE_SIZE, bytes, took);
     ret = ram_dirty_sync(&out->vm->ram, &out->dirty, out->todo, NULL, err);
-    *dirty = bitmap_count(out->todo, out->vm->ram.pages);
+    *dirty = bitmap_count(out->todo, out->vm->ram.pages) + disks_left(out) / PAGE_SIZE;
     out->dirty_rate = switchover_bandwidth(0, *dirty * PAGE_SIZE, time_ns() - start);
     history_add(&out->m->history, HISTORY_ROUND, bytes, *dirty * PAGE_SIZE, took);
     FERRY_PROBE4(migration_round, out->report->rounds, bytes, took, *dirty);
@@ -240,13 +242,16 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
     *postcopy = out->params->mode == MIGRATE_POSTCOPY || out->params->mode == MIGRATE_HYBRID;
     if (out->params->mode == MIGRATE_LOCAL)
         return 0; // nothing to send
+    int ret = disks_first(out, err);
+    if (ret)
+        return ret;
     bitmap_fill(out->todo, 0, out->vm->ram.pages, true);
     if (out->params->mode == MIGRATE_POSTCOPY)
         return 0;
     bool old = out->version < 2; // who does not know PACKED
     packer_init(&out->packer, &out->vm->ram, old ? PACK_NEVER : out->params->compress,
                 out->params->delta_cache);
-    int ret = ram_dirty_start(&out->vm->ram, &out->dirty, err);
+    ret = ram_dirty_start(&out->vm->ram, &out->dirty, err);
     out->logging = !ret;
     if (!ret)
         hints_begin(out);

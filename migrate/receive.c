@@ -8,6 +8,7 @@
 #include <time.h>
 
 #include "migrate/bitmap.h"
+#include "migrate/blockmove.h"
 #include "migrate/channel.h"
 #include "migrate/crc32c.h"
 #include "migrate/machine.h"
@@ -21,6 +22,7 @@
 
 enum {
     VISITOR_MS = 5000, // for the hello of a second connection
+    DROP_MS = 3000,    // for the end of a VM that will not run; the source waits longer
     PAUSE_SECONDS = 2, // a guest without its pages: what is not quiet by then waits for one
 };
 
@@ -38,6 +40,7 @@ struct receive {
     pthread_cond_t changed;
     enum owner_dest owner;
     bool answered; // the source's question has been answered
+    bool dropped;  // the guest will not run here, and nothing of it is left
     bool cancelled;
     struct channel demand; // fd -1 until the door let it in
     struct channel again;  // the same: the source came back after post-copy broke off
@@ -49,6 +52,7 @@ struct receive {
     struct vm *vm;
     struct page_intake intake;
     struct streams_dest *streams; // NULL: pages come over the main connection; set under the lock
+    struct block_intake disks;
     uint64_t *stale;
     uint8_t *state; // the whole blob, read before it is loaded
     uint32_t state_len;
@@ -103,6 +107,11 @@ static bool has_answered(const struct receive *r)
     return r->answered;
 }
 
+static bool has_dropped(const struct receive *r)
+{
+    return r->dropped;
+}
+
 static bool came_back(const struct receive *r)
 {
     return r->again.fd >= 0;
@@ -151,6 +160,9 @@ static void answer_query(struct receive *r, struct channel *c, const struct wire
         if (action == OWNER_SAY_NO)
             channel_shutdown(&r->main); // a COMMIT under way has no effect any more
         pthread_mutex_unlock(&r->lock);
+        // On a "no" the source goes on at once, and wants the images that are locked here.
+        if (action == OWNER_SAY_NO)
+            wait_for(r, has_dropped, DROP_MS);
     }
     int ret = wire_put(&c->wire, WIRE_ANSWER, 0, &answer, sizeof(answer), NULL, 0, NULL);
     pthread_mutex_lock(&r->lock);
@@ -336,6 +348,12 @@ static int expect_streams(struct receive *r, struct error *err)
     return 0;
 }
 
+static int take_disks(struct receive *r, struct error *err)
+{
+    int ret = wire_expect(&r->main.wire, &r->record, WIRE_DISKS, err);
+    return ret ? ret : block_intake_disks(&r->disks, r->vm, &r->record, err);
+}
+
 static int take_machine(struct receive *r, struct error *err)
 {
     struct machine machine;
@@ -352,6 +370,8 @@ static int take_machine(struct receive *r, struct error *err)
                          (unsigned long long)(machine.ram_size / MiB),
                          (unsigned long long)(r->params.ram_max / MiB));
     ret = machine_build(&r->machine, r->hooks, &r->vm, err);
+    if (!ret && machine.flags & WIRE_MACHINE_DISKS)
+        ret = take_disks(r, err);
     if (!ret)
         ret = page_intake_init(&r->intake, &r->vm->ram, err);
     if (!ret && machine.flags & WIRE_MACHINE_POSTCOPY) {
@@ -392,9 +412,9 @@ static int echo_round(struct receive *r, struct error *err)
     struct wire_round round;
     wire_fixed(&r->record, &round, sizeof(round));
     int ret = r->streams && !r->postcopy ? streams_dest_wait(r->streams, round.pass, err) : 0;
-    if (ret)
-        return ret;
-    return wire_put(&r->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
+    if (!ret)
+        ret = block_intake_sync(&r->disks, err);
+    return ret ? ret : wire_put(&r->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
 }
 
 // Gives stale pages back at once: that takes long, and the guest may still be running over there.
@@ -478,6 +498,9 @@ static int take_records(struct receive *r, struct error *err)
         case WIRE_PACKED:
             ret = take_packed(r, err);
             break;
+        case WIRE_BLOCKS:
+            ret = block_intake_record(&r->disks, &r->main.wire, &r->record, err);
+            break;
         case WIRE_ROUND:
             ret = echo_round(r, err);
             break;
@@ -558,6 +581,9 @@ static int prepare(struct receive *r, struct error *err)
     r->stay_paused = prep.flags & WIRE_PREPARE_STAY_PAUSED;
     r->report->postcopy = prep.flags & WIRE_PREPARE_POSTCOPY;
     int ret = r->report->postcopy ? begin_postcopy(r, prep.stale, err) : check_precopy(r, err);
+    if (ret)
+        return ret;
+    ret = block_intake_sync(&r->disks, err);
     if (ret)
         return ret;
     struct stream_mem blob;
@@ -800,16 +826,22 @@ static void give_up(struct receive *r, int ret, struct error *err)
     owner_step(r, ret == -ECANCELED ? DEST_EV_CANCEL : DEST_EV_LOST, &action);
     if (r->streams)
         streams_dest_end(r->streams); // the VM goes whose memory they fill
-    channel_abort(&r->main, err);
-    channel_shutdown(&r->main); // not close: the door may be looking at it
     postcopy_dest_free(r->postcopy);
     r->postcopy = NULL;
+    if (r->vm)
+        block_intake_forget(r->vm);
+    if (r->vm) // before the source hears of it: it needs the images back
+        r->hooks->destroy_vm(r->hooks->context, r->vm);
+    r->vm = NULL;
+    pthread_mutex_lock(&r->lock);
+    r->dropped = true;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+    channel_abort(&r->main, err);
+    channel_shutdown(&r->main); // not close: the door may be looking at it
     if (r->was_prepared)
         wait_for(r, has_answered, r->params.linger_ms);
     door_close(r);
-    if (r->vm)
-        r->hooks->destroy_vm(r->hooks->context, r->vm);
-    r->vm = NULL;
 }
 
 int receive_run(struct receive *r, struct vm **vm, struct receive_report *report, struct error *err)
@@ -904,6 +936,7 @@ void receive_free(struct receive *r)
     wire_record_free(&r->record);
     machine_free(&r->machine);
     page_intake_free(&r->intake);
+    block_intake_free(&r->disks);
     free(r->stale);
     free(r->state);
     free(r->buffer);

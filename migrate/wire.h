@@ -5,7 +5,8 @@
 //   record := header (16 bytes), meta (meta_len), data (data_len)        all little endian
 //   header := u16 type, u16 flags, u32 meta_len, u32 data_len, u32 crc
 //   crc    := CRC-32C of the header's first 12 bytes and meta
-//   data   := only after PAGES (4 KiB pages, each with its sum in meta) and STATE (crc in meta)
+//   data   := only after PAGES (4 KiB pages, each with its sum in meta), STATE and BLOCKS (crc in
+//             meta)
 //
 //   source                                                   destination
 //     |  main connection                                          |
@@ -82,6 +83,8 @@ enum wire_type {
     WIRE_FAULTS,
     WIRE_PACKED,
     WIRE_MEMORY,
+    WIRE_DISKS,
+    WIRE_BLOCKS,
     WIRE_TYPES,
 };
 
@@ -97,6 +100,9 @@ enum {
     WIRE_TEXT_MAX = 400,
     WIRE_STREAMS_MAX = 16, // page connections, at most
     WIRE_ID_LEN = 16,
+    WIRE_DISKS_MAX = 32,            // that go with a guest
+    WIRE_EXTENTS_MAX = 512,         // in a BLOCKS record
+    WIRE_BLOCKS_DATA = 1024 * 1024, // bytes of data in one, at most
 };
 
 #define WIRE_MAGIC "FERRYMIG" // 8 bytes, no terminator on the wire
@@ -117,8 +123,9 @@ struct wire_hello {
 };
 
 enum {
-    WIRE_MACHINE_POSTCOPY = 1, // a demand connection will follow
-    WIRE_MACHINE_SHARED = 2,   // same host: MEMORY will follow, and no pages
+    WIRE_MACHINE_POSTCOPY = 1,  // a demand connection will follow
+    WIRE_MACHINE_SHARED = 2,    // same host: MEMORY will follow, and no pages
+    WIRE_MACHINE_DISKS = 0x100, // DISKS follows: they go with the guest (migrate/blockmove.h)
 };
 
 struct wire_machine {  // then regions, CPUID entries, JSON
@@ -184,6 +191,30 @@ struct wire_round {
 struct wire_discard {
     uint64_t first; // page index, a multiple of 64
     uint64_t pages;
+};
+
+enum { WIRE_DISK_OVERLAY = 1 };
+
+struct wire_disk {     // DISKS: one for each disk that goes with the guest
+    uint32_t instance; // of the device
+    uint32_t flags;
+    uint64_t size;      // bytes
+    uint64_t base_size; // of an overlay: of what lies under it, which stays
+    uint32_t base_sum;
+    uint32_t reserved;
+};
+
+struct wire_blocks { // then wire_extent[nr]; the data of those that have some follow
+    uint32_t disk;   // place in DISKS
+    uint32_t nr;
+    uint32_t sum; // CRC-32C of all data
+    uint32_t reserved;
+};
+
+struct wire_extent {
+    uint64_t offset; // bytes of the disk
+    uint32_t len;
+    uint32_t kind; // enum wire_run_kind
 };
 
 struct wire_state {

@@ -27,6 +27,7 @@ static const char migrate_usage[] =
     "      --delta-cache SIZE copies of sent pages, for those that change little (default 64M)\n"
     "      --connections N    pre-copy: over so many connections, 1 (default) to 16\n"
     "      --prepaging HOW    post-copy: none, push, forward, bubble, multi-bubble (default)\n"
+    "      --disk             disks that are files of this host go with the guest\n"
     "      --tls DIR          over TLS: DIR has ca.pem, cert.pem and key.pem (or by themselves:\n"
     "                         --tls-ca, --tls-cert, --tls-key FILE)\n"
     "      --tls-name NAME    whom the other side's certificate must name (default HOST)\n"
@@ -70,7 +71,7 @@ struct migrate_args {
 };
 
 enum { OPTION_TLS = 0x100, OPTION_TLS_PART, OPTION_TLS_NAME = OPTION_TLS_PART + TLS_PARTS };
-enum { OPTION_INSECURE = OPTION_TLS_NAME + 1 };
+enum { OPTION_INSECURE = OPTION_TLS_NAME + 1, OPTION_DISK };
 
 static int put_number(json_t *request, const char *key, const char *text, uint64_t unit,
                       struct error *err)
@@ -130,6 +131,9 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
     case OPTION_INSECURE:
         json_object_set_new(a->request, "insecure", json_true());
         return 0;
+    case OPTION_DISK:
+        json_object_set_new(a->request, "disk", json_true());
+        return 0;
     case 'j':
         a->json = true;
         return 0;
@@ -168,6 +172,7 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
         {"psk", required_argument, NULL, OPTION_TLS_PART + TLS_PSK},
         {"tls-name", required_argument, NULL, OPTION_TLS_NAME},
         {"insecure", no_argument, NULL, OPTION_INSECURE},
+        {"disk", no_argument, NULL, OPTION_DISK},
         {"json", no_argument, NULL, 'j'},
         {"quiet", no_argument, NULL, 'q'},
         {"help", no_argument, NULL, 'h'},
@@ -241,6 +246,10 @@ static void show_progress(json_t *event, void *arg)
             (long long)(all > 0 && left <= all ? (all - left) * 100 / all : 0),
             (long long)(left >> 20), (double)event_number(event, "bandwidth") / (1 << 20),
             (double)event_number(event, "dirty_rate") / (1 << 20));
+    if (event_number(event, "disk_bytes"))
+        fprintf(stderr, "  disks %lld of %lld MiB",
+                (long long)(event_number(event, "disk_sent_bytes") >> 20),
+                (long long)(event_number(event, "disk_bytes") >> 20));
     if (event_number(event, "throttle_percent"))
         fprintf(stderr, "  held %lld %%", (long long)event_number(event, "throttle_percent"));
     if (json_object_get(event, "expected_downtime_us"))

@@ -51,6 +51,11 @@ static int set_insecure(struct vm_options *o, const char *value, struct error *e
     return set_bool(&o->insecure, value, err);
 }
 
+static int set_disk_overwrite(struct vm_options *o, const char *value, struct error *err)
+{
+    return set_bool(&o->disk_overwrite, value, err);
+}
+
 static int set_cpus(struct vm_options *o, const char *value, struct error *err)
 {
     char *end;
@@ -355,6 +360,8 @@ static const struct option_row rows[] = {
      TEXT(psk)},
     {"insecure", 0, FOR_RECEIVE, false, NULL,
      "take guests in clear from other hosts, whoever sends them", set_insecure, 0},
+    {"disk-overwrite", 0, FOR_RECEIVE, false, NULL,
+     "a disk that comes with the guest may replace what is in its file", set_disk_overwrite, 0},
     {"api-sock", 0, FOR_ALL, false, "PATH",
      "a further socket for the API; a run without kernel waits there to be configured", set_nothing,
      TEXT(api_sock)},

@@ -38,6 +38,7 @@ struct vm_options {
     char *tls, *tls_ca, *tls_cert, *tls_key, *psk;    // files, of `receive`
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
+    bool disk_overwrite; // receive: by a disk that comes with the guest
     struct jail_config jail;
     char *sched;              // socket of the scheduler, "auto" or "off"; NULL: auto
     struct sched_share share; // asked of it

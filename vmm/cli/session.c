@@ -10,6 +10,7 @@
 
 #include "devices/platform.h"
 #include "devices/ucall.h"
+#include "devices/virtio_blk.h"
 #include "devices/virtio_pci.h"
 #include "migrate/snapshot.h"
 #include "vmm/cli/api.h"
@@ -179,6 +180,11 @@ static int virtio_add(struct session *s, unsigned i, struct error *err)
     d->config->transport = s->options->pci ? &virtio_pci_transport : &virtio_mmio_transport;
     d->config->place = s->options->pci ? (const void *)&slot : &window;
     d->config->arrives = s->restored || !s->options->kernel;
+    if (d->kind->class == &virtio_blk_class) {
+        struct virtio_blk_config *disk = (struct virtio_blk_config *)d->config;
+        disk->comes = s->arrival;
+        disk->overwrite = s->options->disk_overwrite;
+    }
     return device_add(s->vm, d->kind->class, d->config, &s->devices[i], err);
 }
 
