@@ -507,6 +507,7 @@ static int prepare(struct receive *r, struct error *err)
     struct stream_mem blob;
     stream_mem_reader(&blob, "guest state", r->state, r->state_len);
     ret = vm_load(r->vm, &blob.stream, err);
+    r->vm->moved = true;
     r->report->load_ns = time_ns() - start;
     return ret;
 }
