@@ -261,6 +261,9 @@ static void announce_send(struct virtio_net *n)
         net_backend_lost(n, ret);
 }
 
+// Its driver tells the neighbours of each address it has (gratuitous ARP, unsolicited NA), in each
+// VLAN, which we cannot know, and acknowledges (5.1.6.5.4). Asked each round: what it sends may be
+// lost as ours may, while a switch learns of its new port.
 static void guest_ask(struct virtio_net *n)
 {
     if (!(n->v.accepted & F_GUEST_ANNOUNCE) || !(n->v.status & VIRTIO_DRIVER_OK))
@@ -296,12 +299,20 @@ static void timer_fired(struct virtio *v, struct virtio_bell *bell)
         attach_try(n);
     if (n->attach_tries || !n->announces)
         return;
-    if (n->open && n->link_wanted)
+    unsigned round = ANNOUNCE_ROUNDS - n->announces--;
+    if (n->open && n->link_wanted) {
         announce_send(n);
-    if (n->announces == ANNOUNCE_ROUNDS)
         guest_ask(n);
-    if (--n->announces)
-        timer_set(n->timer, (ANNOUNCE_ROUNDS + 1 - n->announces) * ANNOUNCE_MS * 1000000ull);
+    }
+    if (n->announces)
+        timer_set(n->timer, (ANNOUNCE_FIRST_MS + round * ANNOUNCE_STEP_MS) * 1000000ull);
+}
+
+void net_announce(struct virtio_net *n)
+{
+    n->announces = ANNOUNCE_ROUNDS;
+    if (!n->attach_tries)
+        timer_set(n->timer, 0);
 }
 
 static void limit_over(struct virtio *v, struct virtio_bell *bell)
@@ -316,7 +327,9 @@ static void net_resume(struct device *dev)
     struct virtio_net *n = net_of_device(dev);
     virtio_resume(dev);
     pthread_mutex_lock(&dev->lock);
-    if (n->arrived)
+    // A snapshot that is restored may be one of several copies, none of which may claim the
+    // addresses before somebody says so.
+    if (n->arrived && dev->vm->moved)
         n->announces = ANNOUNCE_ROUNDS;
     n->arrived = false;
     if (n->attach_tries)

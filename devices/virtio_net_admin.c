@@ -95,11 +95,23 @@ static int limits_set(struct virtio_net *n, const char *key, const char *value, 
     return 0;
 }
 
+static int announce_set(struct virtio_net *n, const char *value, struct error *err)
+{
+    if (strcmp(value, "now"))
+        return error_set(err, -EINVAL, "announce '%.20s': expected now", value);
+    if (!net_link_up(n))
+        return error_set(err, -ENOTCONN, "the link is down: nobody would hear it");
+    net_announce(n);
+    return 0;
+}
+
 int net_set(struct device *dev, const char *key, const char *value, struct error *err)
 {
     struct virtio_net *n = net_of_device(dev);
     pthread_mutex_lock(&dev->lock);
-    int ret = strcmp(key, "link") ? limits_set(n, key, value, err) : link_set(n, value, err);
+    int ret = !strcmp(key, "link")       ? link_set(n, value, err)
+              : !strcmp(key, "announce") ? announce_set(n, value, err)
+                                         : limits_set(n, key, value, err);
     pthread_mutex_unlock(&dev->lock);
     return ret;
 }

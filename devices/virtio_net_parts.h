@@ -20,8 +20,9 @@ enum {
     QUEUE_SIZE = 256,
     CONTROL_QUEUE_SIZE = 64,
     BATCH = 64,                    // frames a turn of the loop
-    ANNOUNCE_ROUNDS = 5,           // after an arrival ...
-    ANNOUNCE_MS = 50,              // ... after 50, 100, 150 ... ms
+    ANNOUNCE_ROUNDS = 6,           // after an arrival: at once ...
+    ANNOUNCE_FIRST_MS = 50,        // ... after 50 ms more ...
+    ANNOUNCE_STEP_MS = 100,        // ... after 150, 250, 350, 450 more: 1.25 s in all
     ATTACH_MS = 20,                // between tries to take what the source still has
     ATTACH_TRIES = 1500,           // 30 s
     MTU_MIN = 68,                  // RFC 791
@@ -111,7 +112,7 @@ struct virtio_net {
     bool open;             // the backend is
     unsigned attach_tries; // left; 0: nobody waits
     bool settled;          // offloads and pairs are as the driver wants them
-    bool arrived;          // state was loaded
+    bool arrived;          // state was loaded, and the guest did not run since
     unsigned announces;    // left
     uint8_t mac[6];
     uint16_t mtu, active_pairs;
@@ -148,6 +149,7 @@ void net_poll_arm(struct net_poll *p, int fd);
 void net_poll_disarm(struct net_poll *p);
 void net_ring_all(struct virtio_net *n);
 bool net_link_up(const struct virtio_net *n);
+void net_announce(struct virtio_net *n); // where the guest is, to those who look for it
 void net_status_show(struct virtio_net *n);
 void net_backend_lost(struct virtio_net *n, ssize_t error);
 int net_backend_open(struct virtio_net *n, struct error *err);

@@ -597,6 +597,7 @@ static int prepare(struct receive *r, struct error *err)
             *err = why;
         }
     }
+    r->vm->moved = true;
     r->report->load_ns = time_ns() - start;
     return ret;
 }

@@ -85,6 +85,7 @@ struct vm {
     pthread_cond_t changed;
     enum vm_phase phase;
     bool quiesced;     // the devices are
+    bool moved;        // a migration brought the guest: others look for it where it was
     unsigned parked;   // vCPU threads that wait in may_run
     atomic_bool pause; // what vCPU threads look at
     atomic_bool hold;  // for a moment no vCPU enters the guest; who sets it kicks them (vm_hold)

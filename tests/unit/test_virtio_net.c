@@ -939,31 +939,108 @@ START_TEST(loads_its_own_state)
 }
 END_TEST
 
+// The RARP frames that the host's side gets until there are `frames` of them.
+static void announced(struct rig *r, unsigned frames)
+{
+    static const uint8_t expected[] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02, 0x11, 0x22, 0x33,
+                                       0x44, 0x55, 0x80, 0x35, 0,    1,    8,    0,    6,    4,
+                                       0,    3,    0x02, 0x11, 0x22, 0x33, 0x44, 0x55};
+    uint8_t data[200];
+    for (unsigned seen = 0; seen < frames;) {
+        ssize_t n = recv(r->peer[0], data, sizeof(data), MSG_DONTWAIT);
+        if (n < 0) {
+            turn_wait(r);
+            continue;
+        }
+        ck_assert_int_eq(n, HEADER + 60);
+        ck_assert(!memcmp(data, &plain, HEADER));
+        ck_assert(!memcmp(data + HEADER, expected, sizeof(expected)));
+        seen++;
+    }
+}
+
+// Each time it has answered, the driver is asked again with the next frame; the sixth is the last.
 START_TEST(announces_itself)
 {
+    static const uint8_t acknowledge[] = {3, 0};
     struct rig *a = rig_new(""), *b = rig_bare();
     rig_add(b, "", true);
     start(a, ALL, false);
     turns(a);
     move_to(a, b);
+    b->vm.moved = true;
     virtio_net_class.resume(b->dev);
-    static const uint8_t expected[] = {0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x02, 0x11, 0x22, 0x33,
-                                       0x44, 0x55, 0x80, 0x35, 0,    1,    8,    0,    6,    4,
-                                       0,    3,    0x02, 0x11, 0x22, 0x33, 0x44, 0x55};
-    uint8_t data[200];
-    for (unsigned frames = 0; frames < 5;) {
-        turn_wait(b);
-        for (ssize_t n; (n = recv(b->peer[0], data, sizeof(data), MSG_DONTWAIT)) > 0; frames++) {
-            ck_assert_int_eq(n, HEADER + 60);
-            ck_assert(!memcmp(data, &plain, HEADER));
-            ck_assert(!memcmp(data + HEADER, expected, sizeof(expected)));
-        }
+    for (unsigned i = 0; i < 6; i++) {
+        announced(b, 1);
+        ck_assert_uint_eq(link_status(b), 3);
+        ck_assert_uint_eq(command(b, 2, acknowledge, 2), 0);
+        ck_assert_uint_eq(link_status(b), 1);
     }
+    const struct virtio *v = container_of(b->dev, struct virtio, dev);
+    struct error err;
+    nothing_sent(b);
+    ck_assert_int_eq(virtio_net_class.quiesce(b->dev, &err), 0);
+    virtio_net_class.resume(b->dev); // a pause is no arrival
+    turns(b);
+    nothing_sent(b);
+    ck_assert_uint_eq(link_status(b), 1);
+    ck_assert(v->active);
+    rig_free(b);
+    rig_free(a);
+}
+END_TEST
+
+// What a driver asks for while it announces, or without having been asked.
+START_TEST(announce_commands)
+{
+    static const struct {
+        uint8_t text[3];
+        size_t len;
+        uint8_t answer;
+    } rows[] = {{{3, 0}, 2, 0}, {{3, 1}, 2, 1}, {{3, 255}, 2, 1}, {{3, 0, 9}, 3, 0}, {{3}, 1, 1}};
+    struct rig *r = rig_new("");
+    start(r, ALL & ~F_ANNOUNCE, false);
+    ck_assert_uint_eq(command(r, 2, rows[0].text, 2), 1);
+    set(r, 0x70, 0);
+    start(r, ALL, false);
+    for (unsigned i = 0; i < ARRAY_SIZE(rows); i++)
+        ck_assert_uint_eq(command(r, 2, rows[i].text, rows[i].len), rows[i].answer);
+    ck_assert_uint_eq(link_status(r), 1);
+    rig_free(r);
+}
+END_TEST
+
+// A restored snapshot, perhaps one of many, claims no address unless it is told to; a driver that
+// cannot be asked is not, and one that is being asked when the state is saved still is afterwards.
+START_TEST(announces_on_request)
+{
+    static const uint8_t acknowledge[] = {3, 0};
+    struct rig *a = rig_new(""), *b = rig_bare();
+    struct error err;
+    rig_add(b, "", true);
+    start(a, ALL & ~F_ANNOUNCE, false);
+    turns(a);
+    ck_assert_int_eq(virtio_net_class.set(a->dev, "announce", "later", &err), -EINVAL);
+    ck_assert_int_eq(virtio_net_class.set(a->dev, "announce", "now", &err), 0);
+    announced(a, 2);
+    ck_assert_uint_eq(link_status(a), 1);
+    set(a, 0x70, 0);
+    start(a, ALL, false);
+    announced(a, 1);
+    ck_assert_uint_eq(link_status(a), 3);
+    move_to(a, b);
+    virtio_net_class.resume(b->dev);
+    turns(b);
+    nothing_sent(b);
     ck_assert_uint_eq(link_status(b), 3);
-    const uint8_t acknowledge[] = {3, 0};
     ck_assert_uint_eq(command(b, 2, acknowledge, 2), 0);
     ck_assert_uint_eq(link_status(b), 1);
-    nothing_sent(b); // five, no more
+    ck_assert_int_eq(virtio_net_class.set(b->dev, "link", "down", &err), 0);
+    ck_assert_int_eq(virtio_net_class.set(b->dev, "announce", "now", &err), -ENOTCONN);
+    ck_assert_int_eq(virtio_net_class.set(b->dev, "link", "up", &err), 0);
+    ck_assert_int_eq(virtio_net_class.set(b->dev, "announce", "now", &err), 0);
+    announced(b, 1);
+    ck_assert_uint_eq(link_status(b), 3);
     rig_free(b);
     rig_free(a);
 }
@@ -1259,6 +1336,8 @@ int main(int argc, char **argv)
     tcase_add_loop_test(tc, moves_with_frames, 0, 2);
     tcase_add_test(tc, loads_its_own_state);
     tcase_add_test(tc, announces_itself);
+    tcase_add_test(tc, announce_commands);
+    tcase_add_test(tc, announces_on_request);
     tcase_add_test(tc, hostile_state);
     tcase_add_test(tc, user_frames);
     tcase_add_test(tc, user_is_slow);
