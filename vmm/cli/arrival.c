@@ -14,6 +14,7 @@
 #include "migrate/receive.h"
 #include "migrate/snapshot.h"
 #include "vmm/cli/cli.h"
+#include "vmm/cli/new_mac.h"
 #include "vmm/cli/session.h"
 #include "vmm/cli/supervise.h"
 
@@ -382,6 +383,8 @@ static int restore_run(void *context, const char *checkpoint, pid_t supervisor)
     bool continues = checkpoint || r->options->newest;
     r->options->supervisor = supervisor;
     int ret = session_init(&session, r->options, &err);
+    if (!ret && r->options->new_mac && !checkpoint) // which has the address that it got
+        ret = new_mac_apply(r->options, r->options->new_mac, &err);
     if (!ret)
         ret = arrival_restore(&session, checkpoint ? checkpoint : r->path, continues, &err);
     session_destroy(&session);

@@ -21,14 +21,19 @@
 enum { CLONES_MAX = 256, CLONE_WAIT_S = 60, EXTRA_MAX = 64 };
 
 static const char usage[] =
-    "ferry clone NAME [--count N] [--name PREFIX] [--dir DIR] [--json] [-- RESTORE OPTIONS]\n"
-    "       ferry clone --from FILE [--count N] --name PREFIX [--json] [-- RESTORE OPTIONS]\n\n"
+    "ferry clone NAME [--count N] [--name PREFIX] [--dir DIR] [--new-mac] [--json]\n"
+    "            [-- RESTORE OPTIONS]\n"
+    "       ferry clone --from FILE [--count N] --name PREFIX [--new-mac] [--json]\n"
+    "            [-- RESTORE OPTIONS]\n\n"
     "Makes N (default 1) VMs as NAME is at this moment, which goes on: PREFIX1, PREFIX2, ...\n"
     "(default NAME-). They share its memory, as it was, until they write to it; each has a copy "
     "of\n"
     "its disks' overlays, which are all it may write, and a new VM generation id.\n\n"
     "      --dir DIR    where memory and overlays are put (default /dev/shm)\n"
     "      --from FILE  clones of a snapshot (of the mapped layout), whose name stays\n"
+    "      --new-mac    each network device of each clone has a new address, for its driver's "
+    "next\n"
+    "                   begin (`restore --new-mac auto`)\n"
     "  -j, --json       what was made, as JSON\n\n"
     "What follows -- goes to each `ferry restore`, with {} for the child's number: the network, "
     "say,\n"
@@ -38,7 +43,7 @@ static const char usage[] =
 struct clone {
     unsigned count;
     const char *prefix, *dir, *from, *parent;
-    bool json;
+    bool json, new_mac;
     char **extra;
     int nr_extra;
     char folder[PATH_MAX], file[PATH_MAX]; // file: what the children map
@@ -75,6 +80,9 @@ static int clone_option(struct clone *c, int option, struct error *err)
     case 'j':
         c->json = true;
         return 0;
+    case 'm':
+        c->new_mac = true;
+        return 0;
     case ':':
         return error_set(err, -EINVAL, "an option lacks its value (ferry clone --help)");
     default:
@@ -84,13 +92,11 @@ static int clone_option(struct clone *c, int option, struct error *err)
 
 static int clone_parse(struct clone *c, int argc, char **argv, struct error *err)
 {
-    static const struct option longs[] = {{"count", required_argument, NULL, 'c'},
-                                          {"name", required_argument, NULL, 'n'},
-                                          {"dir", required_argument, NULL, 'd'},
-                                          {"from", required_argument, NULL, 'f'},
-                                          {"json", no_argument, NULL, 'j'},
-                                          {"help", no_argument, NULL, 'h'},
-                                          {0}};
+    static const struct option longs[] = {
+        {"count", required_argument, NULL, 'c'}, {"name", required_argument, NULL, 'n'},
+        {"dir", required_argument, NULL, 'd'},   {"from", required_argument, NULL, 'f'},
+        {"json", no_argument, NULL, 'j'},        {"new-mac", no_argument, NULL, 'm'},
+        {"help", no_argument, NULL, 'h'},        {0}};
     int words = 0, option;
     while (words < argc && strcmp(argv[words], "--"))
         words++;
@@ -167,10 +173,14 @@ static char *numbered(char *text, unsigned number)
 
 static int child_spawn(struct clone *c, struct child *child, struct error *err)
 {
-    static char program[] = "/proc/self/exe";
+    static char program[] = "/proc/self/exe", new_mac[] = "--new-mac", drawn[] = "auto";
     char *argv[EXTRA_MAX + 16] = {"ferry",  "restore",   c->file,     "--map", "--disks",
                                   "--name", child->name, "--console", "null"};
     unsigned n = 9;
+    if (c->new_mac) {
+        argv[n++] = new_mac;
+        argv[n++] = drawn;
+    }
     for (int i = 0; i < c->nr_extra; i++)
         argv[n++] = numbered(c->extra[i], child->number);
     posix_spawn_file_actions_t files;

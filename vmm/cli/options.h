@@ -33,7 +33,7 @@ struct vm_options {
     struct console_config console;
     char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
     char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file, *metrics_listen;
-    char *checkpoints, *newest;
+    char *checkpoints, *newest, *new_mac;
     pid_t supervisor; // vmm/cli/supervise.h; 0: nobody starts this VM again
     char *tls, *tls_ca, *tls_cert, *tls_key, *psk;    // files, of `receive`
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
