@@ -14,7 +14,8 @@
 enum {
     STEAL_LOOKS = 16, // vCPUs looked at for a comfortable steal, before any that may run is taken
     LATE_PERIODS = 4, // of caps' budgets: refills that are missed by more are left out
-    NOTICE_QUEUE = 8, // with more waiting at a pCPU, it is looked at more often than every tick
+    LEAST_TURNS = 4,  // in a slice, of those whose credit is used up sooner
+    CROWD = 8,        // with more waiting at a pCPU, in less time
     QUOTA_MIN_NS = 500000,      // a VM's budget is not handed to its vCPUs in smaller pieces
     QUOTA_TIMER_MIN_NS = 20000, // nor looked at more often: what is used too much is owed
 };
@@ -498,12 +499,13 @@ static struct credit_vcpu *take_next(struct credit *c, unsigned p, uint64_t now)
     }
 }
 
-// How soon it is noticed that a vCPU has no credit left: by the tick, sooner if many wait.
-static uint64_t notice_ns(const struct credit *c, const struct credit_pcpu *p)
+// A vCPU whose credit is used up goes on for that long from its turn's beginning, so that switches
+// stay seldom; for less if many wait. It owes what it had too much.
+static uint64_t least_turn(const struct credit *c, const struct credit_pcpu *p)
 {
     unsigned nr = p->nr_queued[CREDIT_BOOST] + p->nr_queued[CREDIT_UNDER];
-    uint64_t ns = nr > NOTICE_QUEUE ? c->params.tick_ns * NOTICE_QUEUE / nr : c->params.tick_ns;
-    return later(ns, c->params.ratelimit_ns ? c->params.ratelimit_ns : 1);
+    uint64_t ns = c->params.slice_ns / LEAST_TURNS;
+    return nr > CROWD ? ns * CROWD / nr : ns;
 }
 
 // When the vCPU that runs must be looked at again.
@@ -512,10 +514,10 @@ static uint64_t until(const struct credit *c, const struct credit_vcpu *v, uint6
     const uint64_t tick = c->params.tick_ns;
     uint64_t at = v->start_ns + v->left_ns;
     if (v->class != CREDIT_OVER) {
-        const uint64_t step = notice_ns(c, &c->pcpus[v->pcpu]);
-        uint64_t steps = (now - v->start_ns + (uint64_t)v->credit_ns) / step + 1;
-        if (v->start_ns + steps * step < at)
-            at = v->start_ns + steps * step;
+        uint64_t used_up = later(now + (uint64_t)v->credit_ns + 1,
+                                 v->start_ns + least_turn(c, &c->pcpus[v->pcpu]));
+        if (used_up < at)
+            at = used_up;
     }
     if (v->class == CREDIT_BOOST && now + tick - v->boost_ns < at)
         at = now + tick - v->boost_ns;

@@ -28,6 +28,7 @@ enum {
     CONNS_EXTRA = 64, // beside those of VMs: commands
     ACCEPTS = 16,     // a turn of the loop
     EVENTS = 64,
+    SLICE_NS = 10000000, // shares hold in windows of 0.4 s; docs/scheduler.md has what it costs
 };
 
 // --- answers
@@ -631,12 +632,11 @@ static int pcpus_choose(struct sched_daemon *d, struct error *err)
             return error_set(err, -EINVAL, "more than %d pCPUs", CREDIT_PCPUS_MAX);
     }
     struct credit_params params = credit_params_default(nr);
-    if (d->config.slice_ns)
-        params.slice_ns = d->config.slice_ns;
+    params.slice_ns = d->config.slice_ns ? d->config.slice_ns : SLICE_NS;
     if (d->config.tick_ns)
         params.tick_ns = d->config.tick_ns;
-    else if (params.tick_ns > params.slice_ns)
-        params.tick_ns = params.slice_ns;
+    else if (params.tick_ns > params.slice_ns / 2)
+        params.tick_ns = params.slice_ns / 2;
     if (d->config.ratelimit_ns)
         params.ratelimit_ns = d->config.ratelimit_ns;
     params.placement = d->config.placement;

@@ -135,7 +135,7 @@ START_TEST(slices_and_latency)
         struct sim sim = run(&w, SIM_PROPORTIONAL, slices[i]);
         uint64_t p99 = sim_percentile(&sim.vms[0].waits, 99), hog = sim.vcpus[1].credit.switches;
         ck_assert_uint_lt(p99, last);
-        ck_assert_uint_ge(p99, slices[i] * 2 * MS);
+        ck_assert_uint_ge(p99, slices[i] * MS);
         ck_assert_uint_gt(hog, switches);
         last = p99;
         switches = hog;
