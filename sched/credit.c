@@ -16,6 +16,7 @@ enum {
     LATE_PERIODS = 4, // of caps' budgets: refills that are missed by more are left out
     LEAST_TURNS = 4,  // in a slice, of those whose credit is used up sooner
     CROWD = 8,        // with more waiting at a pCPU, in less time
+    LEFTOVER = 4,     // of a least turn: with less credit than that, a turn is over
     QUOTA_MIN_NS = 500000,      // a VM's budget is not handed to its vCPUs in smaller pieces
     QUOTA_TIMER_MIN_NS = 20000, // nor looked at more often: what is used too much is owed
 };
@@ -514,8 +515,8 @@ static uint64_t until(const struct credit *c, const struct credit_vcpu *v, uint6
     const uint64_t tick = c->params.tick_ns;
     uint64_t at = v->start_ns + v->left_ns;
     if (v->class != CREDIT_OVER) {
-        uint64_t used_up = later(now + (uint64_t)v->credit_ns + 1,
-                                 v->start_ns + least_turn(c, &c->pcpus[v->pcpu]));
+        const uint64_t turn = least_turn(c, &c->pcpus[v->pcpu]);
+        uint64_t used_up = later(now + (uint64_t)v->credit_ns + 1, v->start_ns + turn);
         if (used_up < at)
             at = used_up;
     }
@@ -587,6 +588,14 @@ static bool starved(struct credit *c, const struct credit_vcpu *v)
            v->credit_ns > queue_first(p, CREDIT_UNDER)->credit_ns + (int64_t)c->params.slice_ns;
 }
 
+// Its credit is used up, or nearly: for a little rest nobody looks again.
+static bool spent(const struct credit *c, const struct credit_vcpu *v, uint64_t now)
+{
+    const uint64_t turn = least_turn(c, &c->pcpus[v->pcpu]);
+    return v->class != CREDIT_OVER && now - v->start_ns >= turn &&
+           v->credit_ns < (int64_t)turn / LEFTOVER;
+}
+
 // Where better work waits than what runs, it is looked at.
 static void reconsider(struct credit *c, unsigned p, uint64_t now)
 {
@@ -615,7 +624,7 @@ struct credit_vcpu *credit_pick(struct credit *c, unsigned p, uint64_t now)
         return prev;
     }
     if (prev) {
-        over = prev->yielded || now - prev->start_ns >= prev->left_ns;
+        over = prev->yielded || now - prev->start_ns >= prev->left_ns || spent(c, prev, now);
         expired = prev->yielded || (over && !starved(c, prev));
         queue_put(c, prev, !expired);
     }

@@ -13,10 +13,11 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/timerfd.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 
 #include "sched/client.h"
@@ -28,6 +29,8 @@ enum {
     CONNS_EXTRA = 64, // beside those of VMs: commands
     ACCEPTS = 16,     // a turn of the loop
     EVENTS = 64,
+    NS_S = 1000000000,
+    NS_MS = 1000000,
     SLICE_NS = 10000000, // shares hold in windows of 0.4 s; docs/scheduler.md has what it costs
 };
 
@@ -162,7 +165,7 @@ static void vm_remove(struct sched_daemon *d, struct sched_vm *vm)
 {
     for (unsigned i = 0; i < vm->nr; i++)
         vcpu_leave(d, &vm->vcpus[i]);
-    credit_vm_remove(&d->credit, &vm->credit, time_ns());
+    credit_vm_remove(&d->credit, &vm->credit, now_of(d));
     struct sched_vm **at = &d->vms;
     while (*at != vm)
         at = &(*at)->next;
@@ -336,7 +339,7 @@ static int vm_set(struct sched_daemon *d, struct conn *conn, const struct sched_
     sched_share_merge(&share, &msg->share);
     ret = share_config(d, &share, &config, err);
     if (!ret)
-        ret = credit_vm_set(&d->credit, &vm->credit, &config, time_ns(), err);
+        ret = credit_vm_set(&d->credit, &vm->credit, &config, now_of(d), err);
     if (ret)
         return ret;
     vm->share = share;
@@ -390,7 +393,7 @@ static int msg_check(const union sched_msg *msg, ssize_t n, struct error *err)
 static bool too_many(struct sched_daemon *d)
 {
     enum { WINDOW_NS = 10000000 };
-    uint64_t now = time_ns();
+    uint64_t now = now_of(d);
     if (now > d->window_ns + WINDOW_NS) {
         d->window_ns = now;
         d->requests = 0;
@@ -530,7 +533,7 @@ static void vm_take_over(struct sched_daemon *d, struct sched_vm *vm, uint64_t n
 
 static void bell_ready(struct sched_daemon *d, struct sched_vm *vm)
 {
-    uint64_t count, now = time_ns();
+    uint64_t count, now = now_of(d);
     if (read(vm->bell, &count, sizeof(count)) < 0)
         return;
     if (!vm->begun)
@@ -548,21 +551,16 @@ static void vcpu_ready(struct sched_daemon *d, struct sched_vcpu *v, uint32_t ev
         vcpu_leave(d, v);
         return;
     }
-    vcpu_look(d, v, time_ns());
+    vcpu_look(d, v, now_of(d));
     vm_count(d, v->vm);
 }
 
 static bool event_handle(struct sched_daemon *d, const struct source *source, uint32_t events)
 {
-    uint64_t count;
     struct conn *conn = source->owner;
     switch (source->kind) {
     case SOURCE_LISTEN:
         accept_some(d);
-        return true;
-    case SOURCE_TIMER:
-        if (read(d->timer_fd, &count, sizeof(count)) > 0)
-            d->armed_ns = 0;
         return true;
     case SOURCE_STOP:
         return false;
@@ -580,28 +578,52 @@ static bool event_handle(struct sched_daemon *d, const struct source *source, ui
     return true;
 }
 
-int sched_daemon_run(struct sched_daemon *d, struct error *err)
+// Until an event or the deadline. One call, not three: a timer would have to be set and read, too.
+static int events_wait(struct sched_daemon *d, struct epoll_event *events)
+{
+    uint64_t now = now_of(d), left = d->next_ns > now ? d->next_ns - now : 0;
+    const struct timespec limit = {(time_t)(left / NS_S), (long)(left % NS_S)};
+    const bool ever = d->next_ns == CREDIT_NEVER;
+    int n =
+        (int)syscall(SYS_epoll_pwait2, d->epoll_fd, events, EVENTS, ever ? NULL : &limit, NULL, 0);
+    if (n >= 0 || errno != ENOSYS)
+        return n;
+    // Before Linux 5.11: a millisecond late.
+    left = left / NS_MS + 1;
+    return epoll_wait(d->epoll_fd, events, EVENTS, ever ? -1 : left > 1000 ? 1000 : (int)left);
+}
+
+int daemon_turn(struct sched_daemon *d, struct error *err)
 {
     struct epoll_event events[EVENTS];
+    int n = events_wait(d, events);
+    uint64_t start = now_of(d);
+    if (n < 0 && errno != EINTR)
+        return error_errno(err, "epoll_wait");
+    for (int i = 0; i < n; i++)
+        if (!event_handle(d, events[i].data.ptr, events[i].events))
+            return 1;
+    if (d->swept)
+        sweep(d);
+    turns_settle(d);
+    d->loops++;
+    d->busy_ns += now_of(d) - start;
+    return 0;
+}
+
+int sched_daemon_run(struct sched_daemon *d, struct error *err)
+{
     const struct sched_param first = {.sched_priority = 2}; // before SCHED_POLICY_BOOST
+    int ret;
     if (sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &first)) {
         thread_prompt();
+        prctl(PR_SET_TIMERSLACK, 1);
         d->config.no_boost = true; // whoever has it could keep us away
     }
-    for (;;) {
-        int n = epoll_wait(d->epoll_fd, events, EVENTS, -1);
-        uint64_t start = time_ns();
-        if (n < 0 && errno != EINTR)
-            return error_errno(err, "epoll_wait");
-        for (int i = 0; i < n; i++)
-            if (!event_handle(d, events[i].data.ptr, events[i].events))
-                return 0;
-        if (d->swept)
-            sweep(d);
-        turns_settle(d);
-        d->loops++;
-        d->busy_ns += time_ns() - start;
-    }
+    do
+        ret = daemon_turn(d, err);
+    while (!ret);
+    return ret < 0 ? ret : 0;
 }
 
 void sched_daemon_stop(struct sched_daemon *d)
@@ -643,7 +665,7 @@ static int pcpus_choose(struct sched_daemon *d, struct error *err)
     params.weight_per_vm = d->config.weight_per_vm;
     params.trace = trace_hear;
     params.trace_arg = d;
-    return credit_init(&d->credit, &params, time_ns(), err);
+    return credit_init(&d->credit, &params, now_of(d), err);
 }
 
 // A socket that nobody listens at any more is taken over.
@@ -703,10 +725,9 @@ int sched_daemon_create(struct sched_daemon **out, const struct sched_daemon_con
         return error_set(err, -ENOMEM, "no memory for the scheduler");
     d->config = *config;
     d->log = *config->log;
-    d->start_ns = time_ns();
-    d->poll_at_ns = d->brief_at_ns = CREDIT_NEVER;
+    d->start_ns = now_of(d);
+    d->poll_at_ns = d->brief_at_ns = d->next_ns = CREDIT_NEVER;
     d->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    d->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     d->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     d->listen_fd = -1;
     files_allow();
@@ -715,8 +736,6 @@ int sched_daemon_create(struct sched_daemon **out, const struct sched_daemon_con
                   : 0;
     if (!ret)
         ret = pcpus_choose(d, err);
-    if (!ret)
-        ret = add_source(d, d->timer_fd, &d->timer_source, SOURCE_TIMER, err);
     if (!ret)
         ret = add_source(d, d->stop_fd, &d->stop_source, SOURCE_STOP, err);
     if (!ret)
@@ -739,7 +758,7 @@ void sched_daemon_destroy(struct sched_daemon *d)
     sweep(d);
     if (*d->socket)
         unlink(d->socket);
-    const int fds[] = {d->listen_fd, d->timer_fd, d->stop_fd, d->epoll_fd};
+    const int fds[] = {d->listen_fd, d->stop_fd, d->epoll_fd};
     for (unsigned i = 0; i < ARRAY_SIZE(fds); i++)
         if (fds[i] >= 0)
             close(fds[i]);

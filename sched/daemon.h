@@ -28,6 +28,7 @@ struct sched_daemon_config {
     bool no_boost;    // threads that wake get no real-time priority for it
     unsigned max_vms; // 0 = 1024
     const struct log *log;
+    uint64_t (*clock)(void); // NULL: CLOCK_MONOTONIC; another for tests, ns
 };
 
 int sched_daemon_create(struct sched_daemon **d, const struct sched_daemon_config *config,
