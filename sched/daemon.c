@@ -22,11 +22,13 @@
 
 #include "sched/client.h"
 #include "sched/daemon_internal.h"
+#include "sched/threads.h"
 #include "vmm/util.h"
 
 enum {
     VMS_MAX = 1024,
-    CONNS_EXTRA = 64, // beside those of VMs: commands
+    CONNS_EXTRA = 64, // beside those of VMs: commands ...
+    CONNS_IDLE = 16,  // ... of one process
     ACCEPTS = 16,     // a turn of the loop
     EVENTS = 64,
     NS_S = 1000000000,
@@ -218,6 +220,12 @@ static int register_check(struct sched_daemon *d, const struct conn *conn,
     if (reg->signal < 34 || reg->signal > 64)
         return error_set(err, -EINVAL, "signal %u: expected a real-time signal, 34 to 64",
                          reg->signal);
+    return 0;
+}
+
+static int threads_check(const struct sched_daemon *d, const struct sched_register *reg,
+                         struct error *err)
+{
     for (unsigned i = 0; i < reg->nr_vcpus; i++)
         if (reg->tids[i] <= 0 || tid_taken(d, reg, i))
             return error_set(err, -EINVAL, "thread %d: no thread's number, or a vCPU already",
@@ -285,12 +293,26 @@ static void vm_begin(struct sched_daemon *d, struct sched_vm *vm)
               (int)vm->pid, vm->nr, vm->credit.config.weight, vm->credit.config.cap);
 }
 
-static int vm_register(struct sched_daemon *d, struct conn *conn, const struct sched_register *reg,
+// Threads' numbers in a PID namespace of their own to ours. It takes time that turns need.
+static int register_translate(struct sched_daemon *d, const struct conn *conn,
+                              struct sched_register *reg, struct error *err)
+{
+    enum { LOOKS_A_REQUEST = 8 };
+    int looks = threads_translate(conn->pid, reg->tids, reg->nr_vcpus, err);
+    d->requests += (unsigned)(looks < 0 ? THREADS_LOOKS_MAX : looks) / LOOKS_A_REQUEST;
+    return looks < 0 ? looks : 0;
+}
+
+static int vm_register(struct sched_daemon *d, struct conn *conn, struct sched_register *reg,
                        struct error *err)
 {
     struct credit_vm_config config;
     autoclose int page = -1;
     int ret = register_check(d, conn, reg, err);
+    if (!ret)
+        ret = register_translate(d, conn, reg, err);
+    if (!ret)
+        ret = threads_check(d, reg, err);
     if (!ret)
         ret = share_config(d, &reg->share, &config, err);
     if (ret)
@@ -331,6 +353,8 @@ static int vm_set(struct sched_daemon *d, struct conn *conn, const struct sched_
         return error_set(err, -ENOENT, "no VM named '%s' is scheduled here", msg->name);
     if (conn->uid && conn->uid != vm->uid)
         return error_set(err, -EPERM, "VM %s is another user's", vm->name);
+    if (conn->confined && conn->pid != vm->pid)
+        return error_set(err, -EPERM, "VM %s is another process's", vm->name);
     int ret = sched_share_check(&msg->share, err);
     if (ret)
         return ret;
@@ -349,7 +373,7 @@ static int vm_set(struct sched_daemon *d, struct conn *conn, const struct sched_
     return 0;
 }
 
-static void request(struct sched_daemon *d, struct conn *conn, const union sched_msg *msg)
+static void request(struct sched_daemon *d, struct conn *conn, union sched_msg *msg)
 {
     struct error err;
     const struct sched_head ok = head_of(SCHED_OK);
@@ -365,7 +389,14 @@ static void request(struct sched_daemon *d, struct conn *conn, const union sched
         break;
     case SCHED_STATUS:
     case SCHED_TRACE:
-        answer_document(d, conn, &msg->ask);
+        if (conn->confined)
+            ret = error_set(&err, -EPERM, "this connection is for a VM's own share alone");
+        else
+            answer_document(d, conn, &msg->ask);
+        break;
+    case SCHED_CONFINE:
+        conn->confined = true;
+        send_fds(d, conn, &ok, sizeof(ok), NULL, 0);
         break;
     default:
         ret = error_set(&err, -EBADMSG, "messages of type %u are not for the scheduler",
@@ -401,12 +432,41 @@ static bool too_many(struct sched_daemon *d)
     return ++d->requests > REQUESTS;
 }
 
+// The kernel says who sends. Who connected may be another: a broker, with more rights than the VM
+// that it handed the connection to. Somebody's rights do not grow by sending through another's.
+static void sender_take(struct conn *conn, const struct ucred *sender)
+{
+    conn->pid = sender->pid;
+    conn->uid = conn->peer_uid ? conn->peer_uid : sender->uid;
+}
+
+// Descriptors are never wanted: without room for them the kernel drops them.
+static ssize_t msg_receive(struct conn *conn, union sched_msg *msg)
+{
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(struct ucred))];
+    struct iovec iov = {msg, sizeof(*msg)};
+    struct msghdr hdr = {.msg_iov = &iov,
+                         .msg_iovlen = 1,
+                         .msg_control = control,
+                         .msg_controllen = sizeof(control)};
+    ssize_t n = recvmsg(conn->fd, &hdr, MSG_DONTWAIT | MSG_TRUNC | MSG_CMSG_CLOEXEC);
+    if (n <= 0)
+        return n;
+    struct ucred sender;
+    const struct cmsghdr *c = CMSG_FIRSTHDR(&hdr);
+    if (!c || c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_CREDENTIALS ||
+        c->cmsg_len != CMSG_LEN(sizeof(sender)))
+        return 0; // cannot be: nobody's message ends the connection
+    memcpy(&sender, CMSG_DATA(c), sizeof(sender));
+    sender_take(conn, &sender);
+    return n;
+}
+
 static void conn_ready(struct sched_daemon *d, struct conn *conn)
 {
     union sched_msg msg;
     struct error err;
-    // Descriptors are never wanted: without room for them the kernel drops them.
-    ssize_t n = recv(conn->fd, &msg, sizeof(msg), MSG_DONTWAIT | MSG_TRUNC);
+    ssize_t n = msg_receive(conn, &msg);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return;
     if (n <= 0) {
@@ -439,24 +499,38 @@ static void refuse(struct sched_daemon *d, int fd, const char *why)
     close(fd);
 }
 
+// Of one process, without a VM.
+static unsigned conns_idle(const struct sched_daemon *d, pid_t pid)
+{
+    unsigned nr = 0;
+    for (const struct conn *conn = d->conns; conn; conn = conn->next)
+        nr += conn->peer_pid == pid && !conn->vm && !conn->dead;
+    return nr;
+}
+
 static void accept_one(struct sched_daemon *d, int fd)
 {
     unsigned max = (d->config.max_vms ? d->config.max_vms : VMS_MAX) + CONNS_EXTRA;
     struct ucred cred;
     socklen_t len = sizeof(cred);
-    if (d->nr_conns >= max) {
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len)) {
+        close(fd);
+        return;
+    }
+    if (d->nr_conns >= max || conns_idle(d, cred.pid) >= CONNS_IDLE) {
         refuse(d, fd, "too many connections to the scheduler");
         return;
     }
     struct conn *conn = calloc(1, sizeof(*conn));
-    if (!conn || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len)) {
-        free(conn);
-        close(fd);
+    if (!conn) {
+        refuse(d, fd, "no memory for another connection");
         return;
     }
     *conn = (struct conn) {.next = d->conns,
                            .source = {SOURCE_CONN, conn},
                            .fd = fd,
+                           .peer_pid = cred.pid,
+                           .peer_uid = cred.uid,
                            .pid = cred.pid,
                            .uid = cred.uid};
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &conn->source};
@@ -690,6 +764,9 @@ static int listen_at(struct sched_daemon *d, const char *path, struct error *err
                   ? error_errno(err, "socket %s", path)
                   : 0;
     umask(old);
+    // Connections inherit it, so that no message comes without.
+    if (!ret && setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &(int) {1}, sizeof(int)))
+        ret = error_errno(err, "socket %s", path);
     if (ret)
         return ret;
     strcpy(d->socket, path);

@@ -79,9 +79,12 @@ struct conn {
     struct conn *next;
     struct source source;
     int fd;
-    pid_t pid;
+    pid_t peer_pid; // who connected
+    uid_t peer_uid;
+    pid_t pid; // whose message is looked at, and with whose rights
     uid_t uid;
     struct sched_vm *vm;
+    bool confined; // SCHED_CONFINE
     bool dead;
 };
 
