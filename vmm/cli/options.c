@@ -437,7 +437,7 @@ static const struct option_row rows[] = {
 
 void options_init(struct vm_options *o)
 {
-    *o = (struct vm_options) {.control = true, .vmgenid = true, .stop_timeout_s = STOP_TIMEOUT_S};
+    *o = (struct vm_options) {.control = true, .vmgenid = true, .stop_timeout_s = STOP_TIMEOUT_S, .sched_broker = -1};
     o->vm.cpus = 1;
     o->vm.ram.size = 128 * MiB;
     o->vm.log_level = LOG_INFO;

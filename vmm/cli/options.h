@@ -41,6 +41,7 @@ struct vm_options {
     bool disk_overwrite; // receive: by a disk that comes with the guest
     struct jail_config jail;
     char *sched;              // socket of the scheduler, "auto" or "off"; NULL: auto
+    int sched_broker;         // sched/broker.h, of a jail; -1: none
     struct sched_share share; // asked of it
     unsigned stop_timeout_s;  // for a guest that was asked to end; 0: it is not asked
     bool pci;                 // transport of the virtio devices

@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "sched/broker.h"
 #include "vmm/cli/api.h"
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
@@ -58,6 +59,14 @@ static int run(void *context, const char *checkpoint, pid_t supervisor)
     return ret < 0 ? cli_fail(&err) : ret;
 }
 
+// The scheduler's socket is not in the jail.
+static int broker_start(struct vm_options *o, struct error *err)
+{
+    bool asked;
+    const char *socket = session_scheduler(o, &asked);
+    return socket ? sched_broker_start(socket, &o->sched_broker, err) : 0;
+}
+
 int cli_run(int argc, char **argv)
 {
     struct vm_options options;
@@ -81,6 +90,8 @@ int cli_run(int argc, char **argv)
     }
 
     ret = *options.jail.dir && !options.dry_run ? jail_begin(&options, &status, &err) : 0;
+    if (!ret && *options.jail.dir && !options.dry_run)
+        ret = broker_start(&options, &err);
     if (ret) {
         options_free(&options);
         return ret > 0 ? status : cli_fail(&err);

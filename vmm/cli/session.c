@@ -514,16 +514,24 @@ int session_confine(struct session *s, struct error *err)
     return ret;
 }
 
+const char *session_scheduler(const struct vm_options *o, bool *asked)
+{
+    const char *socket = o->sched && strcmp(o->sched, "auto") ? o->sched : SCHED_SOCKET;
+    *asked = socket == o->sched || o->share.has;
+    bool seen = *asked || o->sched_broker >= 0 || !access(SCHED_SOCKET, F_OK);
+    return !strcmp(socket, "off") || !seen ? NULL : socket;
+}
+
 // What was asked for must be had; "auto" takes what there is. `arrived`: it runs, and is not ended
 // for that.
 static int schedule(struct session *s, bool arrived, struct error *err)
 {
     const struct vm_options *o = s->options;
-    const char *socket = o->sched && strcmp(o->sched, "auto") ? o->sched : SCHED_SOCKET;
-    bool asked = socket == o->sched || o->share.has;
-    if (!strcmp(socket, "off") || (!asked && access(SCHED_SOCKET, F_OK)))
+    bool asked;
+    const char *socket = session_scheduler(o, &asked);
+    if (!socket || (*o->jail.dir && o->sched_broker < 0))
         return 0;
-    return sched_tie(&s->tie, s->vm, socket, &o->share, asked && !arrived, err);
+    return sched_tie(&s->tie, s->vm, socket, o->sched_broker, &o->share, asked && !arrived, err);
 }
 
 int session_start(struct session *s, struct error *err)

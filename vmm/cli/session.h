@@ -75,6 +75,10 @@ void session_arrived(struct session *s);
 // From here on the loop's thread makes only the calls of vmm/seccomp.c. After every thread that is
 // not a worker's has been created; once more does nothing.
 int session_confine(struct session *s, struct error *err);
+
+// The scheduler's socket that the options name, or that is there; NULL: none is looked for.
+// *asked: they do name it, or a share.
+const char *session_scheduler(const struct vm_options *o, bool *asked);
 // Asks the guest to end, by its power button: LIFE_STOPPING. One that has not after `timeout_s` is
 // ended. -ENOTCONN: it does not listen for the button; -EPERM: it does not run.
 int session_ask(struct session *s, unsigned timeout_s, struct error *err);
