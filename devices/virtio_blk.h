@@ -49,6 +49,7 @@ struct virtio_blk_config {
     unsigned queues; // 1 to BLK_QUEUES_MAX; 0 = 1
     bool read_only;
     bool cached; // always through the page cache
+    int fd;      // of `path`, which cannot be opened any more; 0: it can
 };
 
 // "FILE[,ro][,overlay=FILE][,serial=TEXT][,queues=N][,cached][,packed][,bps=SIZE][,iops=N]

@@ -71,8 +71,10 @@ static int image_open(struct virtio_blk *b, struct error *err)
 {
     const struct virtio_blk_config *c = &b->config;
     const struct virtio_attach *attach = &c->attach;
-    struct blk_image_mode mode = {.read_only = c->read_only || has_overlay(b), .cached = c->cached};
+    struct blk_image_mode mode = {
+        .read_only = c->read_only || has_overlay(b), .cached = c->cached, .fd = c->fd};
     int ret = blk_image_open(&b->image, c->path, &mode, err);
+    mode.fd = 0;
     // Locked before the overlay looks at it: a base that somebody writes is no base.
     if (!ret && !attach->arrives)
         ret = blk_image_lock(&b->image, err);

@@ -295,6 +295,18 @@ static int set_jail(struct vm_options *o, const char *value, struct error *err)
     return jail_parse(value, &o->jail, err);
 }
 
+static int set_base(struct vm_options *o, const char *value, struct error *err)
+{
+    char *lines;
+    if (value[0] != '/' || strchr(value, '\n'))
+        return error_set(err, -EINVAL, "'%.80s': expected a path from the root", value);
+    if (asprintf(&lines, "%s%s\n", o->bases ? o->bases : "", value) < 0)
+        return error_set(err, -ENOMEM, "no memory for the name of an image");
+    free(o->bases);
+    o->bases = lines;
+    return 0;
+}
+
 static int set_config(struct vm_options *o, const char *value, struct error *err)
 {
     return options_load(o, FOR_RUN, value, err);
@@ -394,9 +406,12 @@ static const struct option_row rows[] = {
     {"affinity", 0, FOR_ALL, false, "PCPUS",
      "run only on these, e.g. 0-3,8; soft:0-3 for rather there; or both, with a /", set_affinity,
      0},
-    {"jail", 0, FOR_RUN, false, "DIR[,...]",
+    {"jail", 0, FOR_ALL, false, "DIR[,...]",
      "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH[,FILE=VALUE]...]",
-     set_jail, 0},
+     set_jail, TEXT(jail_text)},
+    {"base", 0, FOR_RESTORE | FOR_RECEIVE, false, "FILE",
+     "with --jail: an image outside it, which the guest's disks may read (again for more)",
+     set_base, 0},
     {"seccomp", 0, FOR_ALL, false, "MODE",
      "filter the system calls of each thread: on (default), off, or log what a filter would stop",
      set_seccomp, 0},
@@ -433,6 +448,7 @@ void options_free(struct vm_options *o)
     }
     while (o->nr_devices)
         options_remove_device(o, o->nr_devices - 1);
+    free(o->bases);
     *o = (struct vm_options) {0};
 }
 
