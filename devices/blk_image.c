@@ -71,8 +71,11 @@ static int image_open(struct blk_image *i, const struct blk_image_mode *mode, st
     int how = mode->read_only ? O_RDONLY : O_RDWR;
     struct stat st, direct;
     // Never waits, whatever stands at that name.
-    i->fd =
-        open(i->path, how | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | (mode->create ? O_CREAT : 0), 0644);
+    if (mode->fd)
+        i->fd = fcntl(mode->fd, F_DUPFD_CLOEXEC, 0);
+    else
+        i->fd = open(i->path,
+                     how | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | (mode->create ? O_CREAT : 0), 0644);
     if (i->fd < 0 || fstat(i->fd, &st))
         return error_errno(err, "%s", i->path);
     fcntl(i->fd, F_SETFL, how); // io_uring would take O_NONBLOCK as a wish for EAGAIN
@@ -83,7 +86,7 @@ static int image_open(struct blk_image *i, const struct blk_image_mode *mode, st
     i->blocks = !i->block_device && file_blocks(i->fd);
     i->device = st.st_dev;
     i->inode = st.st_ino;
-    if (!mode->cached)
+    if (!mode->cached && !mode->fd)
         direct_open(i, how);
     if (i->direct_fd >= 0 &&
         (fstat(i->direct_fd, &direct) || direct.st_ino != st.st_ino || direct.st_dev != st.st_dev))

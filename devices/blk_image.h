@@ -30,6 +30,7 @@ struct blk_image_mode {
     bool read_only;
     bool cached; // no direct_fd
     bool create; // an empty file, if there is none
+    int fd;      // the image, opened already, stays the caller's; 0: it is opened by its name
 };
 
 // Opens, and does not lock. On error nothing is left open. blk_image_close may be called on an

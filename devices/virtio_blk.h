@@ -50,6 +50,7 @@ struct virtio_blk_config {
     unsigned queues; // 1 to BLK_QUEUES_MAX; 0 = 1
     bool read_only;
     bool cached; // always through the page cache
+    int fd;      // of `path`, which cannot be opened any more; 0: it can
     // Of one that arrives: its image may come with the guest (vmm/disk.h), so an empty file will
     // do, or none; with `overwrite` any.
     bool comes, overwrite;

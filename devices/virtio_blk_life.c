@@ -97,9 +97,11 @@ static int image_open(struct virtio_blk *b, struct error *err)
     bool comes = c->comes && attach->arrives && !c->read_only;
     struct blk_image_mode mode = {.read_only = c->read_only || has_overlay(b),
                                   .cached = c->cached,
-                                  .create = comes && !has_overlay(b)};
+                                  .create = comes && !has_overlay(b),
+                                  .fd = c->fd};
     b->made = comes && access(has_overlay(b) ? c->overlay : c->path, F_OK);
     int ret = blk_image_open(&b->image, c->path, &mode, err);
+    mode.fd = 0;
     // Locked before the overlay looks at it: a base that somebody writes is no base.
     if (!ret && !attach->arrives)
         ret = blk_image_lock(&b->image, err);

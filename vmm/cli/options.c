@@ -308,6 +308,18 @@ static int set_jail(struct vm_options *o, const char *value, struct error *err)
     return jail_parse(value, &o->jail, err);
 }
 
+static int set_base(struct vm_options *o, const char *value, struct error *err)
+{
+    char *lines;
+    if (value[0] != '/' || strchr(value, '\n'))
+        return error_set(err, -EINVAL, "'%.80s': expected a path from the root", value);
+    if (asprintf(&lines, "%s%s\n", o->bases ? o->bases : "", value) < 0)
+        return error_set(err, -ENOMEM, "no memory for the name of an image");
+    free(o->bases);
+    o->bases = lines;
+    return 0;
+}
+
 static int set_config(struct vm_options *o, const char *value, struct error *err)
 {
     return options_load(o, FOR_RUN, value, err);
@@ -391,7 +403,8 @@ static const struct option_row rows[] = {
      "NAME); it is trusted to name the right files",
      set_disks, 0},
     {"new-mac", 0, FOR_RESTORE, false, "[DEV=]MAC",
-     "give network devices other addresses than they had: auto (one is drawn for each), or MAC, for "
+     "give network devices other addresses than they had: auto (one is drawn for each), or MAC, "
+     "for "
      "net0, or DEVICE=MAC,... ; the guest takes it when its driver begins anew",
      set_nothing, TEXT(new_mac)},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
@@ -417,9 +430,12 @@ static const struct option_row rows[] = {
     {"affinity", 0, FOR_ALL, false, "PCPUS",
      "run only on these, e.g. 0-3,8; soft:0-3 for rather there; or both, with a /", set_affinity,
      0},
-    {"jail", 0, FOR_RUN, false, "DIR[,...]",
+    {"jail", 0, FOR_ALL, false, "DIR[,...]",
      "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH[,FILE=VALUE]...]",
-     set_jail, 0},
+     set_jail, TEXT(jail_text)},
+    {"base", 0, FOR_RESTORE | FOR_RECEIVE, false, "FILE",
+     "with --jail: an image outside it, which the guest's disks may read (again for more)",
+     set_base, 0},
     {"seccomp", 0, FOR_ALL, false, "MODE",
      "filter the system calls of each thread: on (default), off, or log what a filter would stop",
      set_seccomp, 0},
@@ -437,7 +453,8 @@ static const struct option_row rows[] = {
 
 void options_init(struct vm_options *o)
 {
-    *o = (struct vm_options) {.control = true, .vmgenid = true, .stop_timeout_s = STOP_TIMEOUT_S, .sched_broker = -1};
+    *o = (struct vm_options) {
+        .control = true, .vmgenid = true, .stop_timeout_s = STOP_TIMEOUT_S, .sched_broker = -1};
     o->vm.cpus = 1;
     o->vm.ram.size = 128 * MiB;
     o->vm.log_level = LOG_INFO;
@@ -456,6 +473,7 @@ void options_free(struct vm_options *o)
     }
     while (o->nr_devices)
         options_remove_device(o, o->nr_devices - 1);
+    free(o->bases);
     *o = (struct vm_options) {0};
 }
 

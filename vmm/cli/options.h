@@ -34,6 +34,8 @@ struct vm_options {
     char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
     char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file, *metrics_listen;
     char *checkpoints, *newest, *new_mac;
+    char *jail_text;  // as given
+    char *bases;      // images that disks may name though they lie outside the jail, a line each
     pid_t supervisor; // vmm/cli/supervise.h; 0: nobody starts this VM again
     char *tls, *tls_ca, *tls_cert, *tls_key, *psk;    // files, of `receive`
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
