@@ -1060,6 +1060,7 @@ START_TEST(new_address)
     turns(a);
     uint32_t generation = get(a, 0xfc);
     move_to(a, b);
+    b->vm.moved = true;
     ck_assert_uint_eq(get(b, 0x60) & 2, 0);
     virtio_net_class.resume(b->dev);
     ck_assert_uint_eq(get(b, 0x60) & 2, 2); // 4.2.2: the configuration has changed
