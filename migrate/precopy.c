@@ -19,6 +19,15 @@
 #define RESUME_NS         100000ull
 #define SAMPLE_MIN        (256 * KiB)
 #define BANDWIDTH_GUESS   100000000ull // bytes/s: 1 Gbit Ethernet
+// A round that is only to make the pause shorter than it has to be may take so long.
+#define SPARE_NS 250000000ull
+// What a shorter write takes says more about waking the other side than about the link.
+#define WRITE_SAMPLE_MIN (64 * KiB)
+
+// The limit is below what a pause without pages takes: rounds without a wait between them would
+// only keep a processor busy, and flood whoever is told of each.
+#define FEW_PAGES   64
+#define FEW_WAIT_MS 10
 
 // How long the first round waits for a guest that says which pages it does not need: between two
 // hints, and in all. The guest runs meanwhile; what comes later still spares what the round has not
@@ -37,9 +46,22 @@ static unsigned batch_pages(const struct outgoing *out)
 
 // What the link takes when it is written to: without a limit and with a fast peer little more than
 // copying into the socket.
+// 0: not known yet.
 static uint64_t write_bandwidth(const struct outgoing *out)
 {
-    return out->write_ns ? switchover_bandwidth(0, out->write_bytes, out->write_ns) : 0;
+    uint64_t limit = atomic_load(&out->m->bandwidth);
+    uint64_t measured = switchover_bandwidth(0, out->write_bytes, out->write_ns);
+    return limit && (!measured || limit < measured) ? limit : measured;
+}
+
+// Until the link is known, records go as they are: small packed ones would never tell.
+static void pack_begin(struct outgoing *out)
+{
+    uint64_t bandwidth = write_bandwidth(out);
+    packer_begin(&out->packer, bandwidth);
+    if (!bandwidth && out->packer.when == PACK_AUTO)
+        out->packer.lz4 = out->packer.delta = false;
+    out->batch->packer = &out->packer;
 }
 
 static int put_batch(struct outgoing *out, struct error *err)
@@ -52,8 +74,10 @@ static int put_batch(struct outgoing *out, struct error *err)
         out->write_bytes /= 2;
         out->write_ns /= 2;
     }
-    out->write_bytes += out->main.wire.out - before;
-    out->write_ns += time_ns() - start;
+    if (out->main.wire.out - before >= WRITE_SAMPLE_MIN) {
+        out->write_bytes += out->main.wire.out - before;
+        out->write_ns += time_ns() - start;
+    }
     out->report->data_pages += out->batch->nr_data + out->packer.nr;
     out->report->zero_pages += out->batch->nr_zero;
     return ret;
@@ -73,8 +97,7 @@ int precopy_pass(struct outgoing *out, struct error *err)
             return ret;
         page_batch_reset(out->batch, ram);
         out->batch->shard = out->shard;
-        packer_begin(&out->packer, write_bandwidth(out));
-        out->batch->packer = &out->packer;
+        pack_begin(out);
         page_batch_take(out->batch, out->todo, &cursor, batch_pages(out), &out->presence);
         ret = put_batch(out, err);
         if (ret)
@@ -108,9 +131,14 @@ static enum switchover_verdict decide(struct outgoing *out, uint64_t dirty_pages
         .limit_ns = atomic_load(&out->m->downtime_ns),
         .round = out->report->rounds,
         .max_rounds = out->params->max_rounds,
+        .before = out->before,
+        .within = out->within,
+        .spare_ns = SPARE_NS,
     };
     uint64_t expected;
     enum switchover_verdict verdict = switchover_decide(&in, &expected);
+    out->before = in.remaining;
+    out->within += expected <= in.limit_ns;
     pthread_mutex_lock(&out->m->lock);
     out->m->progress.expected_downtime_ns = expected;
     out->m->progress.dirty_bytes = in.remaining;
@@ -149,8 +177,14 @@ int precopy_flush(struct outgoing *out, struct error *err)
     struct wire_round round = {.round = out->report->rounds,
                                .pass = streams_passes(out),
                                .data_pages = out->report->data_pages};
+    uint64_t start = time_ns();
     int ret = wire_put(&out->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
-    return ret ? ret : wire_expect(&out->main.wire, &out->record, WIRE_ROUND, err);
+    if (!ret)
+        ret = wire_expect(&out->main.wire, &out->record, WIRE_ROUND, err);
+    uint64_t took = time_ns() - start; // with nothing before it, a round trip
+    if (!ret && took < out->rtt_ns)
+        out->rtt_ns = took;
+    return ret;
 }
 
 // Guest memory a second: `data` bytes of it went as `bytes` over the link. What a few KiB took says
@@ -261,6 +295,8 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
         if (ret)
             break;
         enum switchover_verdict verdict = decide(out, dirty);
+        if (verdict == SWITCHOVER_CONTINUE && dirty < FEW_PAGES)
+            poll(&(struct pollfd) {.fd = out->m->cancel_fd, .events = POLLIN}, 1, FEW_WAIT_MS);
         outgoing_progress(out, MIGRATE_ROUNDS, dirty * PAGE_SIZE);
         stop = verdict == SWITCHOVER_STOP || out->params->mode == MIGRATE_HYBRID;
         if (verdict == SWITCHOVER_STALLED && !stop)

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "migrate/switchover.h"
 
+#include <stdbool.h>
+
 #define NS_PER_S 1000000000ull
 
 static uint64_t add_sat(uint64_t a, uint64_t b)
@@ -41,16 +43,26 @@ unsigned switchover_throttle(unsigned percent, uint64_t dirty_rate, uint64_t ban
     return want < MOST ? want : MOST;
 }
 
+static bool worth_another(const struct switchover_input *in, uint64_t fixed_ns)
+{
+    uint64_t round = switchover_transfer_ns(in->remaining, in->bandwidth);
+    if (round > in->spare_ns || round <= fixed_ns / 4 || in->within >= SWITCHOVER_WITHIN_MAX)
+        return false;
+    return !in->within || in->remaining <= in->before - in->before / 4;
+}
+
 enum switchover_verdict switchover_decide(const struct switchover_input *in, uint64_t *downtime_ns)
 {
-    uint64_t t = switchover_transfer_ns(add_sat(in->remaining, in->state), in->bandwidth);
+    uint64_t t = 0;
     const uint64_t fixed[] = {in->stop_ns,   in->save_ns, in->load_ns,
                               in->resume_ns, in->rtt_ns,  in->rtt_ns};
     for (unsigned i = 0; i < sizeof(fixed) / sizeof(fixed[0]); i++)
         t = add_sat(t, fixed[i]);
+    uint64_t fixed_ns = t;
+    t = add_sat(t, switchover_transfer_ns(add_sat(in->remaining, in->state), in->bandwidth));
     *downtime_ns = t;
     if (t <= in->limit_ns)
-        return SWITCHOVER_STOP;
+        return worth_another(in, fixed_ns) ? SWITCHOVER_CONTINUE : SWITCHOVER_STOP;
     if (in->max_rounds && in->round >= in->max_rounds)
         return SWITCHOVER_STALLED;
     return SWITCHOVER_CONTINUE;

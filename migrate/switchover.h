@@ -5,6 +5,9 @@
 //
 // (Clark et al., NSDI'05, with the device-state time counted.) The caller passes the *exact* number
 // of dirty bytes, from a dirty-log sync just done; an estimate would stop the guest too early.
+//
+// What fits the limit may still become less: while it is mostly pages that are waited for, and a
+// short round makes them a quarter fewer, another one is worth it.
 #pragma once
 
 #include <stdint.h>
@@ -19,7 +22,12 @@ struct switchover_input {
     uint64_t limit_ns;   // downtime the user allows
     uint32_t round;      // rounds completed, >= 1
     uint32_t max_rounds; // 0 = as many as it takes
+    uint64_t before;     // `remaining` after the round before
+    uint32_t within;     // rounds before this one after which it fitted the limit
+    uint64_t spare_ns;   // what one more round may take when it fits already; 0 = stop then
 };
+
+#define SWITCHOVER_WITHIN_MAX 6 // rounds
 
 enum switchover_verdict {
     SWITCHOVER_CONTINUE, // another round

@@ -88,6 +88,10 @@ class Machine:
                 start_new_session=True)
         self.pid = self.child.pid
         self.argv = argv
+        # A session is a scheduling group of its own (sched_autogroup), with a niceness of its own.
+        if os.nice(0):
+            with contextlib.suppress(OSError), open(f"/proc/{self.pid}/autogroup", "w") as f:
+                f.write(str(os.nice(0)))
         self.out, self.err = out_read, err_read
         self.mark_fd = None
         stamp = os.read(stamp_read, 8)
@@ -405,7 +409,6 @@ class Qemu:
         argv = self._argv(directory, kernel, None, "", memory, 1) + ["-incoming", "defer"]
         machine = self._start([*enter, *argv, *more], directory, memory)
         machine.address = f"tcp:{host}:{port}"
-        wait_for(lambda: os.path.exists(os.path.join(directory, "qmp")), "QEMU's QMP socket")
         with Qmp(directory) as qmp:
             if mode == "postcopy":
                 qmp.call("migrate-set-capabilities", POSTCOPY)
@@ -442,7 +445,15 @@ class Qmp:
     def __init__(self, directory):
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(60)
-        self.socket.connect(os.path.join(directory, "qmp"))
+        limit = time.monotonic() + 30
+        while True:
+            try:
+                self.socket.connect(os.path.join(directory, "qmp"))
+                break
+            except (FileNotFoundError, ConnectionRefusedError):  # it has only just started
+                if time.monotonic() > limit:
+                    raise
+                time.sleep(0.01)
         self.file = self.socket.makefile("rw")
         self.file.readline()  # greeting
         self.call("qmp_capabilities")
