@@ -36,6 +36,7 @@ struct dirty_rings {
     bool started;
     uint64_t asked, done; // harvests
     bool quit;
+    bool lost;
     int failure; // of the last one
     struct error err;
 };
@@ -156,10 +157,11 @@ static bool all_reset(const struct dirty_rings *rings)
     return true;
 }
 
-static int reset(const struct dirty_rings *rings, struct error *err)
+static int reset(const struct dirty_rings *rings, bool *lost, struct error *err)
 {
     unsigned idle = 0;
-    while (!all_reset(rings)) {
+    for (bool first = true; !all_reset(rings); first = false) {
+        *lost |= !first;
         int n = ioctl(rings->vm_fd, KVM_RESET_DIRTY_RINGS, 0);
         if (n < 0 && errno != EINTR)
             return error_errno(err, "KVM_RESET_DIRTY_RINGS");
@@ -188,8 +190,10 @@ static void *rings_main(void *arg)
         struct error err = {0};
         for (unsigned i = 0; i < rings->nr; i++)
             harvest(rings, &rings->ring[i]);
-        int ret = reset(rings, &err);
+        bool lost = false;
+        int ret = reset(rings, &lost, &err);
         pthread_mutex_lock(&rings->lock);
+        rings->lost |= lost;
         rings->done = asked;
         rings->failure = ret;
         rings->err = err;
@@ -229,4 +233,13 @@ int dirty_rings_harvest(struct dirty_rings *rings, struct error *err)
         *err = rings->err;
     pthread_mutex_unlock(&rings->lock);
     return ret;
+}
+
+bool dirty_rings_lost(struct dirty_rings *rings)
+{
+    pthread_mutex_lock(&rings->lock);
+    bool lost = rings->lost;
+    rings->lost = false;
+    pthread_mutex_unlock(&rings->lock);
+    return lost;
 }

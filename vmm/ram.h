@@ -81,6 +81,7 @@ struct ram {
     enum ram_log log;
     enum seccomp_mode seccomp;
     uint32_t ring_entries;
+    bool log_lost;             // rings: pages must be watched again; guarded by dirty_lock
     struct dirty_rings *rings; // NULL: RAM_LOG_BITMAP, or ram_attach was not called
     atomic_bool logging;
     // The VMM's own writes while logging, and what was harvested from dirty rings, one bit per page

@@ -26,10 +26,28 @@ static void region_merge(struct ram *ram, const struct ram_region *r, const uint
     }
 }
 
+// Under the lock. KVM has forgotten pages, nobody knows which: it watches all of them again, and
+// every page counts as written.
+static int watch_again(struct ram *ram, struct error *err)
+{
+    int ret = ram_slots_set(ram, false, err);
+    if (!ret)
+        ret = ram_slots_set(ram, true, err);
+    for (uint64_t page = 0; page < ram->pages; page += 64) {
+        uint64_t left = ram->pages - page;
+        atomic_fetch_or(&ram->own_dirty[page / 64], left < 64 ? (1ull << left) - 1 : ~0ull);
+    }
+    return ret;
+}
+
 // Under the lock.
 static int rings_fetch(struct ram *ram, struct error *err)
 {
     int ret = dirty_rings_harvest(ram->rings, err);
+    if (!ret && (dirty_rings_lost(ram->rings) || ram->log_lost)) {
+        ret = watch_again(ram, err);
+        ram->log_lost = ret;
+    }
     if (!ret)
         ram_for_each_region (ram, r)
             region_merge(ram, r, NULL);
@@ -71,6 +89,7 @@ static int own_begin(struct ram *ram, struct error *err)
         }
     } else if (ram->rings) { // what was noted up to the moment when the log was switched off
         ret = dirty_rings_harvest(ram->rings, err);
+        dirty_rings_lost(ram->rings); // all pages are watched anew
     }
     if (!ret)
         memset((void *)ram->own_dirty, 0, words * sizeof(*ram->own_dirty));

@@ -158,10 +158,10 @@ class LinuxMoves(unittest.TestCase):
         self.assertEqual([b"echo: question %d" % n for n in range(1, len(answers) + 1)], answers)
         self.assertIn(len(answers), (self.journey.asked, self.journey.asked - 1))
 
-    def migrate(self, mode, *args):
+    def migrate(self, mode, *args, arrival=()):
         """Moves the guest to the other host while a question is on its way."""
         j = self.journey
-        target, address = self.hosts.receive(1 - j.host)
+        target, address = self.hosts.receive(1 - j.host, *arrival)
         source = j.vm
         j.ask()
         report = self.assertStatus(source.ferry("migrate", address, "--mode", mode, "--json",
@@ -258,6 +258,19 @@ class LinuxMoves(unittest.TestCase):
         self.assertEqual("running", info["state"])
         self.check_output()
         return target, client
+
+    def test_3b_several_connections_and_dirty_rings(self):
+        """There, from one with dirty rings, and back; a number of connections that is none."""
+        address = f"tcp:{self.hosts.namespaces.sides[1 - self.journey.host].address}:9"
+        for number in ("0", "17", "many"):
+            result = self.journey.vm.ferry("migrate", address, "--connections", number)
+            self.assertStatus(result, lab.USAGE)
+            self.assertIn("connections", result.stderr)
+        for number, mode, log in ((4, "precopy", "ring"), (2, "hybrid", "ring"),
+                                  (16, "precopy", "bitmap")):
+            report = self.migrate(mode, "--connections", str(number), arrival=("--dirty-log", log))
+            self.assertEqual(number, report["connections"])
+            self.check_output()
 
     def test_4_cancelled(self):
         def cancel(_target):
