@@ -89,6 +89,7 @@ static int size_set(struct virtio_blk *b, const char *value, bool shrink, struct
     if (ret || size == b->capacity)
         return ret;
     b->capacity = size;
+    blk_since_drop(b); // a map of the old size
     blk_space_capacity(b);
     virtio_config_changed(&b->v); // 5.2.4
     return 0;

@@ -189,6 +189,7 @@ static void blk_close(struct virtio_blk *b)
     else // the kernel may still write from its table: nothing but our end frees that
         blk_image_close(&b->overlay.file);
     blk_image_close(&b->image);
+    blk_since_drop(b);
     free(b->pool); // of a request the kernel has a copy (IORING_FEAT_SUBMIT_STABLE)
 }
 

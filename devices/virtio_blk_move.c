@@ -3,8 +3,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 #include <zlib.h>
 
@@ -26,6 +28,7 @@ static void move_info(struct device *dev, struct disk_info *info)
                                 .read_only = b->config.read_only,
                                 .overlay = has_overlay(b),
                                 .base_size = has_overlay(b) ? b->overlay.base_size : 0};
+    memcpy(info->since, b->since_id, DISK_ID_LEN);
     pthread_mutex_unlock(&dev->lock);
 }
 
@@ -103,8 +106,12 @@ void blk_written(struct virtio_blk *b, const struct blk_request *r)
     for (unsigned i = 0; i < r->nr_ranges; i++) {
         const struct blk_range *s = &r->ranges[i];
         uint64_t last = (s->offset + s->len - 1) / DISK_BLOCK;
-        for (uint64_t block = s->offset / DISK_BLOCK; block <= last; block++)
-            atomic_fetch_or(&b->written[block / 64], 1ull << block % 64);
+        for (uint64_t block = s->offset / DISK_BLOCK; block <= last; block++) {
+            if (b->written)
+                atomic_fetch_or(&b->written[block / 64], 1ull << block % 64);
+            if (b->since)
+                atomic_fetch_or(&b->since[block / 64], 1ull << block % 64);
+        }
     }
 }
 
@@ -146,6 +153,82 @@ static int move_read(struct device *dev, uint64_t offset, void *data, uint64_t l
     return image_read(written_image(b), true, offset + b->engine.shift, data, len, err);
 }
 
+// --- what is left behind, and comes back
+
+// An image that a guest left says so in an attribute of its file: by which move, and how it was
+// then. Whatever writes to it changes the time.
+#define LEFT_NAME "user.ferry.left"
+enum { LEFT_MAX = 160 };
+
+static bool left_text(const struct blk_image *i, const uint8_t id[DISK_ID_LEN], char text[LEFT_MAX])
+{
+    struct stat st;
+    char hex[2 * DISK_ID_LEN + 1];
+    if (i->block_device || fstat(i->fd, &st))
+        return false;
+    for (unsigned n = 0; n < DISK_ID_LEN; n++)
+        snprintf(hex + 2 * n, 3, "%02x", id[n]);
+    snprintf(text, LEFT_MAX, "move %s, %lld bytes, modified %lld.%09ld", hex, (long long)st.st_size,
+             (long long)st.st_mtim.tv_sec, st.st_mtim.tv_nsec);
+    return true;
+}
+
+// Where it cannot be written the way back is only longer.
+static void left_write(const struct blk_image *i, const uint8_t id[DISK_ID_LEN])
+{
+    char text[LEFT_MAX];
+    if (left_text(i, id, text) && fsetxattr(i->fd, LEFT_NAME, text, strlen(text), 0))
+        fremovexattr(i->fd, LEFT_NAME);
+}
+
+static bool left_is(const struct blk_image *i, const uint8_t id[DISK_ID_LEN])
+{
+    static const uint8_t none[DISK_ID_LEN];
+    char text[LEFT_MAX], says[LEFT_MAX];
+    if (!memcmp(id, none, DISK_ID_LEN) || !left_text(i, id, text))
+        return false;
+    ssize_t n = fgetxattr(i->fd, LEFT_NAME, says, sizeof(says));
+    return n == (ssize_t)strlen(text) && !memcmp(text, says, (size_t)n);
+}
+
+static void move_left(struct device *dev, const uint8_t id[DISK_ID_LEN])
+{
+    struct virtio_blk *b = blk_of_device(dev);
+    if (!has_overlay(b))
+        left_write(&b->image, id);
+}
+
+static void move_changed(struct device *dev, uint64_t *blocks)
+{
+    struct virtio_blk *b = blk_of_device(dev);
+    pthread_mutex_lock(&dev->lock);
+    for (uint64_t w = 0; b->since && w * 64 * DISK_BLOCK < b->capacity; w++)
+        blocks[w] |= atomic_load(&b->since[w]);
+    pthread_mutex_unlock(&dev->lock);
+}
+
+void blk_since_drop(struct virtio_blk *b)
+{
+    free((void *)b->since);
+    b->since = NULL;
+    memset(b->since_id, 0, DISK_ID_LEN);
+}
+
+// Without memory for the map the way back is only longer. Overlays are not kept: a rollback
+// replaces what they hold.
+static void move_arrived(struct device *dev, const uint8_t id[DISK_ID_LEN])
+{
+    struct virtio_blk *b = blk_of_device(dev);
+    pthread_mutex_lock(&dev->lock);
+    b->made = b->filling = b->kept = false;
+    blk_since_drop(b);
+    if (!has_overlay(b))
+        b->since = calloc((size_t)(b->capacity / DISK_BLOCK / 64 + 1), sizeof(*b->since));
+    if (b->since)
+        memcpy(b->since_id, id, DISK_ID_LEN);
+    pthread_mutex_unlock(&dev->lock);
+}
+
 // --- the destination's side
 
 static bool file_empty(const struct blk_image *i)
@@ -171,11 +254,16 @@ static int expect_device(struct virtio_blk *b, uint64_t size, struct error *err)
     return ret;
 }
 
-static int expect_file(struct virtio_blk *b, uint64_t size, struct error *err)
+static int expect_file(struct virtio_blk *b, const struct disk_info *disk, struct error *err)
 {
     struct blk_image *i = &b->image;
-    uint64_t bytes;
+    uint64_t bytes, size = disk->size;
     int ret = blk_image_bytes(i, &bytes, err);
+    b->kept = !ret && bytes == size && left_is(i, disk->since);
+    if (b->kept) {
+        memcpy(b->kept_id, disk->since, DISK_ID_LEN);
+        return 0;
+    }
     if (!ret && bytes && (bytes != size || !file_empty(i)) && !b->config.overwrite)
         ret = error_set(err, -EEXIST,
                         "%s has %llu bytes%s, the disk that comes has %llu: to lose what is there: "
@@ -238,7 +326,7 @@ static int expect(struct virtio_blk *b, const struct disk_info *disk, uint32_t b
         return ret;
     ret = has_overlay(b)    ? expect_overlay(b, disk, base_sum, err)
           : i->block_device ? expect_device(b, disk->size, err)
-                            : expect_file(b, disk->size, err);
+                            : expect_file(b, disk, err);
     if (ret)
         return error_prefix(err, "disk%u", n);
     b->capacity = disk->size;
@@ -248,10 +336,11 @@ static int expect(struct virtio_blk *b, const struct disk_info *disk, uint32_t b
 }
 
 static int move_expect(struct device *dev, const struct disk_info *disk, uint32_t base_sum,
-                       struct error *err)
+                       bool *kept, struct error *err)
 {
     pthread_mutex_lock(&dev->lock);
     int ret = expect(blk_of_device(dev), disk, base_sum, err);
+    *kept = !ret && blk_of_device(dev)->kept;
     pthread_mutex_unlock(&dev->lock);
     return ret;
 }
@@ -317,7 +406,9 @@ static void move_forget(struct device *dev)
     bool ours = b->made && !stat(i->path, &st) && st.st_ino == i->inode && st.st_dev == i->device;
     if (ours && (has_overlay(b) || b->filling || (!blk_image_bytes(i, &bytes, NULL) && !bytes)))
         unlink(i->path);
-    b->filling = b->made = false;
+    if (b->kept) // what came are blocks that will come again
+        left_write(i, b->kept_id);
+    b->filling = b->made = b->kept = false;
     pthread_mutex_unlock(&dev->lock);
 }
 
@@ -327,8 +418,11 @@ const struct disk_ops blk_disk_ops = {
     .watch = move_watch,
     .data = move_data,
     .read = move_read,
+    .changed = move_changed,
+    .left = move_left,
     .expect = move_expect,
     .write = move_write,
     .sync = move_sync,
+    .arrived = move_arrived,
     .forget = move_forget,
 };

@@ -32,9 +32,12 @@ struct virtio_blk {
     uint32_t waiting_queues;                     // a bit each
     bool lost;                                   // the image belongs to somebody else
     _Atomic uint64_t *written; // blocks that the guest changes (vmm/disk.h); NULL: nobody asks
-    bool made, filling;        // the image, by us, when the guest's was to come into it
-    uint8_t flush_failed;      // the engine's, in saved state
-    uint32_t touched;          // queues with answers not yet signalled, a bit each
+    _Atomic uint64_t *since;   // blocks changed since it came here by move `since_id`, or NULL
+    uint8_t since_id[DISK_ID_LEN];
+    uint8_t kept_id[DISK_ID_LEN]; // the image is what left by this move, and is brought up to date
+    bool made, filling, kept;     // the image, by us, when the guest's was to come into it
+    uint8_t flush_failed;         // the engine's, in saved state
+    uint32_t touched;             // queues with answers not yet signalled, a bit each
     uint8_t serial[BLK_SERIAL_MAX];
     struct {
         uint64_t reads, writes, flushes, discards, read_bytes, written_bytes, errors;
@@ -70,7 +73,8 @@ void blk_answer(struct virtio_blk *b);        // submits; signals the queues tha
 void blk_waiting_clear(struct virtio_blk *b); // of none, at first
 void blk_waiting_run(struct virtio_blk *b);   // those that find tokens now
 
-void blk_written(struct virtio_blk *b, const struct blk_request *r); // where b->written is
+void blk_written(struct virtio_blk *b, const struct blk_request *r); // notes what it changed
+void blk_since_drop(struct virtio_blk *b);
 
 extern const struct disk_ops blk_disk_ops;
 

@@ -45,8 +45,21 @@ static int disk_begin(struct block_disk *d, struct error *err)
     if (!ret) { // nothing changes it from here on
         struct disk_info now;
         d->ops->info(d->dev, &now);
+        memcpy(d->info.since, now.since, DISK_ID_LEN);
         if (now.size != d->info.size)
             ret = error_set(err, -EAGAIN, "%s: its size has just changed", d->info.path);
+    }
+    return ret;
+}
+
+// What is no hole, or what has changed since the destination had it.
+static int disk_start(struct block_disk *d, bool kept, struct error *err)
+{
+    int ret = 0;
+    if (kept) {
+        d->ops->changed(d->dev, d->todo);
+        bitmap_fill(d->sent, 0, d->nr, true);
+        return 0;
     }
     for (uint64_t at = 0, from; !ret && at < d->info.size;) {
         ret = d->ops->data(d->dev, at, &from, &at, err);
@@ -118,11 +131,35 @@ int block_move_describe(struct block_move *bm, struct wire *w, struct error *err
                                        .flags = d->info.overlay ? WIRE_DISK_OVERLAY : 0,
                                        .size = d->info.size,
                                        .base_size = d->info.base_size};
+        memcpy(disks[i].since, d->info.since, WIRE_ID_LEN);
         int ret = d->info.overlay ? d->ops->base_sum(d->dev, &disks[i].base_sum, err) : 0;
         if (ret)
             return ret;
     }
     return wire_put(w, WIRE_DISKS, 0, disks, bm->nr * sizeof(disks[0]), NULL, 0, err);
+}
+
+int block_move_start(struct block_move *bm, const struct wire_record *record, struct error *err)
+{
+    static const uint8_t none[WIRE_ID_LEN];
+    struct wire_kept kept;
+    wire_fixed(record, &kept, sizeof(kept));
+    int ret = 0;
+    for (unsigned i = 0; i < WIRE_DISKS_MAX && !ret; i++) {
+        bool is = kept.disks >> i & 1;
+        if (is && (i >= bm->nr || !memcmp(bm->disks[i].info.since, none, WIRE_ID_LEN)))
+            return error_set(err, -EPROTO, "kept record: disks 0x%x", kept.disks);
+        if (i < bm->nr)
+            ret = disk_start(&bm->disks[i], is, err);
+        bm->kept += is;
+    }
+    return ret;
+}
+
+void block_move_left(struct block_move *bm, const uint8_t id[WIRE_ID_LEN])
+{
+    for (unsigned i = 0; i < bm->nr; i++)
+        bm->disks[i].ops->left(bm->disks[i].dev, id);
 }
 
 void block_move_pass(struct block_move *bm)
@@ -136,7 +173,7 @@ void block_move_pass(struct block_move *bm)
     bm->passes++;
 }
 
-uint64_t block_move_left(const struct block_move *bm)
+uint64_t block_move_todo(const struct block_move *bm)
 {
     uint64_t blocks = 0;
     for (unsigned i = 0; i < bm->nr; i++)
@@ -263,13 +300,23 @@ static int disk_expect(struct block_intake *in, struct vm *vm, const struct wire
             "disk%u comes with the guest, and nobody has said where it is to be: ferry "
             "receive --disk FILE",
             disk->instance);
+    bool kept = false;
     struct block_disk *d = &in->disks[in->nr++];
     *d = (struct block_disk) {.dev = dev,
                               .ops = dev->class->disk,
                               .info = {.size = disk->size,
                                        .overlay = disk->flags & WIRE_DISK_OVERLAY,
                                        .base_size = disk->base_size}};
-    return d->ops->expect(dev, &d->info, disk->base_sum, err);
+    memcpy(d->info.since, disk->since, WIRE_ID_LEN);
+    int ret = d->ops->expect(dev, &d->info, disk->base_sum, &kept, err);
+    in->kept |= (uint32_t)kept << (in->nr - 1);
+    return ret;
+}
+
+int block_intake_kept(const struct block_intake *in, struct wire *w, struct error *err)
+{
+    struct wire_kept kept = {.disks = in->kept};
+    return wire_put(w, WIRE_KEPT, 0, &kept, sizeof(kept), NULL, 0, err);
 }
 
 int block_intake_disks(struct block_intake *in, struct vm *vm, const struct wire_record *record,
@@ -363,6 +410,12 @@ int block_intake_sync(struct block_intake *in, struct error *err)
         ret = in->disks[i].ops->sync(in->disks[i].dev, err);
     in->unsynced = in->unsynced && ret;
     return ret;
+}
+
+void block_intake_arrived(struct block_intake *in, const uint8_t id[WIRE_ID_LEN])
+{
+    for (unsigned i = 0; i < in->nr; i++)
+        in->disks[i].ops->arrived(in->disks[i].dev, id);
 }
 
 void block_intake_forget(struct vm *vm)

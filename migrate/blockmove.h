@@ -5,7 +5,7 @@
 //
 //   source                                                   destination
 //     | MACHINE with WIRE_MACHINE_DISKS, DISKS ---------------> | empty images of that size
-//     | <------------------------------------------------- READY|
+//     | <------------------------------------------- KEPT, READY|
 //     | BLOCKS ..., ROUND ------------------------------------> | writes; syncs
 //     | <------------------------------------------------- ROUND|
 //     | the same with what the guest has written meanwhile, until it is little;
@@ -15,6 +15,9 @@
 // last read. The device sets its bit after the write, before the guest hears of it; here the bit is
 // cleared before the block is read: what is read too early comes again. Zeroes cost a few bytes,
 // or nothing where the destination has never had anything else.
+//
+// A disk that came here by a move, and goes back to where it came from, is still there as it was
+// then (KEPT): only what has changed since is sent.
 #pragma once
 
 #include <stdatomic.h>
@@ -47,12 +50,17 @@ struct block_move {
     uint64_t total_bytes;            // of all disks
     uint64_t data_bytes, zero_bytes; // sent
     unsigned passes;                 // begun
+    unsigned kept;                   // disks of which only changes are sent
 };
 
 // From here on what the guest writes is noted. -ENOENT: it has no disk that could move.
 int block_move_create(struct block_move **bm, struct vm *vm, struct error *err);
 void block_move_free(struct block_move *bm); // NULL is fine
 int block_move_describe(struct block_move *bm, struct wire *w, struct error *err);
+// The answer to that: what the first pass is to send.
+int block_move_start(struct block_move *bm, const struct wire_record *kept, struct error *err);
+// The guest runs at the destination.
+void block_move_left(struct block_move *bm, const uint8_t id[WIRE_ID_LEN]);
 
 // A pass goes once over everything that is to be sent now.
 void block_move_pass(struct block_move *bm);
@@ -61,7 +69,7 @@ void block_move_pass(struct block_move *bm);
 int block_move_record(struct block_move *bm, struct wire *w, uint64_t max, bool *more,
                       struct error *err);
 // Bytes that a pass would begin with now, at most.
-uint64_t block_move_left(const struct block_move *bm);
+uint64_t block_move_todo(const struct block_move *bm);
 
 // --- the destination
 
@@ -70,16 +78,21 @@ struct block_intake {
     unsigned nr;
     uint8_t *buffer;
     bool unsynced;
+    uint32_t kept; // a bit for each disk whose image was here
     uint64_t data_bytes, zero_bytes;
 };
 
 // The DISKS record: the VM's images are empty and as large as those that come.
 int block_intake_disks(struct block_intake *in, struct vm *vm, const struct wire_record *record,
                        struct error *err);
+// Says which images were here already.
+int block_intake_kept(const struct block_intake *in, struct wire *w, struct error *err);
 // A BLOCKS record, with its data.
 int block_intake_record(struct block_intake *in, struct wire *w, const struct wire_record *record,
                         struct error *err);
 int block_intake_sync(struct block_intake *in, struct error *err); // all that came is durable
+// The guest is about to run here.
+void block_intake_arrived(struct block_intake *in, const uint8_t id[WIRE_ID_LEN]);
 // The guest will not run here. Also for images that nothing came into.
 void block_intake_forget(struct vm *vm);
 void block_intake_free(struct block_intake *in);

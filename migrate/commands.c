@@ -117,6 +117,7 @@ static json_t *json_report(const struct migrate_report *r)
         {"disk_bytes", r->disk_bytes},
         {"disk_zero_bytes", r->disk_zero_bytes},
         {"disk_passes", r->disk_passes},
+        {"disks_kept", r->disks_kept},
         {"total_us", r->total_ns / 1000},
         {"postcopy_us", r->postcopy_ns / 1000},
     };

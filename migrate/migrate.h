@@ -113,6 +113,7 @@ struct migrate_report {
     uint64_t state_bytes, wire_bytes;
     uint64_t disk_bytes, disk_zero_bytes; // of disks that went with it
     uint32_t disk_passes;
+    uint32_t disks_kept; // that the destination had, and of which only changes were sent
     uint64_t total_ns;
     uint64_t postcopy_ns; // from RUNNING to COMPLETE
     struct migrate_downtime downtime;

@@ -288,6 +288,8 @@ static int handshake(struct outgoing *out, struct error *err)
     if (!ret)
         ret = send_machine(out, err);
     if (!ret)
+        ret = disks_agree(out, err);
+    if (!ret)
         ret = wire_expect(&out->main.wire, &out->record, WIRE_READY, err);
     if (!ret && p->mode == MIGRATE_LOCAL)
         ret = hand_memory(out, err);
@@ -571,6 +573,8 @@ static int migrate_run(struct outgoing *out, struct error *err)
         ret = hand_over(out, postcopy, err);
     if (ret)
         ret = failed(out, ret, err);
+    if (!ret)
+        disks_gone(out);
     if (!ret)
         ret = settle(out, err);
     if (!ret && out->main.fd >= 0)

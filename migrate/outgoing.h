@@ -74,9 +74,11 @@ uint64_t outgoing_bytes(const struct outgoing *out);
 // them until little is left. disks_pass: one, after which the guest, if it is paused, has none
 // left.
 int disks_begin(struct outgoing *out, struct error *err);
+int disks_agree(struct outgoing *out, struct error *err); // hears what the destination has
 int disks_first(struct outgoing *out, struct error *err);
 int disks_pass(struct outgoing *out, struct error *err);
 uint64_t disks_left(const struct outgoing *out); // bytes
+void disks_gone(struct outgoing *out);           // the guest is the destination's
 void disks_end(struct outgoing *out);
 
 // No hints of free pages count any more. Harmless when none were asked for.

@@ -15,6 +15,20 @@ int disks_begin(struct outgoing *out, struct error *err)
     return out->params->disks ? block_move_create(&out->disks, out->vm, err) : 0;
 }
 
+int disks_agree(struct outgoing *out, struct error *err)
+{
+    if (!out->disks)
+        return 0;
+    int ret = wire_expect(&out->main.wire, &out->record, WIRE_KEPT, err);
+    return ret ? ret : block_move_start(out->disks, &out->record, err);
+}
+
+void disks_gone(struct outgoing *out)
+{
+    if (out->disks)
+        block_move_left(out->disks, out->report->id);
+}
+
 void disks_end(struct outgoing *out)
 {
     const struct block_move *bm = out->disks;
@@ -22,6 +36,7 @@ void disks_end(struct outgoing *out)
         out->report->disk_bytes = bm->data_bytes;
         out->report->disk_zero_bytes = bm->zero_bytes;
         out->report->disk_passes = bm->passes;
+        out->report->disks_kept = bm->kept;
     }
     block_move_free(out->disks);
     out->disks = NULL;
@@ -29,7 +44,7 @@ void disks_end(struct outgoing *out)
 
 uint64_t disks_left(const struct outgoing *out)
 {
-    return out->disks ? block_move_left(out->disks) : 0;
+    return out->disks ? block_move_todo(out->disks) : 0;
 }
 
 // With a low bandwidth limit records get small, so that a write takes about 50 ms at most.

@@ -351,7 +351,9 @@ static int expect_streams(struct receive *r, struct error *err)
 static int take_disks(struct receive *r, struct error *err)
 {
     int ret = wire_expect(&r->main.wire, &r->record, WIRE_DISKS, err);
-    return ret ? ret : block_intake_disks(&r->disks, r->vm, &r->record, err);
+    if (!ret)
+        ret = block_intake_disks(&r->disks, r->vm, &r->record, err);
+    return ret ? ret : block_intake_kept(&r->disks, &r->main.wire, err);
 }
 
 static int take_machine(struct receive *r, struct error *err)
@@ -632,6 +634,7 @@ static int take_commit(struct receive *r, struct error *err)
 static int run(struct receive *r, struct error *err)
 {
     uint64_t start = time_ns();
+    block_intake_arrived(&r->disks, r->report->id);
     if (!r->stay_paused)
         vm_resume(r->vm);
     r->report->resume_ns = time_ns() - start;

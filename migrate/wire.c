@@ -14,7 +14,7 @@ _Static_assert(sizeof(struct wire_hello) == 32 && sizeof(struct wire_machine) ==
 _Static_assert(sizeof(struct wire_run) == 16 && sizeof(struct wire_pages) == 16, "no padding");
 _Static_assert(sizeof(struct wire_packed_page) == 16 && sizeof(struct wire_packed) == 8,
                "no padding");
-_Static_assert(sizeof(struct wire_disk) == 32 && sizeof(struct wire_blocks) == 16 &&
+_Static_assert(sizeof(struct wire_disk) == 48 && sizeof(struct wire_blocks) == 16 &&
                    sizeof(struct wire_extent) == 16,
                "no padding");
 _Static_assert(sizeof(struct kvm_cpuid_entry2) == 40, "CPUID entries travel as KVM has them");
@@ -64,6 +64,7 @@ static const struct wire_limit limits[WIRE_TYPES] = {
     [WIRE_FAULTS] = FIXED("faults", struct wire_faults),
     [WIRE_DISKS] = {"disks", sizeof(struct wire_disk), WIRE_DISKS_MAX * sizeof(struct wire_disk),
                     0},
+    [WIRE_KEPT] = FIXED("kept", struct wire_kept),
     [WIRE_BLOCKS] = {"blocks", sizeof(struct wire_blocks) + sizeof(struct wire_extent),
                      sizeof(struct wire_blocks) + WIRE_EXTENTS_MAX * sizeof(struct wire_extent),
                      WIRE_BLOCKS_DATA},

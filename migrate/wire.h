@@ -85,6 +85,7 @@ enum wire_type {
     WIRE_MEMORY,
     WIRE_DISKS,
     WIRE_BLOCKS,
+    WIRE_KEPT,
     WIRE_TYPES,
 };
 
@@ -201,6 +202,13 @@ struct wire_disk {     // DISKS: one for each disk that goes with the guest
     uint64_t size;      // bytes
     uint64_t base_size; // of an overlay: of what lies under it, which stays
     uint32_t base_sum;
+    uint32_t reserved;
+    uint8_t since[WIRE_ID_LEN]; // the move since which its changes are known; zeroes: none
+};
+
+// From the destination, before READY: of those in DISKS it has what left by the move `since`.
+struct wire_kept {
+    uint32_t disks; // a bit each
     uint32_t reserved;
 };
 

@@ -16,6 +16,7 @@ struct device;
 enum {
     DISK_BLOCK = 64 * 1024, // bytes that a bit of `written` stands for
     DISK_UNIT = 4096,       // stretches begin at multiples of it, and end there or with the disk
+    DISK_ID_LEN = 16,       // of a move: the migration's
 };
 
 #define DISK_SIZE_MAX (64ull << 40) // bytes
@@ -26,6 +27,9 @@ struct disk_info {
     bool read_only;
     bool overlay;       // only what it has is moved; its base is at both hosts:
     uint64_t base_size; // bytes of it
+    // The move by which it came here, if what has changed since then is known; else zeroes. At the
+    // host it left then, it may still be as it was.
+    uint8_t since[DISK_ID_LEN];
 };
 
 struct disk_ops {
@@ -45,14 +49,23 @@ struct disk_ops {
     // Of an overlay only a stretch that it has.
     int (*read)(struct device *dev, uint64_t offset, void *data, uint64_t len, struct error *err);
 
+    // Sets the bits of blocks that have changed since the move of that name.
+    void (*changed)(struct device *dev, uint64_t *blocks);
+    // The guest runs elsewhere, with this image as it is: a later move back can build on it.
+    void (*left)(struct device *dev, const uint8_t id[DISK_ID_LEN]);
+
     // The destination's side, before the guest is loaded. Locks the image, and makes it an empty
-    // one for this disk. -EEXIST: there is something in it already.
-    int (*expect)(struct device *dev, const struct disk_info *disk, uint32_t base_sum,
+    // one for this disk; or it is the disk as it left by the move disk->since, and stays (*kept).
+    // -EEXIST: there is something else in it.
+    int (*expect)(struct device *dev, const struct disk_info *disk, uint32_t base_sum, bool *kept,
                   struct error *err);
     // NULL: zeroes. The stretch was checked.
     int (*write)(struct device *dev, uint64_t offset, const void *data, uint64_t len,
                  struct error *err);
     int (*sync)(struct device *dev, struct error *err); // what was written is durable
-    // It came to nothing: an image that was made is removed, one that was filled is emptied.
+    // All of it is here, by this move, and the guest is about to run.
+    void (*arrived)(struct device *dev, const uint8_t id[DISK_ID_LEN]);
+    // It came to nothing: an image that was made is removed, one that was filled is emptied, one
+    // that was kept can be kept again.
     void (*forget)(struct device *dev);
 };

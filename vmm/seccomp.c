@@ -239,6 +239,9 @@ static const struct rule rules[] = {
     CALL(fchmod, LW), // a socket that is its owner's only
     CALL(fstatfs, LW),
     CALL(fadvise64, LW),
+    CALL(fsetxattr, LW), // a disk that went to another host, and comes back
+    CALL(fgetxattr, LW),
+    CALL(fremovexattr, LW),
     CALL(getdents64, LW),
     CALL(flock, LW),
     CALL(unlink, LW),

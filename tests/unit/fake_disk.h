@@ -21,6 +21,8 @@ struct fake_disk {
     bool has[FAKE_UNITS_MAX]; // units that are not holes, or that the overlay has
     _Atomic uint64_t *written;
     int refuse;                 // what expect, read and write say
+    uint8_t since[DISK_ID_LEN]; // what info says, and what it will keep
+    uint64_t changed;           // the first 64 blocks
     unsigned synced, forgotten; // calls
     uint64_t read_bytes, write_bytes;
     // Called in the middle of a read: the guest goes on meanwhile.
@@ -40,6 +42,7 @@ static inline void fake_info(struct device *dev, struct disk_info *info)
                                 .read_only = f->read_only,
                                 .overlay = f->overlay,
                                 .base_size = f->overlay ? f->size : 0};
+    memcpy(info->since, f->since, DISK_ID_LEN);
 }
 
 static inline int fake_base_sum(struct device *dev, uint32_t *sum, struct error *err)
@@ -85,12 +88,23 @@ static inline int fake_read(struct device *dev, uint64_t offset, void *data, uin
 }
 
 static inline int fake_expect(struct device *dev, const struct disk_info *disk, uint32_t base_sum,
-                              struct error *err)
+                              bool *kept, struct error *err)
 {
     struct fake_disk *f = fake_of(dev);
     if (f->refuse || disk->size != f->size || disk->overlay != f->overlay)
         return error_set(err, f->refuse ? f->refuse : -EINVAL, "the fake disk refuses");
+    *kept = *f->since && !memcmp(f->since, disk->since, DISK_ID_LEN);
     return 0;
+}
+
+static inline void fake_changed(struct device *dev, uint64_t *blocks)
+{
+    *blocks |= fake_of(dev)->changed;
+}
+
+static inline void fake_named(struct device *dev, const uint8_t id[DISK_ID_LEN])
+{
+    memcpy(fake_of(dev)->since, id, DISK_ID_LEN);
 }
 
 static inline int fake_write(struct device *dev, uint64_t offset, const void *data, uint64_t len,
@@ -130,6 +144,9 @@ static const struct disk_ops fake_ops = {.info = fake_info,
                                          .expect = fake_expect,
                                          .write = fake_write,
                                          .sync = fake_sync,
+                                         .changed = fake_changed,
+                                         .left = fake_named,
+                                         .arrived = fake_named,
                                          .forget = fake_forget};
 static const struct device_class fake_class = {.name = "fake", .disk = &fake_ops};
 

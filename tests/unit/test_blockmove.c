@@ -70,6 +70,19 @@ static int link_take(struct link *l, struct block_intake *in, struct fake_disk *
     return ret;
 }
 
+// What the destination answers.
+static void agree(struct block_move *bm, struct link *l, struct block_intake *in,
+                  struct fake_disk *to)
+{
+    OK(block_move_describe(bm, &l->wire, &err));
+    OK(link_take(l, in, to, &err));
+    OK(block_intake_kept(in, &l->wire, &err));
+    wire_mem_init(&l->in, l->data, l->len);
+    OK(wire_expect(&l->in.wire, &l->record, WIRE_KEPT, &err));
+    OK(block_move_start(bm, &l->record, &err));
+    l->len = 0;
+}
+
 static void pass(struct block_move *bm, struct link *l, uint64_t max)
 {
     bool more = true;
@@ -103,15 +116,15 @@ static void moves(unsigned seed, bool overlay, uint64_t max)
         fill(a, seed);
     OK(block_move_create(&bm, a->vm, &err));
     ck_assert_uint_eq(bm->total_bytes, SIZE);
-    OK(block_move_describe(bm, &l.wire, &err));
+    agree(bm, &l, &in, b);
     for (unsigned i = 0; i < 5; i++) {
         pass(bm, &l, max);
-        ck_assert_uint_eq(block_move_left(bm), 0);
+        ck_assert_uint_eq(block_move_todo(bm), 0);
         OK(link_take(&l, &in, b, &err));
         ck_assert(!memcmp(a->bytes, b->bytes, SIZE));
         ck_assert_uint_eq(bm->passes, i + 1);
         fill(a, seed + i + 1);
-        ck_assert_uint_gt(block_move_left(bm), 0);
+        ck_assert_uint_gt(block_move_todo(bm), 0);
     }
     ck_assert_uint_eq(bm->data_bytes, in.data_bytes);
     ck_assert_uint_eq(bm->zero_bytes, in.zero_bytes);
@@ -149,8 +162,8 @@ START_TEST(test_costs)
     fake_guest(a, 10 * DISK_BLOCK, 0, 5 * DISK_BLOCK); // there, and zero
     fake_guest(a, SIZE - 512, 9, 512);
     OK(block_move_create(&bm, a->vm, &err));
-    ck_assert_uint_eq(block_move_left(bm), 7 * DISK_BLOCK);
-    OK(block_move_describe(bm, &l.wire, &err));
+    agree(bm, &l, &in, b);
+    ck_assert_uint_eq(block_move_todo(bm), 7 * DISK_BLOCK);
     pass(bm, &l, UINT64_MAX);
     ck_assert_uint_eq(bm->data_bytes, DISK_BLOCK + 1536);
     ck_assert_uint_eq(bm->zero_bytes, 0);
@@ -172,6 +185,48 @@ START_TEST(test_costs)
 }
 END_TEST
 
+// Where it came from it still is, but for what has changed since; zeroes count then.
+START_TEST(test_back)
+{
+    static const uint8_t id[WIRE_ID_LEN] = "a move";
+    struct fake_disk *a = fake_new(SIZE, false), *b = fake_new(SIZE, false);
+    for (unsigned known = 0; known < 2; known++) {
+        struct block_intake in = {0};
+        struct block_move *bm;
+        struct link l;
+        link_open(&l);
+        fill(a, 3);
+        memcpy(b->bytes, a->bytes, SIZE);
+        fake_guest(a, 2 * DISK_BLOCK, 5, DISK_BLOCK);
+        fake_guest(a, 20 * DISK_BLOCK, 0, DISK_BLOCK);
+        a->changed = 1ull << 2 | 1ull << 20;
+        memcpy(a->since, id, sizeof(id));
+        if (known)
+            memcpy(b->since, id, sizeof(id));
+        else
+            memset(b->bytes, 0, SIZE);
+        OK(block_move_create(&bm, a->vm, &err));
+        agree(bm, &l, &in, b);
+        ck_assert_uint_eq(bm->kept, known);
+        if (known)
+            ck_assert_uint_eq(block_move_todo(bm), 2 * DISK_BLOCK);
+        fake_guest(a, 30 * DISK_BLOCK, 6, 100); // and it goes on
+        pass(bm, &l, UINT64_MAX);
+        OK(link_take(&l, &in, b, &err));
+        ck_assert(!memcmp(a->bytes, b->bytes, SIZE));
+        if (known)
+            ck_assert_uint_eq(bm->data_bytes + bm->zero_bytes, 3 * DISK_BLOCK);
+        block_intake_arrived(&in, (const uint8_t *)"another one.....");
+        ck_assert_uint_eq(b->since[1], 'n');
+        block_move_free(bm);
+        block_intake_free(&in);
+        link_close(&l);
+    }
+    fake_free(a);
+    fake_free(b);
+}
+END_TEST
+
 static void write_behind(struct fake_disk *f, uint64_t offset)
 {
     f->reading = NULL;
@@ -188,12 +243,12 @@ START_TEST(test_race)
     link_open(&l);
     fake_guest(a, 5 * DISK_BLOCK, 1, DISK_BLOCK);
     OK(block_move_create(&bm, a->vm, &err));
-    OK(block_move_describe(bm, &l.wire, &err));
+    agree(bm, &l, &in, b);
     a->reading = write_behind;
     pass(bm, &l, UINT64_MAX);
     OK(link_take(&l, &in, b, &err));
     ck_assert(memcmp(a->bytes, b->bytes, SIZE));
-    ck_assert_uint_eq(block_move_left(bm), DISK_BLOCK);
+    ck_assert_uint_eq(block_move_todo(bm), DISK_BLOCK);
     pass(bm, &l, UINT64_MAX);
     OK(link_take(&l, &in, b, &err));
     ck_assert(!memcmp(a->bytes, b->bytes, SIZE));
@@ -220,8 +275,13 @@ START_TEST(test_errors)
     a->dev.class = &(const struct device_class) {.name = "serial"};
     ck_assert_int_eq(block_move_create(&bm, a->vm, &why), -ENOENT);
     a->dev.class = &fake_class;
-    fake_guest(a, 0, 1, 4096);
     OK(block_move_create(&bm, a->vm, &err));
+    for (unsigned i = 0; i < 2; i++) { // of disks that there are not; of one that nobody knows
+        struct wire_kept kept = {.disks = 2u >> i};
+        struct wire_record record = {.meta = (uint8_t *)&kept};
+        ck_assert_int_eq(block_move_start(bm, &record, &why), -EPROTO);
+    }
+    fake_guest(a, 0, 1, 4096);
     block_move_pass(bm);
     a->refuse = -EIO;
     ck_assert_int_eq(block_move_record(bm, &l.wire, UINT64_MAX, &more, &why), -EIO);
@@ -360,6 +420,7 @@ int main(void)
     tcase_set_timeout(tc, 60);
     tcase_add_test(tc, test_moves);
     tcase_add_test(tc, test_costs);
+    tcase_add_test(tc, test_back);
     tcase_add_test(tc, test_race);
     tcase_add_test(tc, test_errors);
     tcase_add_test(tc, test_hostile_blocks);
