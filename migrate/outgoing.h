@@ -5,6 +5,7 @@
 #include "migrate/channel.h"
 #include "migrate/migrate.h"
 #include "migrate/pages.h"
+#include "migrate/squeeze.h"
 #include "migrate/throttle.h"
 #include "vmm/stream.h"
 #include "vmm/vm.h"
@@ -28,7 +29,9 @@ struct outgoing {
     struct throttle throttle;
     uint64_t write_bytes, write_ns; // lately: what writing to the link costs
     struct page_presence presence;
-    _Atomic uint64_t *hints;                    // NULL unless the guest is giving some
+    _Atomic uint64_t *hints; // NULL unless the guest gave some
+    bool hinting;            // it may give more
+    struct squeeze squeeze;
     unsigned version;                           // of the format, agreed on
     uint64_t bandwidth;                         // estimate, bytes of guest memory/s
     uint64_t rtt_ns;                            // measured in the handshake

@@ -77,6 +77,7 @@ int precopy_pass(struct outgoing *out, struct error *err)
             return ret;
         remaining -= out->batch->nr_data + out->batch->nr_zero + out->packer.nr;
         if (out->owner == SOURCE_RUNNING && time_ns() >= report_at) {
+            squeeze_look(out);
             outgoing_progress(out, MIGRATE_ROUNDS, remaining * PAGE_SIZE);
             report_at = time_ns() + 200000000;
         }
@@ -173,6 +174,13 @@ static void hints_wait(struct outgoing *out, struct ram_hinter *hinter)
     } while (now - start < HINTS_NS && now - news < HINT_NS && !poll(&cancel, 1, 2));
 }
 
+static void hints_stop(struct outgoing *out)
+{
+    if (out->hinting)
+        out->vm->ram.hinter->end(out->vm->ram.hinter);
+    out->hinting = false;
+}
+
 // During the first round only: it sends everything, later ones what the guest has just used.
 static void hints_begin(struct outgoing *out)
 {
@@ -180,20 +188,23 @@ static void hints_begin(struct outgoing *out)
     out->hints = ram->hinter ? calloc(ram_bitmap_words(ram), sizeof(*out->hints)) : NULL;
     if (!out->hints)
         return; // without hints it only takes longer
-    if (!ram->hinter->start(ram->hinter, out->hints)) {
+    out->hinting = ram->hinter->start(ram->hinter, out->hints);
+    if (!out->hinting) {
         free((void *)out->hints);
         out->hints = NULL;
         return;
     }
     out->presence.hinted = out->hints;
     hints_wait(out, ram->hinter);
+    if (!ram->hinter->progress(ram->hinter))
+        hints_stop(out); // it has named everything: it may use it again, and tells by writing
 }
 
 void precopy_hints_end(struct outgoing *out)
 {
     if (!out->hints)
         return;
-    out->vm->ram.hinter->end(out->vm->ram.hinter);
+    hints_stop(out);
     out->presence.hinted = NULL;
     free((void *)out->hints);
     out->hints = NULL;
@@ -206,6 +217,7 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
 {
     uint64_t start = time_ns(), before = out->main.wire.out, pages = out->report->data_pages;
     outgoing_round(out, bitmap_count(out->todo, out->vm->ram.pages) * PAGE_SIZE);
+    squeeze_look(out);
     int ret = precopy_pass(out, err);
     out->report->rounds++;
     out->packer.again = true;
@@ -229,9 +241,10 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
     *postcopy = out->params->mode == MIGRATE_POSTCOPY || out->params->mode == MIGRATE_HYBRID;
     if (out->params->mode == MIGRATE_LOCAL)
         return 0; // nothing to send
+    squeeze_begin(out);
     bitmap_fill(out->todo, 0, out->vm->ram.pages, true);
     if (out->params->mode == MIGRATE_POSTCOPY)
-        return 0;
+        return outgoing_check_cancel(out, err);
     bool old = out->version < 2; // who does not know PACKED
     packer_init(&out->packer, &out->vm->ram, old ? PACK_NEVER : out->params->compress,
                 out->params->delta_cache);
