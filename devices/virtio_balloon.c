@@ -12,7 +12,6 @@
 enum {
     QUEUE_SIZE = 128, // Linux wants at least 32 for reporting
     PFNS = 256,       // numbers read, sorted and merged at once; Linux sends as many in a request
-    STATS = 10,       // tags 0 .. 9
     STATS_READ = 64,  // entries looked at in one buffer
 };
 
@@ -35,7 +34,21 @@ struct balloon_space { // 5.5.4, little endian
 };
 _Static_assert(sizeof(struct balloon_space) == 16, "virtio 1.2, 5.5.4");
 
-struct __attribute__((packed)) stat_entry { // 5.5.6.3
+enum stat_tag { // 5.5.6.3
+    STAT_SWAP_IN,
+    STAT_SWAP_OUT,
+    STAT_MAJOR_FAULTS,
+    STAT_MINOR_FAULTS,
+    STAT_FREE,
+    STAT_TOTAL,
+    STAT_AVAILABLE,
+    STAT_CACHES,
+    STAT_HUGE_ALLOCATIONS,
+    STAT_HUGE_FAILURES,
+    STATS,
+};
+
+struct __attribute__((packed)) stat_entry {
     uint16_t tag;
     uint64_t value;
 };
@@ -80,6 +93,10 @@ struct virtio_balloon {
     bool stats_held;
     uint16_t stats_known; // a bit for each tag
     uint64_t stats[STATS];
+    uint64_t stats_serial; // counts what was said
+
+    struct ram_balloon balloon;
+    uint64_t taken; // bytes that a migration wants beyond config.target
 
     struct ram_hinter hinter;
     enum hint_state hint_state;
@@ -257,6 +274,7 @@ static void stats_read(struct virtio_balloon *b)
         b->stats[entries[i].tag] = entries[i].value;
         b->stats_known |= (uint16_t)(1u << entries[i].tag);
     }
+    b->stats_serial++;
 }
 
 static bool stats_run(struct virtio_balloon *b, unsigned queue)
@@ -291,6 +309,61 @@ static void stats_due(struct virtio *v, struct virtio_bell *bell)
     b->stats_held = false;
     virtio_push(v, (unsigned)queue, &b->stats_chains[b->stats_at], 0);
     virtio_signal(v, (unsigned)queue);
+}
+
+// --- what a migration takes
+
+// Config space shows what the user and a migration want together.
+static void target_show(struct virtio_balloon *b)
+{
+    uint64_t most = b->v.dev.vm->ram.size, want = b->config.target;
+    want += b->taken < most - want ? b->taken : most - want;
+    uint32_t pages = (uint32_t)(want / PAGE_SIZE);
+    if (pages == b->space.num_pages)
+        return;
+    b->space.num_pages = pages;
+    space_publish(b);
+    virtio_config_changed(&b->v);
+}
+
+static uint64_t said(const struct virtio_balloon *b, enum stat_tag tag)
+{
+    return b->stats_known & 1u << tag ? b->stats[tag] : UINT64_MAX;
+}
+
+static bool balloon_look(struct ram_balloon *balloon, struct ram_guest_says *says)
+{
+    struct virtio_balloon *b = container_of(balloon, struct virtio_balloon, balloon);
+    pthread_mutex_lock(&b->v.dev.lock);
+    bool listens = b->v.active && b->v.status & VIRTIO_DRIVER_OK && b->v.accepted & F_STATS;
+    *says = (struct ram_guest_says) {.serial = b->stats_serial,
+                                     .free = said(b, STAT_FREE),
+                                     .available = said(b, STAT_AVAILABLE),
+                                     .swapped_out = said(b, STAT_SWAP_OUT),
+                                     .major_faults = said(b, STAT_MAJOR_FAULTS),
+                                     .held = b->space.actual * PAGE_SIZE,
+                                     .wanted = b->config.target};
+    pthread_mutex_unlock(&b->v.dev.lock);
+    return listens;
+}
+
+// The loop's thread gives the driver its buffer back.
+static void balloon_ask(struct ram_balloon *balloon)
+{
+    struct virtio_balloon *b = container_of(balloon, struct virtio_balloon, balloon);
+    pthread_mutex_lock(&b->v.dev.lock);
+    struct itimerspec when = {.it_value.tv_nsec = 1, .it_interval.tv_sec = (time_t)b->config.stats};
+    timerfd_settime(b->timer->fd, 0, &when, NULL);
+    pthread_mutex_unlock(&b->v.dev.lock);
+}
+
+static void balloon_take(struct ram_balloon *balloon, uint64_t bytes)
+{
+    struct virtio_balloon *b = container_of(balloon, struct virtio_balloon, balloon);
+    pthread_mutex_lock(&b->v.dev.lock);
+    b->taken = bytes;
+    target_show(b);
+    pthread_mutex_unlock(&b->v.dev.lock);
 }
 
 // --- hints
@@ -495,8 +568,11 @@ static int balloon_realize(struct device *dev, const void *config, struct error 
         return ret;
     }
     b->hinter = (struct ram_hinter) {hint_start, hint_progress, hint_end};
+    b->balloon = (struct ram_balloon) {balloon_look, balloon_ask, balloon_take};
     if (!dev->vm->ram.hinter)
         dev->vm->ram.hinter = &b->hinter;
+    if (!dev->vm->ram.balloon)
+        dev->vm->ram.balloon = &b->balloon;
     return 0;
 }
 
@@ -505,6 +581,8 @@ static void balloon_unrealize(struct device *dev)
     struct virtio_balloon *b = balloon_dev(dev);
     if (dev->vm->ram.hinter == &b->hinter)
         dev->vm->ram.hinter = NULL;
+    if (dev->vm->ram.balloon == &b->balloon)
+        dev->vm->ram.balloon = NULL;
     virtio_bell_close(b->timer);
     virtio_unrealize(&b->v);
 }
@@ -537,6 +615,7 @@ static int balloon_load(void *object, uint16_t version, struct error *err)
                         HINT_FIRST);
     if (ret) {
         b->space = (struct balloon_space) {0};
+        b->config.target = b->taken = 0;
         b->config.stats = 0;
         b->hint_next = HINT_FIRST;
         return ret;
@@ -546,6 +625,7 @@ static int balloon_load(void *object, uint16_t version, struct error *err)
     b->stats_known = 0;
     b->hint_state = HINT_IDLE;
     b->config.target = target;
+    b->taken = 0;
     space_publish(b);
     stats_timer_set(b);
     pthread_mutex_unlock(&b->v.dev.lock);
@@ -583,7 +663,7 @@ static void show_number(json_t *out, const char *name, uint64_t value)
 static void balloon_show(struct device *dev, json_t *out)
 {
     static const char *const names[STATS] = {
-        "swap_in", "swap_out",  "major_faults", "minor_faults",        "free",
+        "swap_in", "swap_out",  "major_faults", "minor_faults",        "free", // enum stat_tag
         "total",   "available", "caches",       "hugetlb_allocations", "hugetlb_failures"};
     struct virtio_balloon *b = balloon_dev(dev);
     pthread_mutex_lock(&dev->lock);
@@ -591,7 +671,8 @@ static void balloon_show(struct device *dev, json_t *out)
     for (unsigned i = 0; i < STATS; i++)
         if (b->stats_known & 1u << i)
             show_number(stats, names[i], b->stats[i]);
-    show_number(out, "target_bytes", b->space.num_pages * PAGE_SIZE);
+    show_number(out, "target_bytes", b->config.target);
+    show_number(out, "migration_bytes", b->space.num_pages * PAGE_SIZE - b->config.target);
     show_number(out, "actual_bytes", b->space.actual * PAGE_SIZE);
     show_number(out, "inflated_bytes", b->inflated);
     show_number(out, "reported_bytes", b->reported);
@@ -640,12 +721,8 @@ static int balloon_set(struct device *dev, const char *key, const char *value, s
     if (ret)
         return ret;
     pthread_mutex_lock(&dev->lock);
-    if (target != b->config.target) {
-        b->config.target = target;
-        b->space.num_pages = (uint32_t)(target / PAGE_SIZE);
-        space_publish(b);
-        virtio_config_changed(&b->v);
-    }
+    b->config.target = target;
+    target_show(b);
     if (stats != b->config.stats) {
         b->config.stats = stats;
         stats_timer_set(b);

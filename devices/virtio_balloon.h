@@ -7,6 +7,9 @@
 //    rather than kill its processes. A page that it uses again is simply touched.
 //  - Statistics: what the guest says of its memory, asked for every so many seconds.
 //  - Free page reporting: large free pages are named as they become free, unasked, and given back.
+//  - What a migration takes (struct ram_balloon): it may want more held than the target while it
+//    works, from what the guest says. That is no part of the saved state: the guest has its memory
+//    back as soon as it runs again, here or there.
 //  - Free page hinting: during the first round of a migration (struct ram_hinter) the guest names
 //    free pages, whose content need not be sent.
 //

@@ -62,6 +62,7 @@ static json_t *json_progress(const struct migrate_progress *p)
         {"dirty_bytes", p->dirty_bytes},
         {"dirty_rate", p->dirty_rate},
         {"throttle_percent", p->throttle},
+        {"balloon_bytes", p->balloon_bytes},
         {"bandwidth", p->bandwidth},
         {"disk_bytes", p->disk_bytes},
         {"disk_sent_bytes", p->disk_sent_bytes},
@@ -100,6 +101,9 @@ static json_t *json_report(const struct migrate_report *r)
         {"rounds", r->rounds},
         {"data_pages", r->data_pages},
         {"zero_pages", r->zero_pages},
+        {"free_pages", r->free_pages},
+        {"balloon_bytes", r->balloon_bytes},
+        {"balloon_us", r->balloon_ns / 1000},
         {"lz4_pages", r->lz4_pages},
         {"lz4_bytes", r->lz4_bytes},
         {"delta_pages", r->delta_pages},
@@ -224,8 +228,9 @@ static const struct schema_field migrate_fields[] = {
     {"compress", SCHEMA_STRING, .choices = packings},
     {"delta_cache", SCHEMA_INTEGER},                                    // bytes
     {"connections", SCHEMA_INTEGER, .min = 1, .max = WIRE_STREAMS_MAX}, // of pre-copy
-    {"disk", SCHEMA_BOOL},    // images of this host go with the guest
-    {"history", SCHEMA_BOOL}, // what happened when, in the reply
+    {"disk", SCHEMA_BOOL},                // images of this host go with the guest
+    {"balloon", SCHEMA_STRING, .min = 1}, // auto, off, or a size
+    {"history", SCHEMA_BOOL},             // what happened when, in the reply
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},
@@ -288,6 +293,7 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
            *rounds = json_object_get(args, "max_rounds"),
            *prepaging = json_object_get(args, "prepaging"),
            *compress = json_object_get(args, "compress"),
+           *balloon = json_object_get(args, "balloon"),
            *delta_cache = json_object_get(args, "delta_cache"),
            *connections = json_object_get(args, "connections");
     p->to = json_string_value(json_object_get(args, "to"));
@@ -308,6 +314,8 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
         ret = migrate_stall_parse(json_string_value(stall), &p->on_stall, err);
     if (!ret && json_is_string(compress))
         ret = pack_when_parse(json_string_value(compress), &p->compress, err);
+    if (!ret && json_is_string(balloon))
+        ret = migrate_balloon_parse(json_string_value(balloon), &p->balloon, err);
     if (!ret && json_is_string(prepaging))
         ret = prepage_parse(json_string_value(prepaging), &p->prepaging, err);
     return ret ? ret : security_args(p, args, err);

@@ -66,6 +66,7 @@ struct migrate_params {
     unsigned connections;              // pre-copy: over so many, 1 to WIRE_STREAMS_MAX
     uint64_t delta_cache;              // bytes of copies for what changes only a little; 0 = none
     bool disks;                        // images of this host go with the guest
+    uint64_t balloon;                  // bytes the guest may be made to give up; 0 = none
     bool keep_history;                 // in struct migration, for the reply
     unsigned handshake_ms, idle_ms;    // time-outs
     unsigned ask_ms;                   // how long to ask a destination that did not answer COMMIT
@@ -87,6 +88,8 @@ enum migrate_phase {
 const char *migrate_phase_name(enum migrate_phase phase);
 const char *migrate_mode_name(enum migrate_mode mode);
 int migrate_mode_parse(const char *text, enum migrate_mode *mode, struct error *err);
+// "auto" (as much as it has to spare), "off" or a size.
+int migrate_balloon_parse(const char *text, uint64_t *most, struct error *err);
 int migrate_stall_parse(const char *text, enum migrate_stall *stall, struct error *err);
 
 // The parts of the downtime as the source's clock sees them, ns; load is the destination's figure.
@@ -101,6 +104,8 @@ struct migrate_report {
     enum migrate_mode mode; // what it became: a stalled pre-copy may end as MIGRATE_HYBRID
     uint32_t rounds;
     uint64_t data_pages, zero_pages;     // sent
+    uint64_t free_pages;                 // part of zero_pages: the guest said it does not need them
+    uint64_t balloon_bytes, balloon_ns;  // most taken from the guest; wait before the first round
     uint64_t lz4_pages, lz4_bytes;       // part of data_pages, and what became of them
     uint64_t delta_pages, delta_bytes;   // the same for pages sent as changes
     uint64_t pushed_pages, demand_pages; // post-copy, part of data_pages
@@ -133,6 +138,7 @@ struct migrate_progress {
     uint64_t expected_downtime_ns; // UINT64_MAX = not known
     uint64_t disk_bytes;           // of disks that go with it
     uint64_t disk_sent_bytes;      // of their data
+    uint64_t balloon_bytes;        // taken from the guest, not to be sent
     unsigned throttle;             // percent of its time the guest stands still
     uint64_t time_left_ns;         // until everything is sent if the guest goes on like this, same
 };

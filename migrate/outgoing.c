@@ -75,6 +75,18 @@ int migrate_stall_parse(const char *text, enum migrate_stall *stall, struct erro
                      text);
 }
 
+int migrate_balloon_parse(const char *text, uint64_t *most, struct error *err)
+{
+    if (!strcmp(text, "off"))
+        *most = 0;
+    else if (!strcmp(text, "auto"))
+        *most = UINT64_MAX;
+    else if (size_parse(text, MiB, most))
+        return error_set(err, -EINVAL, "balloon '%.40s': expected auto, off or a size, e.g. 512M",
+                         text);
+    return 0;
+}
+
 int migration_init(struct migration *m, struct error *err)
 {
     *m = (struct migration) {.cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK),
@@ -168,6 +180,7 @@ void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t 
     m->progress.disk_bytes = out->disks ? out->disks->total_bytes : 0;
     m->progress.disk_sent_bytes = out->disks ? out->disks->data_bytes : 0;
     m->progress.throttle = out->report->throttle;
+    m->progress.balloon_bytes = out->squeeze.held;
     m->progress.time_left_ns =
         sending ? time_left(remaining, bandwidth, phase == MIGRATE_ROUNDS ? out->dirty_rate : 0)
                 : UINT64_MAX;
@@ -321,6 +334,7 @@ static int stop_and_save(struct outgoing *out, struct error *err)
         ret = vm_pause(out->vm, err);
     uint64_t t1 = time_ns();
     d->stop = t1 - t0;
+    squeeze_end(out); // what is saved is a balloon that shall be as before
     if (!ret)
         ret = vm_save(out->vm, &out->state.stream, err);
     d->save = time_ns() - t1;
@@ -513,6 +527,8 @@ static void outgoing_release(struct outgoing *out)
     postcopy_end(out);
     disks_end(out);
     precopy_hints_end(out);
+    squeeze_end(out);
+    out->report->free_pages += out->presence.nr_free;
     throttle_end(&out->throttle);
     out->report->lz4_pages += out->packer.lz4_pages;
     out->report->lz4_bytes += out->packer.lz4_bytes;

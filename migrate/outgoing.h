@@ -6,6 +6,7 @@
 #include "migrate/channel.h"
 #include "migrate/migrate.h"
 #include "migrate/pages.h"
+#include "migrate/squeeze.h"
 #include "migrate/throttle.h"
 #include "vmm/stream.h"
 #include "vmm/vm.h"
@@ -30,12 +31,14 @@ struct outgoing {
     struct throttle throttle;
     uint64_t write_bytes, write_ns; // lately: what writing to the link costs
     struct page_presence presence;
-    _Atomic uint64_t *hints; // NULL unless the guest is giving some
-    unsigned version;        // of the format, agreed on
-    uint64_t bandwidth;      // estimate, bytes of guest memory/s
-    uint64_t rtt_ns;         // the shortest so far
-    uint64_t before;         // dirty bytes after the round before the last
-    uint32_t within;         // rounds after which the rest fitted the downtime limit
+    _Atomic uint64_t *hints; // NULL unless the guest gave some
+    bool hinting;            // it may give more
+    struct squeeze squeeze;
+    unsigned version;   // of the format, agreed on
+    uint64_t bandwidth; // estimate, bytes of guest memory/s
+    uint64_t rtt_ns;    // the shortest so far
+    uint64_t before;    // dirty bytes after the round before the last
+    uint32_t within;    // rounds after which the rest fitted the downtime limit
     uint64_t round_start_ns, round_start_bytes; // of the wire; round_bytes are to be sent
     uint64_t round_bytes, round_start_pages, dirty_rate;
     struct stream_mem state;

@@ -75,12 +75,15 @@ static void presence_load_memfd(struct page_presence *p, const struct ram *ram, 
     }
 }
 
-// Exact in one direction only: an absent page is zero, or needed by nobody. A page touched after
-// the question is in the dirty log.
+// Exact in one direction only, both: what such a page has is needed by nobody. A page touched
+// after the question is in the dirty log.
+static bool page_hinted(const struct page_presence *p, uint64_t page)
+{
+    return p->hinted && atomic_load(&p->hinted[page / 64]) >> page % 64 & 1;
+}
+
 static bool page_absent(struct page_presence *p, const struct ram *ram, uint64_t page)
 {
-    if (p->hinted && atomic_load(&p->hinted[page / 64]) >> page % 64 & 1)
-        return true;
     if (page < p->first || page - p->first >= p->count) {
         uint64_t n = ram_contiguous(ram, page);
         p->first = page;
@@ -98,7 +101,7 @@ static bool page_absent(struct page_presence *p, const struct ram *ram, uint64_t
 
 bool page_known_zero(struct page_presence *p, const struct ram *ram, uint64_t page)
 {
-    return page_absent(p, ram, page) || page_is_zero(ram_page(ram, page));
+    return page_hinted(p, page) || page_absent(p, ram, page) || page_is_zero(ram_page(ram, page));
 }
 
 // --- shards
@@ -179,13 +182,16 @@ void page_batch_take(struct page_batch *b, uint64_t *todo, uint64_t *cursor, uns
         *cursor = page;
         if (page == ram->pages)
             return;
-        bool zero =
-            (presence && page_absent(presence, ram, page)) || page_is_zero(ram_page(ram, page));
+        bool unused = presence && page_hinted(presence, page);
+        bool zero = unused || (presence && page_absent(presence, ram, page)) ||
+                    page_is_zero(ram_page(ram, page));
         bool packed = packer && !zero && packer_take(packer, page);
         if (!packed && !page_batch_add(b, page, zero))
             return;
         if (packer && zero)
             packer_forget(packer, page);
+        if (unused)
+            presence->nr_free++;
         bitmap_clear(todo, page);
         *cursor = page + 1;
     }

@@ -20,6 +20,7 @@ struct page_presence {
     uint64_t absent[8];    // bitmap of up to 512 pages from `first`
     // Pages the guest does not need (struct ram_hinter): sent as zero. NULL: not known.
     const _Atomic uint64_t *hinted;
+    uint64_t nr_free; // such pages that page_batch_take took
 };
 void page_presence_init(struct page_presence *p);
 void page_presence_free(struct page_presence *p);

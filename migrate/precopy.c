@@ -109,6 +109,7 @@ int precopy_pass(struct outgoing *out, struct error *err)
         }
         remaining -= done;
         if (out->owner == SOURCE_RUNNING && time_ns() >= report_at) {
+            squeeze_look(out);
             outgoing_progress(out, MIGRATE_ROUNDS, remaining * PAGE_SIZE);
             report_at = time_ns() + 200000000;
         }
@@ -218,6 +219,13 @@ static void hints_wait(struct outgoing *out, struct ram_hinter *hinter)
     } while (now - start < HINTS_NS && now - news < HINT_NS && !poll(&cancel, 1, 2));
 }
 
+static void hints_stop(struct outgoing *out)
+{
+    if (out->hinting)
+        out->vm->ram.hinter->end(out->vm->ram.hinter);
+    out->hinting = false;
+}
+
 // During the first round only: it sends everything, later ones what the guest has just used.
 static void hints_begin(struct outgoing *out)
 {
@@ -225,20 +233,23 @@ static void hints_begin(struct outgoing *out)
     out->hints = ram->hinter ? calloc(ram_bitmap_words(ram), sizeof(*out->hints)) : NULL;
     if (!out->hints)
         return; // without hints it only takes longer
-    if (!ram->hinter->start(ram->hinter, out->hints)) {
+    out->hinting = ram->hinter->start(ram->hinter, out->hints);
+    if (!out->hinting) {
         free((void *)out->hints);
         out->hints = NULL;
         return;
     }
     out->presence.hinted = out->hints;
     hints_wait(out, ram->hinter);
+    if (!ram->hinter->progress(ram->hinter))
+        hints_stop(out); // it has named everything: it may use it again, and tells by writing
 }
 
 void precopy_hints_end(struct outgoing *out)
 {
     if (!out->hints)
         return;
-    out->vm->ram.hinter->end(out->vm->ram.hinter);
+    hints_stop(out);
     out->presence.hinted = NULL;
     free((void *)out->hints);
     out->hints = NULL;
@@ -251,6 +262,7 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
 {
     uint64_t start = time_ns(), before = outgoing_bytes(out), pages = out->report->data_pages;
     outgoing_round(out, bitmap_count(out->todo, out->vm->ram.pages) * PAGE_SIZE);
+    squeeze_look(out);
     int ret = disks_pass(out, err);
     if (!ret)
         ret = precopy_pass(out, err);
@@ -279,9 +291,10 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
     int ret = disks_first(out, err);
     if (ret)
         return ret;
+    squeeze_begin(out);
     bitmap_fill(out->todo, 0, out->vm->ram.pages, true);
     if (out->params->mode == MIGRATE_POSTCOPY)
-        return 0;
+        return outgoing_check_cancel(out, err);
     bool old = out->version < 2; // who does not know PACKED
     packer_init(&out->packer, &out->vm->ram, old ? PACK_NEVER : out->params->compress,
                 out->params->delta_cache);

@@ -62,6 +62,25 @@ struct ram_hinter {
     void (*end)(struct ram_hinter *h);
 };
 
+// What a guest says of its memory, in bytes; UINT64_MAX: not said. It may lie.
+struct ram_guest_says {
+    uint64_t serial;          // another one with each statement; 0: none yet
+    uint64_t free, available; // available: free, or can be made so without swapping
+    uint64_t swapped_out;     // since it started
+    uint64_t major_faults;    // the same: pages read from disk
+    uint64_t held;            // by its balloon
+    uint64_t wanted;          // by whoever set the balloon's target
+};
+
+// Who can make the guest give memory up (a balloon), for migration. Any thread.
+struct ram_balloon {
+    // False: no driver listens now.
+    bool (*look)(struct ram_balloon *b, struct ram_guest_says *says);
+    void (*ask)(struct ram_balloon *b); // for a new statement, which comes when the guest likes
+    // What the balloon shall hold beyond what it holds anyway; 0: nothing.
+    void (*take)(struct ram_balloon *b, uint64_t bytes);
+};
+
 // Who still brings pages that are missing.
 struct ram_filler {
     // Returns when all are here and guest memory is ordinary memory. Any thread.
@@ -93,8 +112,9 @@ struct ram {
     struct ram_dirty *dirty_users; // NULL: the log is off
     atomic_bool missing;           // pages that are not there come when they are touched: not zero
     struct ram_filler *filler;     // NULL: none
-    bool file_mapped;          // pages that are not there are a file's, not zero (migrate/lazy.h)
-    struct ram_hinter *hinter; // NULL: none; set before the VM starts
+    bool file_mapped;            // pages that are not there are a file's, not zero (migrate/lazy.h)
+    struct ram_hinter *hinter;   // NULL: none; set before the VM starts
+    struct ram_balloon *balloon; // the same
 };
 
 #define ram_for_each_region(ram, r) \

@@ -63,6 +63,7 @@ _ferry()
             choices="auto always none"
             [ "$command" != snapshot ] || choices="lz4 none"
             ;;
+        --balloon) [ "$command" != migrate ] || choices="auto off" ;;
         --prepaging) choices="none push forward bubble multi-bubble" ;;
         --on-stall) choices="continue cancel switch postcopy throttle" ;;
         *)

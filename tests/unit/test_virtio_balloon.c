@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The balloon driven as a guest does, on both rings, with the loop but without KVM. Whether memory
 // is given back is asked of the kernel (mincore). That the tests notice a missing guard was checked
-// by taking out one at a time: limits of a turn, the states of hinting, poison, widths and fields of
-// config space, tags, targets, what a load checks, what a reset forgets.
+// by taking out one at a time: limits of a turn, the states of hinting, poison, widths and fields
+// of config space, tags, targets, what a load checks, what a reset forgets.
 #include <check.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -724,6 +724,87 @@ static void move(struct rig *from, struct rig *to)
     virtio_balloon_class.resume(to->dev);
 }
 
+// --- what a migration takes
+
+static void statement(struct rig *r, uint64_t available)
+{
+    struct {
+        uint16_t tag;
+        uint64_t value;
+    } __attribute__((packed)) stat = {6, available};
+    memcpy(at(r, PFNS), &stat, sizeof(stat));
+    const struct buffer b[] = {{PFNS, sizeof(stat), false}};
+    offer(r, STATS, b, 1);
+    settle(r);
+}
+
+// Asked for by whoever moves the guest; also where nobody asks every so many seconds.
+START_TEST(says_what_it_has)
+{
+    struct rig *r = rig_new("target=4M", RAM_ANONYMOUS);
+    struct ram_balloon *balloon = r->vm.ram.balloon;
+    struct ram_guest_says says;
+    ck_assert(balloon && !balloon->look(balloon, &says)); // no driver
+    balloon->ask(balloon);
+    settle(r);
+    start(r, _i, ALL & ~F_STATS, true);
+    ck_assert(!balloon->look(balloon, &says));
+    start(r, _i, ALL, true);
+    ck_assert(balloon->look(balloon, &says));
+    ck_assert(!says.serial && says.available == UINT64_MAX && says.free == UINT64_MAX);
+    ck_assert(!says.held && says.wanted == 4 * MiB);
+    set(r, SPACE + 4, UINT32_MAX); // actual
+    statement(r, 12345);
+    ck_assert(balloon->look(balloon, &says));
+    ck_assert(says.serial == 1 && says.available == 12345 && says.free == UINT64_MAX);
+    ck_assert(says.swapped_out == UINT64_MAX && says.major_faults == UINT64_MAX);
+    ck_assert_uint_eq(says.held, UINT32_MAX * PAGE_SIZE);
+    ck_assert(!used(r, STATS)); // kept until somebody asks
+    balloon->ask(balloon);
+    while (!used(r, STATS))
+        turn(r, true);
+    balloon->ask(balloon); // while it has no buffer: nothing happens
+    settle(r);
+    statement(r, 7);
+    ck_assert(balloon->look(balloon, &says) && says.serial == 2 && says.available == 7);
+    ck_assert_uint_eq(get(r, 0x70), 15);
+    rig_free(r);
+}
+END_TEST
+
+// Both that want something get it; what the migration took ends with it, whatever its user set
+// meanwhile, and is not saved.
+START_TEST(takes_beyond_its_target)
+{
+    struct rig *r = rig_new("target=4M", RAM_ANONYMOUS), *to = rig_new("", RAM_ANONYMOUS);
+    struct ram_balloon *balloon = r->vm.ram.balloon;
+    struct error err = {0};
+    start(r, _i, ALL, true);
+    set(r, 0x64, 3);
+    balloon->take(balloon, 8 * MiB);
+    ck_assert_uint_eq(space(r, 0), 12 * MiB / PAGE_SIZE);
+    ck_assert_uint_eq(get(r, 0x60), 2); // config changed
+    ck_assert_int_eq(shown(r, "target_bytes"), 4 * MiB);
+    ck_assert_int_eq(shown(r, "migration_bytes"), 8 * MiB);
+    set(r, 0x64, 3);
+    balloon->take(balloon, 8 * MiB);
+    ck_assert_uint_eq(get(r, 0x60), 0); // nothing new
+    ck_assert_int_eq(virtio_balloon_class.set(r->dev, "target", "5M", &err), 0);
+    ck_assert_uint_eq(space(r, 0), 13 * MiB / PAGE_SIZE);
+    balloon->take(balloon, UINT64_MAX); // no more than there is
+    ck_assert_uint_eq(space(r, 0), r->vm.ram.size / PAGE_SIZE);
+    ck_assert_int_eq(virtio_balloon_class.quiesce(r->dev, &err), 0);
+    balloon->take(balloon, 0);
+    ck_assert_uint_eq(space(r, 0), 5 * MiB / PAGE_SIZE);
+    move(r, to);
+    ck_assert_uint_eq(space(to, 0), 5 * MiB / PAGE_SIZE);
+    ck_assert_int_eq(shown(to, "migration_bytes"), 0);
+    ck_assert_uint_eq(get(to, 0x60) & 2, 2); // its driver hears of it there
+    rig_free(to);
+    rig_free(r);
+}
+END_TEST
+
 // In the middle of everything: a chain half done, statistics held, hints under way.
 START_TEST(moves_in_the_middle)
 {
@@ -852,6 +933,8 @@ int main(void)
     tcase_add_loop_test(tc, statistics_are_asked_for, 0, 2);
     tcase_add_loop_test(tc, hints_count_between_begin_and_end, 0, 2);
     tcase_add_loop_test(tc, hints_end_at_once, 0, 2);
+    tcase_add_loop_test(tc, says_what_it_has, 0, 2);
+    tcase_add_loop_test(tc, takes_beyond_its_target, 0, 2);
     tcase_add_loop_test(tc, moves_in_the_middle, 0, 2);
     tcase_add_test(tc, hostile_state);
     tcase_add_test(tc, option_text);

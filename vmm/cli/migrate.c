@@ -26,6 +26,9 @@ static const char migrate_usage[] =
     "      --compress WHEN    pre-copy: auto (default: while it pays), always, none\n"
     "      --delta-cache SIZE copies of sent pages, for those that change little (default 64M)\n"
     "      --connections N    pre-copy: over so many connections, 1 (default) to 16\n"
+    "      --balloon WHAT     what the guest need not keep is taken from it before and while it "
+    "moves,\n"
+    "                         and given back there: auto, at most SIZE, off (default)\n"
     "      --prepaging HOW    post-copy: none, push, forward, bubble, multi-bubble (default)\n"
     "      --disk             the disks that it writes go with the guest, into the files that the\n"
     "                         other side names (ferry receive --disk FILE)\n"
@@ -104,6 +107,9 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
         return put_number(a->request, "delta-cache", optarg, 1, err);
     case 'n':
         return put_number(a->request, "connections", optarg, 1, err);
+    case 'B':
+        json_object_set_new(a->request, "balloon", json_string(optarg));
+        return 0;
     case 'R':
         a->report = optarg;
         json_object_set_new(a->request, "history", json_true());
@@ -164,6 +170,7 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
         {"compress", required_argument, NULL, 'c'},
         {"delta-cache", required_argument, NULL, 'D'},
         {"connections", required_argument, NULL, 'n'},
+        {"balloon", required_argument, NULL, 'B'},
         {"report", required_argument, NULL, 'R'},
         {"prepaging", required_argument, NULL, 'p'},
         {"tls", required_argument, NULL, OPTION_TLS},
@@ -253,6 +260,9 @@ static void show_progress(json_t *event, void *arg)
                 (long long)(event_number(event, "disk_bytes") >> 20));
     if (event_number(event, "throttle_percent"))
         fprintf(stderr, "  held %lld %%", (long long)event_number(event, "throttle_percent"));
+    if (event_number(event, "balloon_bytes"))
+        fprintf(stderr, "  balloon %lld MiB",
+                (long long)event_number(event, "balloon_bytes") >> 20);
     if (json_object_get(event, "expected_downtime_us"))
         fprintf(stderr, "  downtime %.1f ms",
                 (double)event_number(event, "expected_downtime_us") / 1000);
