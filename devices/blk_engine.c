@@ -190,6 +190,8 @@ static void span_begin(struct blk_engine *e, struct blk_request *r)
         return;
     }
     change_add(e, r);
+    if (e->frozen)
+        blk_frozen_keep(e->frozen, span(r).offset, span(r).len);
     if (r->nr_copies && posix_memalign((void **)&r->bounce, BLK_CLUSTER, BLK_CLUSTER)) {
         r->bounce = NULL;
         span_end(e, r, -ENOMEM);

@@ -21,6 +21,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "devices/blk_frozen.h"
 #include "devices/blk_image.h"
 #include "devices/blk_overlay.h"
 #include "devices/virtqueue.h"
@@ -95,6 +96,7 @@ struct blk_engine {
     struct blk_request *flush_waits;
     struct blk_request *changes; // under way, where there is an overlay
     unsigned copying;            // of which copy
+    struct blk_frozen *frozen;   // is copied as it was: told before each change; or NULL
     void (*done)(struct blk_engine *e, struct blk_request *r, int error); // 0 or -errno
 };
 

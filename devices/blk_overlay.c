@@ -11,7 +11,7 @@
 
 #include "vmm/util.h"
 
-enum { VERSION = 1, FROZEN = 1, TABLE_OFFSET = 4096, HEAD_BYTES = 64 * 1024 };
+enum { VERSION = 1, FROZEN = 1, TABLE_OFFSET = BLK_OVERLAY_TABLE, HEAD_BYTES = 64 * 1024 };
 
 static const char magic[8] = {'F', 'E', 'R', 'R', 'Y', 'O', 'V', 'L'};
 

@@ -27,7 +27,10 @@
 
 // A guest's file system writes whole pages, which then need no copy; the table takes 32 MiB for
 // each TiB, as far as it is used.
-enum { BLK_CLUSTER = 4096 };
+enum {
+    BLK_CLUSTER = 4096,
+    BLK_OVERLAY_TABLE = 4096, // where it begins in the file
+};
 #define BLK_OVERLAY_MAX (8ull << 40) // bytes of disk
 
 struct blk_overlay {

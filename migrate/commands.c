@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/stat.h>
 
 #include "migrate/snapshot.h"
 #include "vmm/vm.h"
@@ -582,10 +583,17 @@ int migrate_commands_base(struct migrate_commands *mc, const char *path,
     return snapshot_track_base(&mc->track, mc->vm, path, id, log, err);
 }
 
-bool migrate_commands_based(struct migrate_commands *mc)
+static bool same_file(const char *a, const char *b)
+{
+    struct stat x, y;
+    return !stat(a, &x) && !stat(b, &y) && x.st_ino == y.st_ino && x.st_dev == y.st_dev;
+}
+
+bool migrate_commands_based(struct migrate_commands *mc, const char *path)
 {
     pthread_mutex_lock(&mc->lock);
-    bool based = mc->working || mc->track.path; // while one is taken, the next is refused anyway
+    // While one is taken, the next is refused anyway.
+    bool based = mc->working || (mc->track.path && !same_file(path, mc->track.path));
     pthread_mutex_unlock(&mc->lock);
     return based;
 }

@@ -25,5 +25,6 @@ void migrate_commands_snapshot(struct migrate_commands *mc, const struct snapsho
 // The VM's memory is that of this snapshot: what the next diff is of (snapshot_track_base).
 int migrate_commands_base(struct migrate_commands *mc, const char *path,
                           const uint8_t id[SNAPFILE_ID_LEN], bool log, struct error *err);
-// Whether there is a last snapshot, taken or restored, for a diff to be of.
-bool migrate_commands_based(struct migrate_commands *mc);
+// Whether there is a last snapshot, taken or restored, for a diff to be of, and in another file
+// than `path`.
+bool migrate_commands_based(struct migrate_commands *mc, const char *path);

@@ -14,6 +14,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "devices/blk_frozen.h"
+#include "devices/virtio_blk.h"
 #include "vmm/util.h"
 
 // --- copying a sparse file
@@ -67,16 +69,23 @@ static int copy_sparse(int from, int to, struct error *err)
 }
 
 // `opened`: `from`, and stays the caller's; -1: it is opened by its name.
+static int copy_open(const char *from, int opened, const char *to, int *in, int *out,
+                     struct error *err)
+{
+    *in = opened < 0 ? open(from, O_RDONLY | O_CLOEXEC) : fcntl(opened, F_DUPFD_CLOEXEC, 0);
+    if (*in < 0)
+        return error_errno(err, "%s", from);
+    *out = open(to, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    return *out < 0 ? error_errno(err, "%s", to) : 0;
+}
+
 static int copy(const char *from, int opened, const char *to, struct error *err)
 {
-    autoclose int own = opened < 0 ? open(from, O_RDONLY | O_CLOEXEC) : -1;
-    int in = opened < 0 ? own : opened;
-    if (in < 0)
-        return error_errno(err, "%s", from);
-    autoclose int out = open(to, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    if (out < 0)
-        return error_errno(err, "%s", to);
-    int ret = ioctl(out, FICLONE, in) ? copy_sparse(in, out, err) : 0;
+    autoclose int in = -1, out = -1;
+    int ret = copy_open(from, opened, to, &in, &out, err);
+    if (ret)
+        return ret;
+    ret = ioctl(out, FICLONE, in) ? copy_sparse(in, out, err) : 0;
     if (ret) {
         unlink(to);
         error_prefix(err, "%s to %s", from, to);
@@ -160,55 +169,128 @@ static int name_make(char *name, const char *path, size_t i, const char *guest, 
     return n < PATH_MAX ? 0 : error_set(err, -ENAMETOOLONG, "%s: name too long", path);
 }
 
-static int freeze_one(const char *text, int fd, size_t i, const char *path, json_t *list,
-                      struct error *err)
+// --- copies of a guest's that goes on
+
+struct disks_copies {
+    unsigned nr;
+    struct disk_copy {
+        struct device *dev;
+        struct blk_frozen *frozen;
+        int to;
+    } of[];
+};
+
+static bool overlay_name(const char *text, char name[PATH_MAX])
 {
-    char from[PATH_MAX], to[PATH_MAX];
     size_t len;
     const char *overlay = overlay_of(text, &len);
+    if (!overlay || len >= PATH_MAX)
+        return false;
+    memcpy(name, overlay, len);
+    name[len] = 0;
+    return true;
+}
+
+void disks_settle(struct vm *vm, const char *disks)
+{
+    json_t *texts, *disk;
+    size_t i;
+    char name[PATH_MAX];
+    if (texts_of(disks, &texts, NULL))
+        return;
+    json_array_foreach(texts, i, disk)
+    {
+        struct device *dev =
+            overlay_name(entry_text(disk), name) ? virtio_blk_of_overlay(vm, name) : NULL;
+        if (dev)
+            virtio_blk_settle(dev);
+    }
+    json_decref(texts);
+}
+
+static int copy_begin(struct disks_copies *copies, struct device *dev, const char *from, int opened,
+                      const char *to, struct error *err)
+{
+    autoclose int in = -1, out = -1;
+    struct disk_copy *copy = &copies->of[copies->nr];
+    int ret = copy_open(from, opened, to, &in, &out, err);
+    if (ret || !ioctl(out, FICLONE, in))
+        return ret;
+    ret = virtio_blk_freeze(dev, out, &copy->frozen, err);
+    if (ret) {
+        unlink(to);
+        return ret;
+    }
+    copy->dev = dev;
+    copy->to = out;
+    out = -1;
+    copies->nr++;
+    return 0;
+}
+
+static int freeze_one(struct vm *vm, const char *text, int fd, size_t i, const char *path,
+                      struct disks_copies *copies, json_t *list, struct error *err)
+{
+    char from[PATH_MAX], to[PATH_MAX];
+    bool overlay = overlay_name(text, from);
     int ret = 0;
-    if (overlay && len < sizeof(from)) {
-        memcpy(from, overlay, len);
-        from[len] = 0;
+    if (overlay) {
+        struct device *dev = vm ? virtio_blk_of_overlay(vm, from) : NULL;
         ret = name_make(to, path, i, NULL, err);
         if (!ret)
-            ret = copy(from, fd, to, err);
+            ret = dev ? copy_begin(copies, dev, from, fd, to, err) : copy(from, fd, to, err);
     }
     if (ret)
         return ret;
     // Whoever restores works in another directory.
     autofree char *cwd = text[0] == '/' ? NULL : getcwd(NULL, 0);
     json_t *whole = json_sprintf("%s%s%s", cwd ? cwd : "", cwd ? "/" : "", text);
-    json_array_append_new(list, json_pack("{s:o, s:b}", "text", whole, "frozen", !!overlay));
+    json_array_append_new(list, json_pack("{s:o, s:b}", "text", whole, "frozen", overlay));
     return 0;
 }
 
-int disks_freeze(const char *disks, const char *path, char **section, struct error *err)
+int disks_freeze(struct vm *vm, const char *disks, const char *path, char **section,
+                 struct disks_copies **copies, struct error *err)
 {
     json_t *texts, *disk, *list;
     size_t i;
     *section = NULL;
+    *copies = NULL;
     int ret = disks_check(disks, err);
     if (!ret)
         ret = texts_of(disks, &texts, err);
     if (ret)
         return ret;
     list = json_array();
+    *copies = calloc(1, sizeof(**copies) + json_array_size(texts) * sizeof((*copies)->of[0]));
+    if (!*copies)
+        ret = error_set(err, -ENOMEM, "no memory");
     json_array_foreach(texts, i, disk)
     {
         if (!ret)
-            ret = freeze_one(entry_text(disk), entry_fd(disk), i, path, list, err);
+            ret = freeze_one(vm, entry_text(disk), entry_fd(disk), i, path, *copies, list, err);
     }
     if (json_array_size(list))
         *section = json_dumps(list, JSON_COMPACT);
     if (ret) {
         disks_drop(*section, path);
+        disks_copies_free(*copies);
         free(*section);
         *section = NULL;
+        *copies = NULL;
     }
     json_decref(list);
     json_decref(texts);
     return ret;
+}
+
+void disks_copies_free(struct disks_copies *copies)
+{
+    for (unsigned i = 0; copies && i < copies->nr; i++) {
+        virtio_blk_freeze_end(copies->of[i].dev, copies->of[i].frozen);
+        close(copies->of[i].to);
+    }
+    free(copies);
 }
 
 static int sync_one(const char *name, struct error *err)
@@ -237,8 +319,19 @@ static int each_copy(const char *section, const char *path,
     return ret;
 }
 
-int disks_sync(const char *section, const char *path, struct error *err)
+int disks_complete(struct disks_copies *copies, const char *section, const char *path,
+                   const atomic_bool *cancelled, struct error *err)
 {
+    for (unsigned i = 0; copies && i < copies->nr; i++) {
+        int more;
+        do {
+            if (cancelled && atomic_load(cancelled))
+                return error_set(err, -ECANCELED, "snapshot cancelled");
+            more = blk_frozen_step(copies->of[i].frozen, err);
+        } while (more > 0);
+        if (more)
+            return more;
+    }
     return each_copy(section, path, sync_one, err);
 }
 

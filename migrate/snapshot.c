@@ -72,11 +72,12 @@ struct save {
     struct migration *m;
     struct snapshot_report *report;
     struct snapfile_writer *w;
-    struct snapfile *parent;  // a diff that compares; else NULL
-    bool log_started;         // by this snapshot
-    uint64_t *todo;           // pages to look at; NULL: all
-    uint8_t *old;             // SNAPFILE_CHUNK_PAGES pages of the parent
-    char *json, *disks;       // with params->disks: their texts; the section
+    struct snapfile *parent; // a diff that compares; else NULL
+    bool log_started;        // by this snapshot
+    uint64_t *todo;          // pages to look at; NULL: all
+    uint8_t *old;            // SNAPFILE_CHUNK_PAGES pages of the parent
+    char *json, *disks;      // with params->disks: their texts; the section
+    struct disks_copies *copies;
     uint64_t done, report_at; // progress of a running guest's: pages; time
 };
 
@@ -149,7 +150,11 @@ static int disks_begin(struct save *s, struct error *err)
     if (!s->hooks->disks)
         return error_set(err, -EOPNOTSUPP, "a snapshot with disks: they are not known here");
     int ret = s->hooks->disks(s->hooks->context, s->vm, &s->json, err);
-    return ret ? ret : disks_check(s->json, err);
+    if (!ret)
+        ret = disks_check(s->json, err);
+    if (!ret)
+        disks_settle(s->vm, s->json);
+    return ret;
 }
 
 static int machine_section(struct save *s, struct error *err)
@@ -219,7 +224,7 @@ static int save_instant(struct save *s, struct error *err)
 {
     int ret = state_section(s, err);
     if (!ret && s->json) // the state has been saved: overlays are whole, nobody writes to them
-        ret = disks_freeze(s->json, s->params->path, &s->disks, err);
+        ret = disks_freeze(s->vm, s->json, s->params->path, &s->disks, &s->copies, err);
     return ret ? ret : pages_choose(s, err);
 }
 
@@ -393,7 +398,8 @@ static int save_end(struct save *s, struct error *err)
 {
     struct snapfile_report file;
     struct snapshot_track *t = s->params->track;
-    int ret = disks_sync(s->disks, s->params->path, err);
+    int ret =
+        disks_complete(s->copies, s->disks, s->params->path, s->m ? &s->m->cancelled : NULL, err);
     if (!ret && s->disks)
         ret = snapfile_set_section(s->w, SNAPFILE_DISKS, s->disks, strlen(s->disks), err);
     if (ret)
@@ -438,6 +444,7 @@ int snapshot_save(struct vm *vm, const struct snapshot_params *params,
     if (!ret)
         ret = save_end(&s, err);
     snapfile_abort(s.w);
+    disks_copies_free(s.copies);
     if (ret)
         disks_drop(s.disks, params->path);
     free(s.disks);
@@ -445,7 +452,10 @@ int snapshot_save(struct vm *vm, const struct snapshot_params *params,
     snapfile_close(s.parent);
     free(s.todo);
     free(s.old);
-    if (ret && s.log_started) { // its instant is no snapshot's
+    bool safe = !ret;
+    if (!ret && params->taken)
+        ret = params->taken(params->taken_context, report, err);
+    if (!safe && s.log_started) { // its instant is no snapshot's
         ram_dirty_stop(&vm->ram, &params->track->user, NULL);
         params->track->logging = false;
     }

@@ -28,6 +28,8 @@ int snapshot_track_base(struct snapshot_track *t, struct vm *vm, const char *pat
 // Before the VM goes. Harmless when nothing is tracked.
 void snapshot_track_end(struct snapshot_track *t, struct vm *vm);
 
+struct snapshot_report;
+
 struct snapshot_params {
     const char *path;
     enum snapfile_layout layout;
@@ -44,6 +46,10 @@ struct snapshot_params {
     // Copies the disks' overlays at the instant, too (migrate/disks.h); refused where a disk is
     // written without one. Otherwise the disks stay as they go on being.
     bool disks;
+    // May be NULL: what else belongs to it, once the file is there and safe. An error is told as
+    // the snapshot's, which stays.
+    int (*taken)(void *context, const struct snapshot_report *report, struct error *err);
+    void *taken_context;
 };
 // Full, packed, LZ4.
 void snapshot_params_default(struct snapshot_params *params, const char *path);

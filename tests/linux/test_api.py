@@ -366,19 +366,34 @@ class Life(ApiTest):
                                                                   "--json"), lab.OK).json()["kind"])
         self.good(api, "PUT", "/snapshot/create", {**paths, "snapshot_type": "Full"})
         self.assertEqual("Paused", self.good(api, "GET", "/", status=200)["state"])
+        with open(memory, "rb") as f:  # the guest, all of it; beside it, what it takes to use it
+            self.assertEqual(b"FERRYSNP", f.read(8))
+        with open(snap, "rb") as f:
+            self.assertEqual(disk, json.load(f)["config"]["drives"][0]["path_on_host"])
         self.good(api, "PATCH", "/vm", {"state": "Resumed"})
         self.bad(api, "PATCH", "/vm", {"state": "Resumed"}, "not paused but running")
         self.good(api, "PATCH", "/vm", {"state": "Paused"})
-        diff = {"snapshot_path": snap + ".1", "mem_file_path": memory, "snapshot_type": "Diff"}
+        diff = {"snapshot_path": snap + ".1", "mem_file_path": memory + ".1", "snapshot_type": "Diff"}
         self.good(api, "PUT", "/snapshot/create", diff)
-        self.bad(api, "PUT", "/snapshot/create", {**diff, "snapshot_path": snap}, "snap.1")
+        self.bad(api, "PUT", "/snapshot/create", {**diff, "mem_file_path": memory}, "mem.1")
         self.good(api, "PUT", "/stop", {})
         self.assertEnds(vm, lab.STOPPED)
 
+        # All of it may be moved.
+        there = self.lab.path("there")
+        os.mkdir(there)
+        for path in (memory, memory + ".1"):
+            os.rename(path, os.path.join(there, os.path.basename(path)))
+        os.rename(snap + ".1", os.path.join(there, "state"))
+        moved = os.path.join(there, "mem.1")
         second, api = self.waiting()
-        load = {"snapshot_path": snap + ".1", "resume_vm": True, "enable_diff_snapshots": True,
-                "mem_backend": {"backend_type": "File", "backend_path": memory}}
+        load = {"snapshot_path": os.path.join(there, "state"), "resume_vm": True,
+                "enable_diff_snapshots": True,
+                "mem_backend": {"backend_type": "File", "backend_path": moved}}
         self.bad(api, "PUT", "/snapshot/load", {**load, "snapshot_path": "/nowhere"}, "/nowhere")
+        self.bad(api, "PUT", "/snapshot/load", {**load, "snapshot_path": snap}, "do not belong together")
+        self.bad(api, "PUT", "/snapshot/load", {"snapshot_path": load["snapshot_path"]}, "names the other")
+        self.bad(api, "PUT", "/snapshot/load", {**load, "snapshot_path": disk}, "not a ferry snapshot")
         self.assertEqual("Not started", self.good(api, "GET", "/", status=200)["state"])
         self.good(api, "PUT", "/snapshot/load", load)
         while not self.good(api, "GET", "/info", status=200)["vcpus"][0]["cpu_ns"]:
@@ -386,10 +401,16 @@ class Life(ApiTest):
         self.assertEqual("Running", self.good(api, "GET", "/", status=200)["state"])
         self.assertIn("disk0", self.good(api, "GET", "/info", status=200)["devices"])
         self.good(api, "PATCH", "/vm", {"state": "Paused"})
-        self.good(api, "PUT", "/snapshot/create", {**diff, "snapshot_path": snap + ".2"})
-        report = self.assertStatus(self.lab.ferry("snapshot", "verify", snap + ".2", "--json"),
-                                   lab.OK).json()
-        self.assertEqual(("diff", 3), (report["kind"], report["files"]))
+        third = moved.replace(".1", ".2")
+        self.good(api, "PUT", "/snapshot/create", {**diff, "mem_file_path": third})
+
+        def kind(path):
+            report = self.assertStatus(self.lab.ferry("snapshot", "verify", path, "--json"), lab.OK).json()
+            return report["kind"], report["files"]
+        self.assertEqual(("diff", 3), kind(third))
+        # Over the last one's own file: what needs no other.
+        self.good(api, "PUT", "/snapshot/create", {**diff, "mem_file_path": third})
+        self.assertEqual(("full", 1), kind(third))
         self.good(api, "PUT", "/stop", {})
         self.assertEnds(second, lab.STOPPED)
 

@@ -62,14 +62,15 @@ START_TEST(overlays_are_copied)
     struct error err;
     autofree char *section = NULL, *one = NULL, *two = NULL;
     char texts[512], want[512];
+    struct disks_copies *copies;
     overlay_make(in_dir("ov"), "before");
     snprintf(texts, sizeof(texts), "[\"/base,ro\",\"/b2,overlay=%s,cached\"]", in_dir("ov"));
     ck_assert_int_eq(disks_check(texts, &err), 0);
-    ck_assert_msg(!disks_freeze(texts, in_dir("s"), &section, &err), "%s", err.text);
+    ck_assert_msg(!disks_freeze(NULL, texts, in_dir("s"), &section, &copies, &err), "%s", err.text);
     overlay_make(in_dir("ov"), "after");
     ck_assert(has(in_dir("s.disk1"), "before"));
     ck_assert_int_ne(access(in_dir("s.disk0"), F_OK), 0);
-    ck_assert_int_eq(disks_sync(section, in_dir("s"), &err), 0);
+    ck_assert_int_eq(disks_complete(copies, section, in_dir("s"), NULL, &err), 0);
     ck_assert_msg(!disks_thaw(section, strlen(section), in_dir("s"), "a", &one, &err), "%s",
                   err.text);
     ck_assert_msg(!disks_thaw(section, strlen(section), in_dir("s"), "b", &two, &err), "%s",
@@ -77,6 +78,7 @@ START_TEST(overlays_are_copied)
     snprintf(want, sizeof(want), "[\"/base,ro\",\"/b2,overlay=%s,cached\"]", in_dir("s.disk1.a"));
     ck_assert_str_eq(one, want);
     ck_assert(has(in_dir("s.disk1.a"), "before") && has(in_dir("s.disk1.b"), "before"));
+    disks_copies_free(copies);
     disks_drop(section, in_dir("s"));
     ck_assert_int_ne(access(in_dir("s.disk1"), F_OK), 0);
 }
@@ -86,16 +88,18 @@ START_TEST(what_cannot_be_shared)
 {
     struct error err;
     char *section;
+    struct disks_copies *copies;
     static const char *const bad[] = {"[\"/base\"]", "[\"/a,ro\",\"/base,cached\"]",
                                       "{}",          "[1]",
                                       "nonsense",    "[\"/base,overlay=/nonexistent/o\"]"};
     for (size_t i = 0; i < ARRAY_SIZE(bad); i++) {
-        ck_assert_int_lt(disks_freeze(bad[i], in_dir("s"), &section, &err), 0);
+        ck_assert_int_lt(disks_freeze(NULL, bad[i], in_dir("s"), &section, &copies, &err), 0);
         ck_assert_ptr_null(section);
         ck_assert_int_ne(access(in_dir("s.disk0"), F_OK), 0);
     }
-    ck_assert_int_eq(disks_freeze("[]", in_dir("s"), &section, &err), 0);
+    ck_assert_int_eq(disks_freeze(NULL, "[]", in_dir("s"), &section, &copies, &err), 0);
     ck_assert_ptr_null(section);
+    disks_copies_free(copies);
     // Sections are somebody else's words: nothing but a copy may be written.
     static const char *const hostile[] = {"",
                                           "{}",

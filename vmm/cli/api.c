@@ -9,6 +9,7 @@
 
 #include "devices/platform.h"
 #include "migrate/snapshot.h"
+#include "vmm/cli/api_pair.h"
 #include "vmm/cli/hinting.h"
 #include "vmm/cli/session.h"
 
@@ -16,6 +17,7 @@ struct api {
     struct session *session;
     json_t *config; // sections as they were said
     struct hinting hinting;
+    struct api_pair *pair; // of the last snapshot
 };
 
 enum {
@@ -128,23 +130,27 @@ static int section_load(struct api *api, const char *name, json_t *value, struct
     return 0;
 }
 
+static int configure(struct api *api, json_t *root, struct error *err)
+{
+    const char *key;
+    json_t *value;
+    json_object_foreach(root, key, value)
+    {
+        if (section_load(api, key, value, err))
+            return error_prefix(err, "%s", key);
+    }
+    return 0;
+}
+
 static int configure_file(struct api *api, const char *path, struct error *err)
 {
     json_error_t jerr;
-    const char *key;
-    json_t *value;
     json_t *root = json_load_file(path, JSON_REJECT_DUPLICATES, &jerr);
-    int ret = 0;
     if (!root)
         return error_set(err, jerr.line < 0 ? -ENOENT : -EINVAL, "%s:%d:%d: %s", path, jerr.line,
                          jerr.column, jerr.text);
-    if (!json_is_object(root))
-        ret = error_set(err, -EINVAL, "expected a JSON object");
-    json_object_foreach(root, key, value)
-    {
-        if (!ret && section_load(api, key, value, err))
-            ret = error_prefix(err, "%s", key);
-    }
+    int ret = json_is_object(root) ? configure(api, root, err)
+                                   : error_set(err, -EINVAL, "expected a JSON object");
     json_decref(root);
     return ret ? error_prefix(err, "%s", path) : 0;
 }
@@ -505,37 +511,29 @@ static void put_action(struct control_request *req, json_t *args, void *context)
 
 // --- snapshots
 
-// Beside the snapshot, which holds guest and memory: the configuration that names this host's
-// files, so that a client that only knows the two paths gets its VM back.
-static int config_write(const struct api *api, const char *path, struct error *err)
-{
-    autofree char *temporary = NULL;
-    if (asprintf(&temporary, "%s.tmp", path) < 0)
-        return error_set(err, -ENOMEM, "no memory");
-    autoclose int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    if (fd < 0 || json_dumpfd(api->config, fd, JSON_INDENT(2)) || rename(temporary, path)) {
-        int ret = error_errno(err, "mem_file_path '%s'", path);
-        unlink(temporary);
-        return ret;
-    }
-    return 0;
-}
-
 static void put_snapshot_create(struct control_request *req, json_t *args, void *context)
 {
     struct api *api = context;
     struct error err = {0};
+    struct snapshot_params params;
+    const char *type = json_string_value(json_object_get(args, "snapshot_type"));
+    const char *path = json_string_value(json_object_get(args, "snapshot_path"));
     const char *memory = json_string_value(json_object_get(args, "mem_file_path"));
-    if (memory && config_write(api, memory, &err)) {
+    snapshot_params_default(&params, memory ? memory : path);
+    api_pair_free(api->pair); // nobody uses it: this route is for a VM that is not being saved
+    api->pair = NULL;
+    if (memory && api_pair_new(&api->pair, path, api->config, &err)) {
         reply(req, err.code, &err);
         return;
     }
+    if (memory) {
+        params.taken = api_pair_write;
+        params.taken_context = api->pair;
+    }
     control_silence(req);
-    struct snapshot_params params;
-    const char *type = json_string_value(json_object_get(args, "snapshot_type"));
-    snapshot_params_default(&params, json_string_value(json_object_get(args, "snapshot_path")));
     params.log = type && !strcmp(type, "Diff");
-    params.diff = params.log && migrate_commands_based(api->session->migrate);
+    // Over the last one's own file goes what needs no other.
+    params.diff = params.log && migrate_commands_based(api->session->migrate, params.path);
     json_t *machine = json_object_get(api->config, "machine-config");
     params.log |= json_is_true(json_object_get(machine, "track_dirty_pages"));
     migrate_commands_snapshot(api->session->migrate, &params, req);
@@ -556,28 +554,41 @@ static int load_mode(json_t *args, enum lazy_mode *mode, struct error *err)
     return lazy && map ? error_set(err, -EINVAL, "lazy or map, not both") : 0;
 }
 
+// Of the two files: the configuration, and `*path` becomes the one with the guest. Of one: `memory`
+// may be a configuration by itself.
+static int pair_configure(struct api *api, const char **path, const char *memory, struct error *err)
+{
+    json_t *config;
+    int ret = api_pair_read(*path, memory, &config, err);
+    if (!ret && !config)
+        return memory ? configure_file(api, memory, err) : 0;
+    if (!ret)
+        ret = configure(api, config, err);
+    json_decref(config);
+    *path = memory;
+    return ret;
+}
+
 static int snapshot_take(struct api *api, json_t *args, struct error *err)
 {
     struct session *s = api->session;
     struct snapshot_report report;
+    const char *path = json_string_value(json_object_get(args, "snapshot_path"));
     const char *memory = memory_path(args);
     enum lazy_mode mode;
     int ret = load_mode(args, &mode, err);
     if (ret)
         return ret;
-    ret = memory ? configure_file(api, memory, err) : 0;
+    ret = pair_configure(api, &path, memory, err);
     json_object_del(api->config, "boot-source"); // what boots is in the snapshot
     if (!ret)
         ret = api_machine(s, api->config, err);
     if (!ret)
-        ret = session_load(s, json_string_value(json_object_get(args, "snapshot_path")), mode,
-                           &report, err);
+        ret = session_load(s, path, mode, &report, err);
     bool track = json_is_true(json_object_get(args, "track_dirty_pages")) ||
                  json_is_true(json_object_get(args, "enable_diff_snapshots"));
     if (!ret && s->migrate)
-        ret = migrate_commands_base(s->migrate,
-                                    json_string_value(json_object_get(args, "snapshot_path")),
-                                    report.id, track, err);
+        ret = migrate_commands_base(s->migrate, path, report.id, track, err);
     if (!ret && json_is_true(json_object_get(args, "resume_vm"))) {
         life_move(&s->life, LIFE_RUNNING, NULL);
         vm_resume(s->vm);
@@ -731,6 +742,7 @@ void api_destroy(struct api *api)
 {
     if (!api)
         return;
+    api_pair_free(api->pair);
     json_decref(api->config);
     free(api);
 }
