@@ -158,8 +158,11 @@ static void vm_free(struct sched_vm *vm)
         sched_watch_close(&vm->vcpus[i].watch);
     if (vm->page)
         munmap(vm->page, SCHED_PAGE_BYTES);
-    if (vm->bell >= 0)
+    if (vm->bell >= 0) {
+        // The VM has it too: closing ours does not end its events.
+        epoll_ctl(vm->daemon->epoll_fd, EPOLL_CTL_DEL, vm->bell, NULL);
         close(vm->bell);
+    }
     free(vm);
 }
 
