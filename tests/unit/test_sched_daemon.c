@@ -19,6 +19,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "sched/broker.h"
 #include "sched/client.h"
 #include "sched/daemon.h"
 #include "vmm/util.h"
@@ -41,6 +42,7 @@ struct vm_like {
     unsigned burn_us, sleep_us; // 0, 0: burns for ever
     bool ignores;               // its signals and turns
     int broker;                 // 0: none
+    bool own_pids;              // a PID namespace of its own
 };
 
 struct vm_told {
@@ -185,12 +187,24 @@ static void fake_main(const char *name, const struct vm_like *like, struct vm_to
     _exit(0);
 }
 
+// Its threads have other numbers there than here.
+static void enclosed_main(const char *name, const struct vm_like *like, struct vm_told *told)
+{
+    int status = 0;
+    pid_t inner = unshare(CLONE_NEWPID) ? -1 : fork();
+    if (!inner)
+        fake_main(name, like, told);
+    _exit(inner < 0 || waitpid(inner, &status, 0) != inner || status ? 1 : 0);
+}
+
 static void fake_start(struct fake *f, const char *name, const struct vm_like *like)
 {
     f->told =
         mmap(NULL, sizeof(*f->told), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     ck_assert_ptr_ne(f->told, MAP_FAILED);
     f->pid = fork();
+    if (!f->pid && like->own_pids)
+        enclosed_main(name, like, f->told);
     if (!f->pid)
         fake_main(name, like, f->told);
     ck_assert_int_gt(f->pid, 0);
@@ -387,6 +401,93 @@ START_TEST(shares_three)
 }
 END_TEST
 
+// --- VMs that see little: no socket, own numbers
+
+START_TEST(enclosed)
+{
+    struct fake f[3];
+    uint64_t got[3];
+    struct error err;
+    int broker;
+    if (geteuid())
+        return; // a PID namespace needs root
+    pid_t d = daemon_start(true);
+    ck_assert_msg(!sched_broker_start(sock, &broker, &err), "%s", err.text);
+    fake_start(&f[0], "pids", &(struct vm_like) {.nr = 2, .own_pids = true});
+    fake_start(&f[1], "both", &(struct vm_like) {.nr = 1, .own_pids = true, .broker = broker});
+    fake_start(&f[2], "plain", &(struct vm_like) {.nr = 1});
+    wait_attached(f, 3, 1);
+    for (unsigned round = 0; round < 2; round++) {
+        measure(f, 3, 300000000, got);
+        measure(f, 3, 800000000, got);
+        double sum = (double)(got[0] + got[1] + got[2]);
+        printf("  shares %.3f %.3f %.3f, due 0.5 0.25 0.25\n", (double)got[0] / sum,
+               (double)got[1] / sum, (double)got[2] / sum);
+        ck_assert((double)got[0] / sum > 0.45 && (double)got[1] / sum > 0.2);
+        if (round)
+            break;
+        daemon_kill(d);
+        d = daemon_start(true);
+        wait_attached(f, 3, 2);
+    }
+    for (unsigned i = 0; i < 3; i++)
+        fake_end(&f[i]);
+    close(broker);
+    daemon_kill(d);
+}
+END_TEST
+
+static struct sched_register reg_good(const char *name)
+{
+    struct sched_register reg = {
+        .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_REGISTER},
+        .nr_vcpus = 1,
+        .signal = (uint32_t)SIGRTMIN};
+    strcpy(reg.name, name);
+    reg.tids[0] = (int32_t)getpid();
+    return reg;
+}
+
+// --- what a broker hands in is for one VM's share alone
+
+static void ask(int fd, const void *msg, size_t size, const char *refusal)
+{
+    union sched_msg answer = {0};
+    ck_assert_int_eq(send(fd, msg, size, MSG_NOSIGNAL), (ssize_t)size);
+    ck_assert_int_gt(recv(fd, &answer, sizeof(answer), 0), 0);
+    if (!refusal)
+        ck_assert_uint_ne(answer.head.type, SCHED_ERROR);
+    else
+        ck_assert_msg(answer.head.type == SCHED_ERROR && strstr(answer.error.text, refusal),
+                      "type %u: '%s', expected '%s'", answer.head.type, answer.error.text, refusal);
+}
+
+START_TEST(confined)
+{
+    struct fake f;
+    struct error err;
+    const struct sched_share share = {.has = SCHED_HAS_WEIGHT, .weight = 9};
+    struct sched_set set = {.head = {SCHED_MAGIC, SCHED_VERSION, SCHED_SET}, .share = share};
+    const struct sched_ask status = {.head = {SCHED_MAGIC, SCHED_VERSION, SCHED_STATUS}};
+    struct sched_register reg = reg_good("mine");
+    pid_t d = daemon_start(true);
+    signal(SIGRTMIN, on_kick);
+    fake_start(&f, "other", &(struct vm_like) {.nr = 1});
+    wait_attached(&f, 1, 1);
+    int fd = sched_connect_confined(sock, &err);
+    ck_assert_msg(fd >= 0, "%s", err.text);
+    strcpy(set.name, "other");
+    ask(fd, &set, sizeof(set), "another process's");
+    ask(fd, &status, sizeof(status), "own share alone");
+    ask(fd, &reg, sizeof(reg), NULL);
+    strcpy(set.name, "mine");
+    ask(fd, &set, sizeof(set), NULL);
+    close(fd);
+    fake_end(&f);
+    daemon_kill(d);
+}
+END_TEST
+
 // --- caps: never more than that of the pCPUs' time
 
 START_TEST(capped)
@@ -565,17 +666,6 @@ static int raw(void)
     ck_assert_int_ge(fd, 0);
     ck_assert_msg(!connect(fd, (struct sockaddr *)&addr, sizeof(addr)), "%s", strerror(errno));
     return fd;
-}
-
-static struct sched_register reg_good(const char *name)
-{
-    struct sched_register reg = {
-        .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_REGISTER},
-        .nr_vcpus = 1,
-        .signal = (uint32_t)SIGRTMIN};
-    strcpy(reg.name, name);
-    reg.tids[0] = (int32_t)getpid();
-    return reg;
 }
 
 // Sends, and expects an error that says `text`.
@@ -763,6 +853,8 @@ static Suite *suite(void)
     tcase_add_test(tc, crowd);
     tcase_add_test(tc, shares_two);
     tcase_add_test(tc, shares_three);
+    tcase_add_test(tc, enclosed);
+    tcase_add_test(tc, confined);
     tcase_add_loop_test(tc, capped, 0, 4);
     tcase_add_test(tc, sleeper);
     tcase_add_test(tc, stopped_and_killed);
