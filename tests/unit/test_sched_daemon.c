@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -437,6 +438,16 @@ START_TEST(enclosed)
 }
 END_TEST
 
+static int raw(void)
+{
+    struct sockaddr_un addr = {.sun_family = AF_UNIX};
+    strcpy(addr.sun_path, sock);
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    ck_assert_int_ge(fd, 0);
+    ck_assert_msg(!connect(fd, (struct sockaddr *)&addr, sizeof(addr)), "%s", strerror(errno));
+    return fd;
+}
+
 static struct sched_register reg_good(const char *name)
 {
     struct sched_register reg = {
@@ -484,6 +495,48 @@ START_TEST(confined)
     ask(fd, &set, sizeof(set), NULL);
     close(fd);
     fake_end(&f);
+    daemon_kill(d);
+}
+END_TEST
+
+// --- what the weights of one user add up to
+
+static void as_user(struct sched_register *reg, const char *name, int32_t weight,
+                    const char *refusal, int *fd)
+{
+    *reg = reg_good(name);
+    reg->share = (struct sched_share) {.has = SCHED_HAS_WEIGHT, .weight = weight};
+    *fd = raw();
+    ask(*fd, reg, sizeof(*reg), refusal);
+}
+
+START_TEST(users)
+{
+    struct sched_register reg;
+    int fds[4], status;
+    if (geteuid())
+        return; // becoming another user needs root
+    pid_t d = daemon_with((struct sched_daemon_config) {.mode = 0666, .user_weight = 600});
+    ck_assert(!chmod(dir, 0755));
+    pid_t user = fork();
+    if (!user) {
+        struct sched_set set = {.head = {SCHED_MAGIC, SCHED_VERSION, SCHED_SET},
+                                .share = {.has = SCHED_HAS_WEIGHT, .weight = 700}};
+        signal(SIGRTMIN, on_kick);
+        ck_assert(!setresuid(12345, 12345, 12345));
+        as_user(&reg, "much", 601, "may have 600 in all", &fds[0]);
+        as_user(&reg, "some", 500, NULL, &fds[1]);
+        strcpy(set.name, "some");
+        ask(fds[1], &set, sizeof(set), "may have 600 in all");
+        set.share.weight = 600;
+        ask(fds[0], &set, sizeof(set), NULL);
+        _exit(0);
+    }
+    ck_assert_int_eq(waitpid(user, &status, 0), user);
+    ck_assert_msg(WIFEXITED(status) && !WEXITSTATUS(status), "the user ended with %#x", status);
+    signal(SIGRTMIN, on_kick);
+    as_user(&reg, "root", 65535, NULL, &fds[3]);
+    close(fds[3]);
     daemon_kill(d);
 }
 END_TEST
@@ -658,16 +711,6 @@ END_TEST
 
 // --- messages
 
-static int raw(void)
-{
-    struct sockaddr_un addr = {.sun_family = AF_UNIX};
-    strcpy(addr.sun_path, sock);
-    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    ck_assert_int_ge(fd, 0);
-    ck_assert_msg(!connect(fd, (struct sockaddr *)&addr, sizeof(addr)), "%s", strerror(errno));
-    return fd;
-}
-
 // Sends, and expects an error that says `text`.
 static void refused(const void *msg, size_t size, const char *text)
 {
@@ -819,11 +862,23 @@ END_TEST
 START_TEST(crowd)
 {
     union sched_msg answer;
-    int held[80];
+    pid_t holders[8];
     unsigned refusals = 0, nr = is_long() ? 10000 : 1000;
     pid_t d = daemon_with((struct sched_daemon_config) {.max_vms = 2});
-    for (unsigned i = 0; i < 80; i++) // more than 2 + the room for commands
-        held[i] = raw();
+    for (unsigned i = 0; i < 8; i++) { // each has what one process may; more than 2 + 64 together
+        int ready[2];
+        ck_assert(!pipe(ready));
+        holders[i] = fork();
+        if (!holders[i]) {
+            for (unsigned k = 0; k < 16; k++)
+                raw();
+            close(ready[1]);
+            pause();
+        }
+        close(ready[1]);
+        ck_assert_int_eq(read(ready[0], &answer, 1), 0);
+        close(ready[0]);
+    }
     for (unsigned i = 0; i < nr; i++) {
         int fd = raw();
         ck_assert_int_gt(recv(fd, &answer, sizeof(answer), 0), 0);
@@ -833,9 +888,25 @@ START_TEST(crowd)
         close(fd);
     }
     ck_assert_uint_eq(refusals, nr);
-    for (unsigned i = 0; i < 80; i++)
-        close(held[i]);
+    for (unsigned i = 0; i < 8; i++) {
+        kill(holders[i], SIGKILL);
+        ck_assert_int_eq(waitpid(holders[i], NULL, 0), holders[i]);
+    }
     WAIT_FOR(answers());
+    // One process alone does not take the others' place.
+    int held[20];
+    for (unsigned i = 0; i < 20; i++)
+        held[i] = raw();
+    ck_assert_int_gt(recv(held[19], &answer, sizeof(answer), 0), 0);
+    ck_assert(strstr(answer.error.text, "too many connections"));
+    pid_t other = fork();
+    if (!other)
+        _exit(!answers());
+    int status;
+    ck_assert_int_eq(waitpid(other, &status, 0), other);
+    ck_assert_int_eq(status, 0);
+    for (unsigned i = 0; i < 20; i++)
+        close(held[i]);
     daemon_kill(d);
 }
 END_TEST
@@ -855,6 +926,7 @@ static Suite *suite(void)
     tcase_add_test(tc, shares_three);
     tcase_add_test(tc, enclosed);
     tcase_add_test(tc, confined);
+    tcase_add_test(tc, users);
     tcase_add_loop_test(tc, capped, 0, 4);
     tcase_add_test(tc, sleeper);
     tcase_add_test(tc, stopped_and_killed);
