@@ -150,6 +150,30 @@ static int share_config(struct sched_daemon *d, const struct sched_share *share,
     return credit_vm_check(&d->credit, config, err);
 }
 
+static bool user_bounded(const struct sched_daemon *d, uid_t uid)
+{
+    return d->config.user_weight && uid && uid != geteuid();
+}
+
+// Who may choose a weight may take the host from others, unless the sum is bounded. `asks` is the
+// user who wants `vm` (or one not there yet, NULL) of user `uid` to have `weight`.
+static int user_check(const struct sched_daemon *d, uid_t asks, uid_t uid,
+                      const struct sched_vm *vm, unsigned weight, unsigned nr, struct error *err)
+{
+    const bool per_vm = d->config.weight_per_vm;
+    uint64_t wanted = (uint64_t)weight * (per_vm ? 1 : nr), others = 0;
+    if (!user_bounded(d, asks))
+        return 0;
+    for (const struct sched_vm *other = d->vms; other; other = other->next)
+        if (other->uid == uid && other != vm)
+            others += (uint64_t)other->credit.config.weight * (per_vm ? 1 : other->nr);
+    if (others + wanted <= d->config.user_weight)
+        return 0;
+    return error_set(err, -EPERM,
+                     "weight %u, %u vCPUs: user %u may have %u in all, of which %llu are taken",
+                     weight, nr, (unsigned)uid, d->config.user_weight, (unsigned long long)others);
+}
+
 // --- VMs
 
 static void vm_free(struct sched_vm *vm)
@@ -158,8 +182,11 @@ static void vm_free(struct sched_vm *vm)
         sched_watch_close(&vm->vcpus[i].watch);
     if (vm->page)
         munmap(vm->page, SCHED_PAGE_BYTES);
-    if (vm->bell >= 0)
+    if (vm->bell >= 0) {
+        // The VM has it too: closing ours does not end its events.
+        epoll_ctl(vm->daemon->epoll_fd, EPOLL_CTL_DEL, vm->bell, NULL);
         close(vm->bell);
+    }
     free(vm);
 }
 
@@ -315,6 +342,8 @@ static int vm_register(struct sched_daemon *d, struct conn *conn, struct sched_r
         ret = threads_check(d, reg, err);
     if (!ret)
         ret = share_config(d, &reg->share, &config, err);
+    if (!ret)
+        ret = user_check(d, conn->uid, conn->uid, NULL, config.weight, reg->nr_vcpus, err);
     if (ret)
         return ret;
     struct sched_vm *vm = vm_new(d, conn, reg);
@@ -362,6 +391,8 @@ static int vm_set(struct sched_daemon *d, struct conn *conn, const struct sched_
     struct sched_share share = vm->share;
     sched_share_merge(&share, &msg->share);
     ret = share_config(d, &share, &config, err);
+    if (!ret)
+        ret = user_check(d, conn->uid, vm->uid, vm, config.weight, vm->nr, err);
     if (!ret)
         ret = credit_vm_set(&d->credit, &vm->credit, &config, now_of(d), err);
     if (ret)

@@ -43,6 +43,9 @@ _ferry()
         --log-format) choices="text json" ;;
         --control | --vmgenid) choices="true false" ;;
         --sched) choices="auto off" ;;
+        --boost) choices="realtime none" ;;
+        --notice) choices="auto poll" ;;
+        --weights) choices="vcpu vm" ;;
         --seccomp) choices="on off log" ;;
         --psk | --tls-ca | --tls-cert | --tls-key)
             mapfile -t COMPREPLY < <(compgen -f -- "$word")

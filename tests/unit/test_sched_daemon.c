@@ -14,16 +14,18 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "sched/broker.h"
 #include "sched/client.h"
 #include "sched/daemon.h"
 #include "vmm/util.h"
 
-enum { THREADS = 4, VMS = 8, WAIT_S = 120 };
+enum { THREADS = 4, VMS = 8, WAIT_S = 120, STALL_S = 30 };
 
 static char dir[64], sock[80];
 static const struct log quiet = {.name = "sched", .level = LOG_ERROR, .fd = STDERR_FILENO};
@@ -41,6 +43,7 @@ struct vm_like {
     unsigned burn_us, sleep_us; // 0, 0: burns for ever
     bool ignores;               // its signals and turns
     int broker;                 // 0: none
+    bool own_pids;              // a PID namespace of its own
 };
 
 struct vm_told {
@@ -49,7 +52,7 @@ struct vm_told {
     _Atomic uint64_t waited_ns[THREADS];
     _Atomic uint64_t laps;       // of sleepers
     _Atomic uint64_t attached;   // times
-    _Atomic uint64_t longest_ns; // between two looks of a thread that could run
+    _Atomic uint64_t longest_ns; // in which a thread that could run did not
     _Atomic int error;
     atomic_bool end;
 };
@@ -73,6 +76,7 @@ struct burner {
     unsigned i;
     _Atomic pid_t tid;
     pthread_t thread;
+    uint64_t ran_ns; // when it ran last
 };
 
 static uint64_t thread_cpu(void)
@@ -82,9 +86,18 @@ static uint64_t thread_cpu(void)
     return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
 }
 
+static void ran(struct burner *b)
+{
+    uint64_t now = time_ns(), gap = now - b->ran_ns;
+    if (gap > atomic_load(&b->told->longest_ns))
+        atomic_store(&b->told->longest_ns, gap);
+    b->ran_ns = now;
+}
+
 static void burn(struct burner *b, uint64_t until_cpu)
 {
     while (!look && !atomic_load(&b->told->end)) {
+        ran(b);
         uint64_t cpu = thread_cpu();
         atomic_store(&b->told->cpu_ns[b->i], cpu);
         if (until_cpu && cpu >= until_cpu)
@@ -102,6 +115,7 @@ static void *burner_main(void *arg)
     while (!*(struct sched_client *volatile *)b->client)
         usleep(1000);
     struct sched_client *c = *b->client;
+    b->ran_ns = time_ns();
     while (!atomic_load(&b->told->end)) {
         look = 0;
         if (!b->like->ignores && !sched_client_take(c, b->i, (const uint32_t *)&look))
@@ -174,12 +188,24 @@ static void fake_main(const char *name, const struct vm_like *like, struct vm_to
     _exit(0);
 }
 
+// Its threads have other numbers there than here.
+static void enclosed_main(const char *name, const struct vm_like *like, struct vm_told *told)
+{
+    int status = 0;
+    pid_t inner = unshare(CLONE_NEWPID) ? -1 : fork();
+    if (!inner)
+        fake_main(name, like, told);
+    _exit(inner < 0 || waitpid(inner, &status, 0) != inner || status ? 1 : 0);
+}
+
 static void fake_start(struct fake *f, const char *name, const struct vm_like *like)
 {
     f->told =
         mmap(NULL, sizeof(*f->told), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     ck_assert_ptr_ne(f->told, MAP_FAILED);
     f->pid = fork();
+    if (!f->pid && like->own_pids)
+        enclosed_main(name, like, f->told);
     if (!f->pid)
         fake_main(name, like, f->told);
     ck_assert_int_gt(f->pid, 0);
@@ -376,6 +402,145 @@ START_TEST(shares_three)
 }
 END_TEST
 
+// --- VMs that see little: no socket, own numbers
+
+START_TEST(enclosed)
+{
+    struct fake f[3];
+    uint64_t got[3];
+    struct error err;
+    int broker;
+    if (geteuid())
+        return; // a PID namespace needs root
+    pid_t d = daemon_start(true);
+    ck_assert_msg(!sched_broker_start(sock, &broker, &err), "%s", err.text);
+    fake_start(&f[0], "pids", &(struct vm_like) {.nr = 2, .own_pids = true});
+    fake_start(&f[1], "both", &(struct vm_like) {.nr = 1, .own_pids = true, .broker = broker});
+    fake_start(&f[2], "plain", &(struct vm_like) {.nr = 1});
+    wait_attached(f, 3, 1);
+    for (unsigned round = 0; round < 2; round++) {
+        measure(f, 3, 300000000, got);
+        measure(f, 3, 800000000, got);
+        double sum = (double)(got[0] + got[1] + got[2]);
+        printf("  shares %.3f %.3f %.3f, due 0.5 0.25 0.25\n", (double)got[0] / sum,
+               (double)got[1] / sum, (double)got[2] / sum);
+        ck_assert((double)got[0] / sum > 0.45 && (double)got[1] / sum > 0.2);
+        if (round)
+            break;
+        daemon_kill(d);
+        d = daemon_start(true);
+        wait_attached(f, 3, 2);
+    }
+    for (unsigned i = 0; i < 3; i++)
+        fake_end(&f[i]);
+    close(broker);
+    daemon_kill(d);
+}
+END_TEST
+
+static int raw(void)
+{
+    struct sockaddr_un addr = {.sun_family = AF_UNIX};
+    strcpy(addr.sun_path, sock);
+    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+    ck_assert_int_ge(fd, 0);
+    ck_assert_msg(!connect(fd, (struct sockaddr *)&addr, sizeof(addr)), "%s", strerror(errno));
+    return fd;
+}
+
+static struct sched_register reg_good(const char *name)
+{
+    struct sched_register reg = {
+        .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_REGISTER},
+        .nr_vcpus = 1,
+        .signal = (uint32_t)SIGRTMIN};
+    strcpy(reg.name, name);
+    reg.tids[0] = (int32_t)getpid();
+    return reg;
+}
+
+// --- what a broker hands in is for one VM's share alone
+
+static void ask(int fd, const void *msg, size_t size, const char *refusal)
+{
+    union sched_msg answer = {0};
+    ck_assert_int_eq(send(fd, msg, size, MSG_NOSIGNAL), (ssize_t)size);
+    ck_assert_int_gt(recv(fd, &answer, sizeof(answer), 0), 0);
+    if (!refusal)
+        ck_assert_uint_ne(answer.head.type, SCHED_ERROR);
+    else
+        ck_assert_msg(answer.head.type == SCHED_ERROR && strstr(answer.error.text, refusal),
+                      "type %u: '%s', expected '%s'", answer.head.type, answer.error.text, refusal);
+}
+
+START_TEST(confined)
+{
+    struct fake f;
+    struct error err;
+    const struct sched_share share = {.has = SCHED_HAS_WEIGHT, .weight = 9};
+    struct sched_set set = {.head = {SCHED_MAGIC, SCHED_VERSION, SCHED_SET}, .share = share};
+    const struct sched_ask status = {.head = {SCHED_MAGIC, SCHED_VERSION, SCHED_STATUS}};
+    struct sched_register reg = reg_good("mine");
+    pid_t d = daemon_start(true);
+    signal(SIGRTMIN, on_kick);
+    fake_start(&f, "other", &(struct vm_like) {.nr = 1});
+    wait_attached(&f, 1, 1);
+    int fd = sched_connect_confined(sock, &err);
+    ck_assert_msg(fd >= 0, "%s", err.text);
+    strcpy(set.name, "other");
+    ask(fd, &set, sizeof(set), "another process's");
+    ask(fd, &status, sizeof(status), "own share alone");
+    ask(fd, &reg, sizeof(reg), NULL);
+    strcpy(set.name, "mine");
+    ask(fd, &set, sizeof(set), NULL);
+    close(fd);
+    fake_end(&f);
+    daemon_kill(d);
+}
+END_TEST
+
+// --- what the weights of one user add up to
+
+static void as_user(struct sched_register *reg, const char *name, int32_t weight,
+                    const char *refusal, int *fd)
+{
+    *reg = reg_good(name);
+    reg->share = (struct sched_share) {.has = SCHED_HAS_WEIGHT, .weight = weight};
+    *fd = raw();
+    ask(*fd, reg, sizeof(*reg), refusal);
+}
+
+START_TEST(users)
+{
+    struct sched_register reg;
+    int fds[4], status;
+    if (geteuid())
+        return; // becoming another user needs root
+    pid_t d = daemon_with((struct sched_daemon_config) {.mode = 0666, .user_weight = 600});
+    ck_assert(!chmod(dir, 0755));
+    pid_t user = fork();
+    if (!user) {
+        struct sched_set set = {.head = {SCHED_MAGIC, SCHED_VERSION, SCHED_SET},
+                                .share = {.has = SCHED_HAS_WEIGHT, .weight = 700}};
+        signal(SIGRTMIN, on_kick);
+        ck_assert(!setresuid(12345, 12345, 12345));
+        as_user(&reg, "much", 601, "may have 600 in all", &fds[0]);
+        as_user(&reg, "some", 500, NULL, &fds[1]);
+        strcpy(set.name, "some");
+        ask(fds[1], &set, sizeof(set), "may have 600 in all");
+        set.share.weight = 600;
+        ask(fds[0], &set, sizeof(set), NULL);
+        _exit(0);
+    }
+    ck_assert_int_eq(waitpid(user, &status, 0), user);
+    ck_assert_msg(WIFEXITED(status) && !WEXITSTATUS(status), "the user ended with %#x", status);
+    signal(SIGRTMIN, on_kick);
+    as_user(&reg, "root", 65535, NULL, &fds[3]);
+    close(fds[3]);
+    daemon_kill(d);
+}
+END_TEST
+
 // --- caps: never more than that of the pCPUs' time
 
 START_TEST(capped)
@@ -494,24 +659,50 @@ END_TEST
 
 // --- the daemon dies: VMs run on, and find the next one
 
+// The longest that one of them stood still since the last call.
+static uint64_t longest_stall(struct fake *f)
+{
+    uint64_t longest = 0;
+    for (unsigned i = 0; i < VMS; i++) {
+        uint64_t one = atomic_exchange(&f[i].told->longest_ns, 0);
+        longest = one > longest ? one : longest;
+    }
+    return longest;
+}
+
+// With a daemon, waiting for a turn is no more than the slices of the others at a pCPU.
 START_TEST(restarts)
 {
     struct fake f[VMS];
-    uint64_t got[VMS];
+    uint64_t got[VMS], with, killed, back, worst[3] = {0};
     pid_t d = daemon_start(false);
     for (unsigned i = 0; i < VMS; i++)
         fake_start(&f[i], (char[]) {'v', (char)('0' + i), 0}, &(struct vm_like) {.nr = 1});
     wait_attached(f, VMS, 1);
+    measure(f, VMS, 100000000, got);
     for (unsigned round = 0; round < (is_long() ? 50 : 4); round++) {
+        longest_stall(f);
+        measure(f, VMS, 200000000, got);
+        with = longest_stall(f);
         daemon_kill(d);
         for (unsigned i = 0; i < VMS; i++) // each by itself: none stands still
             measure(&f[i], 1, 1000000, got);
+        killed = longest_stall(f);
         d = daemon_start(false);
         wait_attached(f, VMS, round + 2);
         for (unsigned i = 0; i < VMS; i++)
             measure(&f[i], 1, 1000000, got);
         ck_assert_uint_eq(vms_there(), VMS);
+        back = longest_stall(f);
+        const uint64_t now[3] = {with, killed, back};
+        for (unsigned i = 0; i < 3; i++)
+            worst[i] = now[i] > worst[i] ? now[i] : worst[i];
     }
+    printf("  longest stall of %d VMs: %.1f ms with a daemon, %.1f ms from its death on, %.1f ms "
+           "from the next one's start on\n",
+           VMS, (double)worst[0] / 1e6, (double)worst[1] / 1e6, (double)worst[2] / 1e6);
+    for (unsigned i = 0; i < 3; i++)
+        ck_assert_uint_lt(worst[i], STALL_S * 1000000000ull); // it only says that none hung
     for (unsigned i = 0; i < VMS; i++)
         fake_end(&f[i]);
     daemon_kill(d);
@@ -519,27 +710,6 @@ START_TEST(restarts)
 END_TEST
 
 // --- messages
-
-static int raw(void)
-{
-    struct sockaddr_un addr = {.sun_family = AF_UNIX};
-    strcpy(addr.sun_path, sock);
-    int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
-    ck_assert_int_ge(fd, 0);
-    ck_assert_msg(!connect(fd, (struct sockaddr *)&addr, sizeof(addr)), "%s", strerror(errno));
-    return fd;
-}
-
-static struct sched_register reg_good(const char *name)
-{
-    struct sched_register reg = {
-        .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_REGISTER},
-        .nr_vcpus = 1,
-        .signal = (uint32_t)SIGRTMIN};
-    strcpy(reg.name, name);
-    reg.tids[0] = (int32_t)getpid();
-    return reg;
-}
 
 // Sends, and expects an error that says `text`.
 static void refused(const void *msg, size_t size, const char *text)
@@ -628,6 +798,45 @@ START_TEST(words)
 }
 END_TEST
 
+// The doorbell is the VM's as well, and still there when the VM is not.
+START_TEST(late_ring)
+{
+    struct sched_register reg = reg_good("late");
+    union sched_msg answer;
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(2 * sizeof(int))];
+    struct iovec iov = {&answer, sizeof(answer)};
+    struct msghdr hdr = {.msg_iov = &iov,
+                         .msg_iovlen = 1,
+                         .msg_control = control,
+                         .msg_controllen = sizeof(control)};
+    int fds[2] = {-1, -1};
+    const uint64_t one = 1;
+    pid_t d = daemon_start(true);
+    signal(SIGRTMIN, on_kick);
+    int fd = raw();
+    ck_assert_int_eq(send(fd, &reg, sizeof(reg), MSG_NOSIGNAL), (ssize_t)sizeof(reg));
+    ck_assert_int_gt(recvmsg(fd, &hdr, 0), 0);
+    ck_assert_uint_eq(answer.head.type, SCHED_REGISTERED);
+    memcpy(fds, CMSG_DATA(CMSG_FIRSTHDR(&hdr)), sizeof(fds));
+    close(fd);
+    WAIT_FOR(vms_there() == 0);
+    struct sched_register other = reg_good("next"); // where the first one was in memory
+    fd = raw();
+    ck_assert_int_eq(send(fd, &other, sizeof(other), MSG_NOSIGNAL), (ssize_t)sizeof(other));
+    ck_assert_int_gt(recv(fd, &answer, sizeof(answer), 0), 0);
+    ck_assert_uint_eq(answer.head.type, SCHED_REGISTERED);
+    ck_assert_int_eq(write(fds[1], &one, sizeof(one)), (ssize_t)sizeof(one));
+    ck_assert_uint_eq(vms_there(), 1);
+    uint64_t rings = 0;
+    ck_assert_int_eq(read(fds[1], &rings, sizeof(rings)), (ssize_t)sizeof(rings)); // nobody took it
+    ck_assert_uint_eq(rings, 1);
+    for (unsigned i = 0; i < 2; i++)
+        close(fds[i]);
+    close(fd);
+    daemon_kill(d);
+}
+END_TEST
+
 START_TEST(cycles)
 {
     struct sched_register reg = reg_good("again");
@@ -653,11 +862,23 @@ END_TEST
 START_TEST(crowd)
 {
     union sched_msg answer;
-    int held[80];
+    pid_t holders[8];
     unsigned refusals = 0, nr = is_long() ? 10000 : 1000;
     pid_t d = daemon_with((struct sched_daemon_config) {.max_vms = 2});
-    for (unsigned i = 0; i < 80; i++) // more than 2 + the room for commands
-        held[i] = raw();
+    for (unsigned i = 0; i < 8; i++) { // each has what one process may; more than 2 + 64 together
+        int ready[2];
+        ck_assert(!pipe(ready));
+        holders[i] = fork();
+        if (!holders[i]) {
+            for (unsigned k = 0; k < 16; k++)
+                raw();
+            close(ready[1]);
+            pause();
+        }
+        close(ready[1]);
+        ck_assert_int_eq(read(ready[0], &answer, 1), 0);
+        close(ready[0]);
+    }
     for (unsigned i = 0; i < nr; i++) {
         int fd = raw();
         ck_assert_int_gt(recv(fd, &answer, sizeof(answer), 0), 0);
@@ -667,9 +888,25 @@ START_TEST(crowd)
         close(fd);
     }
     ck_assert_uint_eq(refusals, nr);
-    for (unsigned i = 0; i < 80; i++)
-        close(held[i]);
+    for (unsigned i = 0; i < 8; i++) {
+        kill(holders[i], SIGKILL);
+        ck_assert_int_eq(waitpid(holders[i], NULL, 0), holders[i]);
+    }
     WAIT_FOR(answers());
+    // One process alone does not take the others' place.
+    int held[20];
+    for (unsigned i = 0; i < 20; i++)
+        held[i] = raw();
+    ck_assert_int_gt(recv(held[19], &answer, sizeof(answer), 0), 0);
+    ck_assert(strstr(answer.error.text, "too many connections"));
+    pid_t other = fork();
+    if (!other)
+        _exit(!answers());
+    int status;
+    ck_assert_int_eq(waitpid(other, &status, 0), other);
+    ck_assert_int_eq(status, 0);
+    for (unsigned i = 0; i < 20; i++)
+        close(held[i]);
     daemon_kill(d);
 }
 END_TEST
@@ -682,10 +919,14 @@ static Suite *suite(void)
     tcase_add_checked_fixture(tc, setup, teardown);
     tcase_add_test(tc, words);
     tcase_add_test(tc, malformed);
+    tcase_add_test(tc, late_ring);
     tcase_add_test(tc, cycles);
     tcase_add_test(tc, crowd);
     tcase_add_test(tc, shares_two);
     tcase_add_test(tc, shares_three);
+    tcase_add_test(tc, enclosed);
+    tcase_add_test(tc, confined);
+    tcase_add_test(tc, users);
     tcase_add_loop_test(tc, capped, 0, 4);
     tcase_add_test(tc, sleeper);
     tcase_add_test(tc, stopped_and_killed);

@@ -23,6 +23,12 @@ static void help(FILE *out)
             "usage: ferry sched COMMAND [OPTIONS]     (ferry sched COMMAND --help for each)\n\n");
     for (size_t i = 0; i < ARRAY_SIZE(commands); i++)
         fprintf(out, "  %-7s %s\n", commands[i].name, commands[i].help);
+    fputs("\nexamples:\n"
+          "    ferry sched daemon --pcpus 2-7 &\n"
+          "    ferry run -k vmlinux ... --sched auto --weight 512 --cap 150\n"
+          "    ferry sched top\n"
+          "    ferry sched trace --last 500 --svg run.svg\n",
+          out);
 }
 
 int cli_sched(int argc, char **argv)

@@ -156,6 +156,18 @@ static int set_mode(struct args *a, const char *text, struct error *err)
     return 0;
 }
 
+static int set_user_weight(struct args *a, const char *text, struct error *err)
+{
+    char *end;
+    errno = 0;
+    unsigned long n = strtoul(text, &end, 10);
+    if (*text < '0' || *text > '9' || *end || errno || !n || n > UINT32_MAX)
+        return error_set(err, -EINVAL, "'%.40s': expected a sum of weights, 1 to %u", text,
+                         UINT32_MAX);
+    a->daemon.user_weight = (uint32_t)n;
+    return 0;
+}
+
 static int set_notice(struct args *a, const char *text, struct error *err)
 {
     if (strcmp(text, "auto") && strcmp(text, "poll"))
@@ -186,6 +198,7 @@ static const struct row rows[] = {
     {"placement", 0, FOR_DAEMON, true, set_placement},
     {"weights", 0, FOR_DAEMON, true, set_weights},
     {"mode", 0, FOR_DAEMON, true, set_mode},
+    {"user-weight", 0, FOR_DAEMON, true, set_user_weight},
     {"boost", 0, FOR_DAEMON, true, set_boost},
     {"notice", 0, FOR_DAEMON, true, set_notice},
 };
@@ -295,20 +308,27 @@ int cli_sched_daemon(int argc, char **argv)
         "      --mode OCTAL       of the socket (default 0600: VMs of its own user)\n"
         "  -p, --pcpus LIST       the pCPUs to schedule, e.g. 2-7 (default: all it may use)\n"
         "      --slice TIME       a vCPU's turn, 1 to 1000 ms (default 10ms)\n"
-        "      --tick TIME        a BOOST lasts that long in a slice (default 10ms, or half a slice)\n"
+        "      --tick TIME        a BOOST lasts that long in a slice (default 10ms, or half a "
+        "slice)\n"
         "      --ratelimit TIME   nobody is preempted sooner; = slice: not preemptive (default "
         "1ms)\n"
         "      --placement KIND   a vCPU that wakes goes to the shortest queue: by length "
         "(default)\n"
         "                         or by weight\n"
         "      --weights OF       a weight is each vCPU's (vcpu, default) or the VM's (vm)\n"
+        "      --user-weight N    what the weights of a user's vCPUs may add up to, of users other "
+        "than\n"
+        "                         root and its own (default: anything)\n"
         "      --boost HOW        of a vCPU that wakes with credit: realtime (default, if it may "
         "be\n"
         "                         given: it is before all other processes for 1 ms) or none\n"
         "      --notice HOW       of sleeping vCPUs: auto (default: the kernel's records where "
         "they\n"
         "                         can be had) or poll\n"
-        "example: ferry sched daemon --pcpus 2-7 --slice 30ms";
+        "examples:\n"
+        "  ferry sched daemon --pcpus 2-7\n"
+        "  ferry sched daemon --mode 0666 --user-weight 1024   # VMs of all users, none with more\n"
+        "  ferry sched daemon --slice 30ms                     # fewer switches, coarser shares";
     struct args a;
     struct error err;
     int ret = parse(argc, argv, FOR_DAEMON, 0, 0, usage, &a, &err);
@@ -406,7 +426,10 @@ int cli_sched_status(int argc, char **argv)
     json_t *status = NULL;
     int ret = parse(argc, argv, FOR_STATUS, 0, 0,
                     "ferry sched status [--socket PATH] [--json]\n\n"
-                    "Who runs where, and what each vCPU has had. Credits are 100 us of CPU time.",
+                    "Who runs where, and what each vCPU has had. Credits are 100 us of CPU time.\n"
+                    "examples:\n"
+                    "  ferry sched status\n"
+                    "  ferry sched status --json | jq '.vms[] | {name, run_ns}'",
                     &a, &err);
     if (ret > 0)
         return EXIT_OK;
@@ -513,7 +536,10 @@ int cli_sched_top(int argc, char **argv)
     struct error err;
     int ret = parse(argc, argv, FOR_TOP, 0, 0,
                     "ferry sched top [--socket PATH] [--delay SECONDS] [--count N] [--json]\n\n"
-                    "What each VM has of the pCPUs, and waits for, in percent of one pCPU.",
+                    "What each VM has of the pCPUs, and waits for, in percent of one pCPU.\n"
+                    "examples:\n"
+                    "  ferry sched top\n"
+                    "  ferry sched top --delay 10 --count 6 --json     # a minute, for a program",
                     &a, &err);
     if (!ret)
         ret = top_run(&a, &err);
@@ -680,11 +706,15 @@ int cli_sched_trace(int argc, char **argv)
     struct args a;
     struct error err;
     struct trace trace = {0};
-    int ret = parse(argc, argv, FOR_TRACE, 0, 0,
-                    "ferry sched trace [--socket PATH] [--last MS] [--json] [--svg FILE]\n\n"
-                    "The newest decisions (65,536 at most), a line each; times count back from "
-                    "now.",
-                    &a, &err);
+    int ret =
+        parse(argc, argv, FOR_TRACE, 0, 0,
+              "ferry sched trace [--socket PATH] [--last MS] [--json] [--svg FILE]\n\n"
+              "The newest decisions (65,536 at most), a line each; times count back from "
+              "now.\n"
+              "examples:\n"
+              "  ferry sched trace --last 100\n"
+              "  ferry sched trace --last 500 --svg run.svg      # who ran where, and credits",
+              &a, &err);
     if (ret > 0)
         return EXIT_OK;
     if (!ret)
