@@ -231,7 +231,8 @@ class AsRoot(JailTest):
         end = time.monotonic() + lab.LIMIT
         while (got := self.lab.ferry("info", name, "--json")).status or \
                 got.json()["state"] not in ("running", "paused"):
-            self.assertLess(time.monotonic(), end, str(got))
+            said = [vm.errors() for vm in self.lab.started if vm.name == name]
+            self.assertLess(time.monotonic(), end, f"{got} {said}")
             time.sleep(0.05)
         info = got.json()
         self.assertEqual(str(UID), status_of(info["pid"])["Uid"].split()[0])
