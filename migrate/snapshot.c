@@ -660,19 +660,38 @@ int snapshot_back_open(struct snapshot_back **out, const char *path, struct vm *
     return 0;
 }
 
-int snapshot_back_load(struct snapshot_back *b, struct error *err)
+int snapshot_back_verify(const struct snapshot_back *b, struct error *err)
+{
+    return snapfile_verify(b->f, 0, err);
+}
+
+int snapshot_back_clear(struct snapshot_back *b, struct error *err)
+{
+    return vm_clear(b->vm, err);
+}
+
+int snapshot_back_fill(struct snapshot_back *b, struct error *err)
+{
+    const struct snapfile_target target = {.at = target_at, .context = b->vm};
+    int ret = snapfile_load(b->f, &target, 0, err);
+    return ret || !b->disks ? ret : disks_back_copy(b->disks, err);
+}
+
+int snapshot_back_state(struct snapshot_back *b, struct error *err)
 {
     struct stream_mem blob;
     size_t len;
-    const struct snapfile_target target = {.at = target_at, .context = b->vm};
     const void *state = snapfile_section(b->f, SNAPFILE_STATE, &len);
-    int ret = vm_clear(b->vm, err);
-    if (!ret)
-        ret = snapfile_load(b->f, &target, 0, err);
-    if (!ret && b->disks)
-        ret = disks_back_copy(b->disks, err);
     stream_mem_reader(&blob, "guest state", state, len);
-    return ret ? ret : vm_load_again(b->vm, &blob.stream, err); // reads the overlays' tables anew
+    return vm_load_again(b->vm, &blob.stream, err); // reads the overlays' tables anew
+}
+
+int snapshot_back_load(struct snapshot_back *b, struct error *err)
+{
+    int ret = snapshot_back_clear(b, err);
+    if (!ret)
+        ret = snapshot_back_fill(b, err);
+    return ret ? ret : snapshot_back_state(b, err);
 }
 
 void snapshot_back_close(struct snapshot_back *b)

@@ -101,11 +101,19 @@ int snapshot_load_as(const struct snapshot_load_params *params, const struct mig
 // Taking a VM back to a file of its own: the same VM, with nothing opened but that file, its
 // parents and overlays. snapshot_back_open checks all that can be known without reading pages, and
 // changes nothing: -EINVAL: another machine's file. snapshot_back_load, with the VM paused and
-// nobody fetching its memory any more: after an error there is neither guest.
+// nobody fetching its memory any more: after an error there is neither guest. snapshot_back_verify,
+// in any thread, while the guest runs: reads and checks every page before.
+//
+// Loading in parts, for who must not stand still meanwhile: snapshot_back_clear, snapshot_back_fill
+// (the long one: memory and overlays; in any thread), snapshot_back_state.
 struct snapshot_back;
 int snapshot_back_open(struct snapshot_back **back, const char *path, struct vm *vm,
                        const struct migrate_hooks *hooks, struct error *err);
+int snapshot_back_verify(const struct snapshot_back *back, struct error *err);
 int snapshot_back_load(struct snapshot_back *back, struct error *err);
+int snapshot_back_clear(struct snapshot_back *back, struct error *err);
+int snapshot_back_fill(struct snapshot_back *back, struct error *err);
+int snapshot_back_state(struct snapshot_back *back, struct error *err);
 void snapshot_back_close(struct snapshot_back *back); // NULL is fine
 
 // Checks all that can be checked without building a VM: every byte of the chain.

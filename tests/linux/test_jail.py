@@ -224,6 +224,105 @@ class AsRoot(JailTest):
         self.assertEqual(vm.wait(), lab.STOPPED)
         self.assertFalse(os.path.exists(api))
 
+    # --- what a VM in a jail can be made of, and what can be made of it
+
+    def answers(self, name):
+        """Soon, with this; it is in a jail, and runs as its user."""
+        end = time.monotonic() + lab.LIMIT
+        while (got := self.lab.ferry("info", name, "--json")).status or \
+                got.json()["state"] not in ("running", "paused"):
+            said = [vm.errors() for vm in self.lab.started if vm.name == name]
+            self.assertLess(time.monotonic(), end, f"{got} {said}")
+            time.sleep(0.05)
+        info = got.json()
+        self.assertEqual(str(UID), status_of(info["pid"])["Uid"].split()[0])
+        self.assertEqual(os.stat(f"/proc/{info['pid']}/root").st_ino, os.stat(self.dir).st_ino)
+        return info
+
+    def with_disk(self):
+        base, overlay = self.lab.path("base"), self.lab.path("overlay")
+        with open(base, "wb") as f:
+            f.write(b"base" * 4096)
+        os.chmod(base, 0o600)  # not the VM's user's
+        os.chown(self.dir, UID, GID)
+        return base, overlay, self.start("--disk", f"{base},overlay={overlay}")[0]
+
+    def test_clone(self):
+        base, overlay, vm = self.with_disk()
+        before = set(os.listdir(self.dir))
+        made = self.assertStatus(vm.ferry("clone", "--count", "2", "--name", "c", "--json"), lab.OK)
+        self.assertEqual(["c1", "c2"], made.json()["clones"])
+        try:
+            pids = {self.answers(name)["pid"] for name in ("c1", "c2")}
+            self.assertEqual(3, len(pids | {vm.pid}))
+            folder, = set(os.listdir(self.dir)) - before
+            self.assertEqual(["memory.disk0.c1", "memory.disk0.c2"],
+                             sorted(os.listdir(os.path.join(self.dir, folder))))
+            again = self.assertStatus(self.lab.ferry("clone", "c1", "--name", "d"), lab.OK)
+            self.answers("d1")  # a clone of a clone reads the same base
+        finally:
+            for name in ("c1", "c2", "d1"):
+                self.lab.ferry("kill", name)
+        self.answers(vm.name)
+        outside = vm.ferry("clone", "--name", "e", "--dir", "/dev/shm")
+        self.assertIn("expected a folder there", self.assertStatus(outside, lab.USAGE).stderr)
+
+    def test_snapshot_and_restore(self):
+        base, overlay, vm = self.with_disk()
+        saved = os.path.join(self.dir, "saved")
+        self.assertStatus(vm.ferry("snapshot", saved, "--disks"), lab.OK)  # its name outside
+        self.assertEqual(UID, os.stat(saved).st_uid)
+        self.assertStatus(vm.ferry("rollback", saved), lab.OK)
+        self.answers(vm.name)
+        vm.end()
+        # What the file says of this host's files is not believed.
+        refused = self.lab.ferry("restore", saved, "--disks", "--jail", self.jail(), "-o", "null")
+        self.assertIn("No such file", self.assertStatus(refused, lab.FAILED).stderr)
+        restored = self.lab.vm("restore", saved, "--disks", "--jail", self.jail(), "--base", base)
+        self.answers(restored.name)
+        restored.child.terminate()
+        self.assertEqual(restored.wait(), lab.STOPPED)
+        self.assertEqual([], [n for n in os.listdir(self.lab.run_dir) if restored.name in n])
+        outside = self.lab.path("outside")
+        os.rename(saved, outside)
+        refused = self.lab.ferry("restore", outside, "--jail", self.jail(), "-o", "null")
+        self.assertIn("not in the jail", self.assertStatus(refused, lab.USAGE).stderr)
+
+    def test_receive(self):
+        vm, _ = self.start()
+        target = self.lab.vm("receive", "--listen", "tcp:127.0.0.1:0", "--jail", self.jail())
+        address = target.stderr.wait(re.compile(rb"waiting for a guest on (tcp:\S+)\n")).group(1)
+        self.assertEqual("starting", target.ferry("info", "--json").json()["state"])
+        self.assertStatus(vm.ferry("migrate", address.decode()), lab.OK)
+        self.assertEqual(target.pid, self.answers(target.name)["pid"])
+        self.assertStatus(target.ferry("stop"), lab.OK)
+        self.assertEqual(target.wait(), lab.STOPPED)
+
+    def test_checkpoints(self):
+        """In a folder outside, which is shared with the jail; started again from there, with the
+        disk of the command line."""
+        where = self.lab.path("checkpoints")
+        base, overlay = self.lab.path("base"), self.lab.path("overlay")
+        with open(base, "wb") as f:
+            f.write(b"base" * 4096)
+        vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall", "--disk",
+                         f"{base},overlay={overlay}", "--jail", self.jail(), "--checkpoints",
+                         f"{where},interval=100ms")
+        vm.stderr.wait(b"sync")
+        pid = self.answers(vm.name)["pid"]
+        while len(self.lab.ferry("checkpoint", "ls", vm.name, "--json").json()["checkpoints"]) < 2:
+            self.assertIsNone(vm.child.poll(), vm.errors())
+        listed = self.lab.ferry("checkpoint", "ls", vm.name, "--json").json()
+        self.assertEqual(where, listed["dir"])
+        self.assertEqual(UID, os.stat(where).st_uid)
+        self.assertStatus(vm.ferry("rollback"), lab.OK)
+        os.kill(pid, 9)
+        vm.stderr.wait(b"starts again from " + where.encode())
+        while (now := self.answers(vm.name)["pid"]) == pid:
+            self.assertIsNone(vm.child.poll(), vm.errors())
+        self.assertStatus(self.lab.ferry("kill", vm.name), lab.OK)
+        vm.wait()
+
     def test_links_on_the_way(self):
         link = os.path.join(os.path.dirname(self.dir), "link")
         os.symlink(self.dir, link)

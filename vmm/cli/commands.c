@@ -6,6 +6,7 @@
 
 #include "devices/platform.h"
 #include "vmm/cli/metrics.h"
+#include "vmm/cli/rollback.h"
 #include "vmm/cli/session.h"
 #include "vmm/vcpu.h"
 
@@ -250,10 +251,8 @@ static void get_events(struct control_request *req, json_t *args, void *context)
 static void put_rollback(struct control_request *req, json_t *args, void *context)
 {
     struct error err;
-    if (session_rollback(context, json_string_value(json_object_get(args, "path")), &err))
+    if (rollback_begin(context, json_string_value(json_object_get(args, "path")), req, &err))
         control_reply_error(req, &err);
-    else
-        control_reply_ok(req, NULL);
 }
 
 static const char *const vm_states[] = {"Paused", "Resumed", NULL};

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -122,6 +123,24 @@ void outside_close(struct outside *o)
     }
     free(o->cwd);
     o->cwd = NULL;
+}
+
+static bool file_taken(const char *path)
+{
+    struct flock lock = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    autoclose int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    return fd >= 0 && !fcntl(fd, F_OFD_GETLK, &lock) && lock.l_type != F_UNLCK;
+}
+
+void outside_await(const struct vm_options *options)
+{
+    uint64_t limit = time_ns() + 2000000000ull;
+    for (unsigned i = 0; i < options->nr_devices; i++) {
+        const struct virtio_blk_config *c = disk_of(&options->devices[i]);
+        const char *written = !c || c->read_only ? NULL : *c->overlay ? c->overlay : c->path;
+        while (written && file_taken(written) && time_ns() < limit)
+            poll(NULL, 0, 5);
+    }
 }
 
 json_t *outside_bases(const struct vm_options *options)

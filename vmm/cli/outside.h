@@ -27,5 +27,9 @@ json_t *outside_disks(const struct outside *outside, json_t *texts);
 int outside_checkpoints(struct vm_options *options, struct error *err);
 void outside_close(struct outside *outside);
 
+// Until nobody has the files that the disks write, for two seconds at most: a process that was
+// killed holds them a moment longer, for the kernel takes its io_uring down behind it.
+void outside_await(const struct vm_options *options);
+
 // The images that disks read but never write, by their whole names: a clone needs them again.
 json_t *outside_bases(const struct vm_options *options);

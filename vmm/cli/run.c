@@ -77,6 +77,8 @@ static int run(void *context, const char *checkpoint, pid_t supervisor)
         options_free(options);
         return ret > 0 ? status : cli_fail(&err);
     }
+    if (supervisor)
+        outside_await(options);
     ret = session_init(&session, options, &err);
     if (!ret)
         ret = go(&session, checkpoint, &err);

@@ -18,6 +18,7 @@
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
 #include "vmm/cli/registry.h"
+#include "vmm/cli/rollback.h"
 #include "vmm/cli/supervise.h"
 #include "vmm/http.h"
 
@@ -559,33 +560,6 @@ static int schedule(struct session *s, bool arrived, struct error *err)
     return sched_tie(&s->tie, s->vm, socket, o->sched_broker, &o->share, asked && !arrived, err);
 }
 
-// From here on there is no way back to the guest that was there.
-static int rollback_load(struct session *s, struct snapshot_back *back, struct error *err)
-{
-    lazy_free(s->lazy); // what it would still fetch is of the guest that was
-    s->lazy = NULL;
-    int ret = snapshot_back_load(back, err);
-    if (!ret && s->board.vmgenid)
-        ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
-    if (ret) {
-        error_prefix(err, "the guest is lost");
-        vm_request_stop(s->vm, VM_STOP_ERROR, 0, "%s", err->text);
-    }
-    return ret;
-}
-
-static int start_from(struct session *s, const char *path, struct error *err)
-{
-    struct snapshot_back *back;
-    session_hooks(s, &s->hooks);
-    int ret = snapshot_back_open(&back, path, s->vm, &s->hooks, err);
-    if (ret)
-        return ret;
-    ret = rollback_load(s, back, err);
-    snapshot_back_close(back);
-    return ret;
-}
-
 int session_start(struct session *s, struct error *err)
 {
     int ret = life_move(&s->life, LIFE_STARTING, err);
@@ -598,7 +572,7 @@ int session_start(struct session *s, struct error *err)
     if (!ret)
         ret = schedule(s, false, err);
     if (!ret && s->from)
-        ret = start_from(s, s->from, err);
+        ret = rollback_start_from(s, s->from, err);
     if (ret) { // back to where it can be configured anew
         session_vm_drop(s);
         life_move(&s->life, LIFE_CREATED, NULL);
@@ -659,39 +633,6 @@ void session_disks_forget(struct session *s, const struct snapfile *file)
             options_remove_device(o, i - 1);
 }
 
-static int rollback(struct session *s, struct snapshot_back *back, struct error *err)
-{
-    enum life_state before = life_get(&s->life);
-    int ret = life_move(&s->life, LIFE_STARTING, err);
-    if (ret)
-        return ret;
-    bool paused = !vm_pause(s->vm, err);
-    ret = paused ? rollback_load(s, back, err) : err->code;
-    if (ret && paused)
-        return ret;
-    life_move(&s->life, before, NULL);
-    if (before == LIFE_RUNNING)
-        vm_resume(s->vm);
-    return ret;
-}
-
-int session_rollback(struct session *s, const char *path, struct error *err)
-{
-    struct snapshot_back *back;
-    int ret = snapshot_back_open(&back, path, s->vm, &s->hooks, err);
-    if (ret)
-        return ret;
-    json_t *body = json_incref(checkpoint_commands_body(s->checkpoints));
-    checkpoint_commands_stop(s->checkpoints); // one may be under way: that is given up
-    ret = rollback(s, back, err);
-    snapshot_back_close(back);
-    struct error none;
-    if (body && !vm_stopped(s->vm) && checkpoint_commands_start(s->checkpoints, body, &none))
-        log_write(&s->vm->log, LOG_ERROR, "no more checkpoints: %s", none.text);
-    json_decref(body);
-    return ret;
-}
-
 int session_checkpoints(struct session *s, const char *from, struct error *err)
 {
     json_t *body = NULL;
@@ -742,6 +683,7 @@ int session_run(struct session *s)
         vm_request_stop(s->vm, VM_STOP_ERROR, 0, "%s", err.text);
     if (s->arrival)
         arrival_settle(s->arrival);
+    rollback_settle(s);
     if (!s->vm) // an arrival that failed: its error says why; or ended before anything began
         return s->arrival ? EXIT_FAILED : EXIT_OK;
     if (s->control)

@@ -18,6 +18,7 @@
 #include "vmm/vm.h"
 
 struct api;
+struct rollback;
 struct snapshot_report;
 
 struct session {
@@ -37,7 +38,8 @@ struct session {
     struct api *api;
     struct migrate_commands *migrate;
     struct checkpoint_commands *checkpoints;
-    struct outside outside; // files of a VM in a jail
+    struct rollback *rollback; // one that is under way
+    struct outside outside;    // files of a VM in a jail
     const char *from; // a checkpoint in the jail, which the guest is when it starts; NULL: none
     bool restored;    // the guest came from a file, though options->kernel may be set
     struct migrate_hooks hooks;
@@ -105,10 +107,6 @@ int session_load(struct session *s, const char *path, enum lazy_mode mode,
 int session_checkpoints(struct session *s, const char *from, struct error *err);
 // The options' disks, once a snapshot brings the state that they had at its instant.
 void session_disks_forget(struct session *s, const struct snapfile *file);
-// The running or paused guest is replaced, in the same VM, by the one in the file, which goes on if
-// this one ran. The file must be of this machine. An error with the VM stopped: there is no guest
-// any more.
-int session_rollback(struct session *s, const char *path, struct error *err);
 json_t *session_info(struct session *s);                        // what GET /info says
 int session_commands_add(struct session *s, struct error *err); // vmm/cli/commands.c
 
