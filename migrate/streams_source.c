@@ -235,6 +235,7 @@ int streams_pass(struct outgoing *out, struct error *err)
         if (!pthread_cond_timedwait(&ss->changed, &ss->lock, &end) || out->owner != SOURCE_RUNNING)
             continue;
         pthread_mutex_unlock(&ss->lock);
+        squeeze_look(out);
         outgoing_progress(out, MIGRATE_ROUNDS, (pages - atomic_load(&ss->taken)) * PAGE_SIZE);
         pthread_mutex_lock(&ss->lock);
     }
@@ -246,6 +247,8 @@ int streams_pass(struct outgoing *out, struct error *err)
         out->report->data_pages += ss->sender[i].report.data_pages;
         out->report->zero_pages += ss->sender[i].report.zero_pages;
         ss->sender[i].report.data_pages = ss->sender[i].report.zero_pages = 0;
+        out->presence.nr_free += ss->sender[i].out.presence.nr_free;
+        ss->sender[i].out.presence.nr_free = 0;
         ss->sender[i].out.presence.hinted = NULL; // the bitmap goes
     }
     return ret ? reason(out, ret, err) : 0;
