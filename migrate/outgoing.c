@@ -409,6 +409,7 @@ static int commit(struct outgoing *out, struct error *err)
 
 static int hand_over(struct outgoing *out, bool postcopy, struct error *err)
 {
+    thread_prompt(); // the guest waits
     uint64_t start = time_ns();
     outgoing_progress(out, MIGRATE_SWITCHING, 0);
     int ret = stop_and_save(out, err);

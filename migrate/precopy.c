@@ -19,8 +19,11 @@
 #define RESUME_NS         100000ull
 #define SAMPLE_MIN        (256 * KiB)
 #define BANDWIDTH_GUESS   100000000ull // bytes/s: 1 Gbit Ethernet
-// A round that is only to make the pause shorter than it has to be may take so long.
-#define SPARE_NS 250000000ull
+// Below the limit rounds go on while they make the pause shorter. The guest then stands still for
+// this share of each such period, so that there is less after each round: it loses less time than
+// if it were stopped for all that is left.
+#define EASE_PERCENT   90
+#define EASE_PERIOD_US 2000
 // What a shorter write takes says more about waking the other side than about the link.
 #define WRITE_SAMPLE_MIN (64 * KiB)
 
@@ -117,9 +120,21 @@ int precopy_pass(struct outgoing *out, struct error *err)
     return 0;
 }
 
+// Pages that are waited for would make up most of the pause: see EASE_PERCENT.
+static void ease(struct outgoing *out, bool within)
+{
+    if (out->report->throttle)
+        return; // it is slowed already, and as much as it takes
+    if (within)
+        throttle_set(&out->throttle, out->vm, EASE_PERCENT, EASE_PERIOD_US);
+    else
+        throttle_end(&out->throttle);
+}
+
 static enum switchover_verdict decide(struct outgoing *out, uint64_t dirty_pages)
 {
     unsigned cpus = out->vm->config.cpus;
+    uint64_t limit = atomic_load(&out->m->downtime_ns);
     struct switchover_input in = {
         .remaining = dirty_pages * PAGE_SIZE,
         .state = STATE_BYTES(cpus),
@@ -129,17 +144,19 @@ static enum switchover_verdict decide(struct outgoing *out, uint64_t dirty_pages
         .load_ns = LOAD_NS(cpus),
         .resume_ns = RESUME_NS,
         .rtt_ns = out->rtt_ns,
-        .limit_ns = atomic_load(&out->m->downtime_ns),
+        .limit_ns = limit,
         .round = out->report->rounds,
         .max_rounds = out->params->max_rounds,
         .before = out->before,
         .within = out->within,
-        .spare_ns = SPARE_NS,
+        .spare_ns = limit,
     };
     uint64_t expected;
     enum switchover_verdict verdict = switchover_decide(&in, &expected);
     out->before = in.remaining;
     out->within += expected <= in.limit_ns;
+    if (verdict != SWITCHOVER_STOP)
+        ease(out, expected <= in.limit_ns);
     pthread_mutex_lock(&out->m->lock);
     out->m->progress.expected_downtime_ns = expected;
     out->m->progress.dirty_bytes = in.remaining;
@@ -164,7 +181,7 @@ static int stalled(struct outgoing *out, bool *stop, bool *postcopy, struct erro
     case STALL_THROTTLE:
         out->report->throttle =
             switchover_throttle(out->report->throttle, out->dirty_rate, out->bandwidth);
-        throttle_set(&out->throttle, out->vm, out->report->throttle);
+        throttle_set(&out->throttle, out->vm, out->report->throttle, THROTTLE_PERIOD_US);
         return 0;
     case STALL_SWITCH:
         break;

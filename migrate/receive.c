@@ -574,6 +574,7 @@ static int begin_postcopy(struct receive *r, uint64_t stale, struct error *err)
 static int prepare(struct receive *r, struct error *err)
 {
     struct wire_prepare prep;
+    thread_prompt(); // the guest waits, and its first vCPU must not keep RUNNING back
     uint64_t start = time_ns();
     wire_fixed(&r->record, &prep, sizeof(prep));
     if (prep.flags & ~(uint32_t)(WIRE_PREPARE_POSTCOPY | WIRE_PREPARE_STAY_PAUSED))

@@ -46,9 +46,10 @@ unsigned switchover_throttle(unsigned percent, uint64_t dirty_rate, uint64_t ban
 static bool worth_another(const struct switchover_input *in, uint64_t fixed_ns)
 {
     uint64_t round = switchover_transfer_ns(in->remaining, in->bandwidth);
-    if (round > in->spare_ns || round <= fixed_ns / 4 || in->within >= SWITCHOVER_WITHIN_MAX)
+    if (round > in->spare_ns || round <= fixed_ns / 2 || in->within >= SWITCHOVER_WITHIN_MAX ||
+        (in->max_rounds && in->round >= in->max_rounds))
         return false;
-    return !in->within || in->remaining <= in->before - in->before / 4;
+    return in->within < 2 || in->remaining <= in->before - in->before / 4;
 }
 
 enum switchover_verdict switchover_decide(const struct switchover_input *in, uint64_t *downtime_ns)

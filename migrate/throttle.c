@@ -3,9 +3,6 @@
 
 #include <errno.h>
 
-// Short, so that nobody inside loses a connection; long against the cost of stopping (a kick).
-#define PERIOD_MS 20
-
 // Under the lock, which is given up meanwhile.
 static void wait_us(struct throttle *t, unsigned us)
 {
@@ -24,25 +21,26 @@ static void *throttle_main(void *arg)
     thread_prompt();
     pthread_mutex_lock(&t->lock);
     while (!t->stop) {
-        unsigned still = PERIOD_MS * 10 * t->percent;
+        unsigned still = t->period_us / 100 * t->percent, rest = t->period_us - still;
         vm_hold(t->vm, true);
         wait_us(t, still);
         vm_hold(t->vm, false);
-        wait_us(t, PERIOD_MS * 1000 - still);
+        wait_us(t, rest);
     }
     pthread_mutex_unlock(&t->lock);
     return NULL;
 }
 
-int throttle_set(struct throttle *t, struct vm *vm, unsigned percent)
+int throttle_set(struct throttle *t, struct vm *vm, unsigned percent, unsigned period_us)
 {
     if (t->started) {
         pthread_mutex_lock(&t->lock);
         t->percent = percent;
+        t->period_us = period_us;
         pthread_mutex_unlock(&t->lock);
         return 0;
     }
-    *t = (struct throttle) {.vm = vm, .percent = percent};
+    *t = (struct throttle) {.vm = vm, .percent = percent, .period_us = period_us};
     pthread_mutex_init(&t->lock, NULL);
     pthread_condattr_t attr;
     pthread_condattr_init(&attr);

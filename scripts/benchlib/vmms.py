@@ -301,7 +301,11 @@ class Ferry:
                 "--console", "stdio", "--backing", "thp"]  # QEMU asks for huge pages, too
         machine = Machine([*enter, *argv, *more], memory, None)
         machine.name, machine.address = name, address
-        wait_listening(machine, port)
+        try:
+            wait_listening(machine, port)
+        except BaseException:
+            machine.__exit__()
+            raise
         return machine
 
     def migrate(self, source, target, downtime_ms, mode="precopy", more=()):
@@ -409,11 +413,15 @@ class Qemu:
         argv = self._argv(directory, kernel, None, "", memory, 1) + ["-incoming", "defer"]
         machine = self._start([*enter, *argv, *more], directory, memory)
         machine.address = f"tcp:{host}:{port}"
-        with Qmp(directory) as qmp:
-            if mode == "postcopy":
-                qmp.call("migrate-set-capabilities", POSTCOPY)
-            qmp.call("migrate-incoming", {"uri": machine.address})
-        wait_listening(machine, port)
+        try:
+            with Qmp(directory) as qmp:
+                if mode == "postcopy":
+                    qmp.call("migrate-set-capabilities", POSTCOPY)
+                qmp.call("migrate-incoming", {"uri": machine.address})
+            wait_listening(machine, port)
+        except BaseException:
+            machine.__exit__()
+            raise
         return machine
 
     def migrate(self, source, target, downtime_ms, mode="precopy", more=()):
