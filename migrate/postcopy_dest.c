@@ -135,7 +135,8 @@ int postcopy_dest_place(struct postcopy_dest *pd, struct wire *w, const struct w
     const uint8_t *data = buffer;
     for (uint32_t i = 0; !ret && i < view.head.nr_data; i++)
         if (page_sum(data + i * PAGE_SIZE) != wire_pages_sum(&view, i))
-            ret = error_set(err, -EBADMSG, "%s: page data damaged", w->name);
+            ret = error_set(err, -EBADMSG, "%s at byte %llu: page data damaged", w->name,
+                            (unsigned long long)record->offset);
     for (uint32_t i = 0; !ret && i < view.head.nr_runs; i++) {
         struct wire_run run = wire_pages_run(&view, i);
         ret = check_run(pd, &run, err);

@@ -222,13 +222,14 @@ static bool let_recover_in(struct receive *r, struct channel *c, const struct wi
     unsigned version;
     pthread_mutex_lock(&r->lock);
     bool wanted =
-        hello->kind == WIRE_RECOVER && r->again.fd < 0 &&
+        hello->kind == WIRE_RECOVER &&
         (r->owner == DEST_LACKING || r->owner == DEST_SEVERED || r->owner == DEST_RUNNING) &&
         r->report->postcopy && !memcmp(hello->id, r->report->id, WIRE_ID_LEN);
     pthread_mutex_unlock(&r->lock);
     if (!wanted || answer_hello(c, hello, &version, NULL))
         return false;
     pthread_mutex_lock(&r->lock);
+    channel_close(&r->again); // an attempt that nobody has looked at yet: it has given up
     channel_move(&r->again, c, r->cancel_fd, r->params.handshake_ms);
     channel_shutdown(&r->main);
     pthread_cond_broadcast(&r->changed);
@@ -405,7 +406,8 @@ static int take_state(struct receive *r, struct error *err)
     r->state_len = head.len;
     int ret = wire_read(&r->main.wire, r->state, head.len, err);
     if (!ret && crc32c(0, r->state, head.len) != head.crc)
-        ret = error_set(err, -EBADMSG, "guest state damaged on the way");
+        ret = error_set(err, -EBADMSG, "%s at byte %llu: guest state damaged on the way",
+                        r->main.wire.name, (unsigned long long)r->record.offset);
     return ret;
 }
 
