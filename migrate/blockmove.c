@@ -390,6 +390,8 @@ int block_intake_record(struct block_intake *in, struct wire *w, const struct wi
         ret = wire_read(w, in->buffer, record->header.data_len, err);
     if (!ret && crc32c(0, in->buffer, record->header.data_len) != head.sum)
         ret = error_set(err, -EBADMSG, "blocks of a disk damaged on the way");
+    if (ret)
+        return ret;
     struct block_disk *d = &in->disks[head.disk];
     const uint8_t *data = in->buffer;
     for (uint32_t i = 0; i < head.nr && !ret; i++) {
