@@ -71,8 +71,11 @@ static int image_open(struct blk_image *i, const struct blk_image_mode *mode, st
     int how = mode->read_only ? O_RDONLY : O_RDWR;
     struct stat st, direct;
     // Never waits, whatever stands at that name.
-    i->fd =
-        open(i->path, how | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | (mode->create ? O_CREAT : 0), 0644);
+    if (mode->fd)
+        i->fd = fcntl(mode->fd, F_DUPFD_CLOEXEC, 0);
+    else
+        i->fd = open(i->path,
+                     how | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | (mode->create ? O_CREAT : 0), 0644);
     if (i->fd < 0 || fstat(i->fd, &st))
         return error_errno(err, "%s", i->path);
     fcntl(i->fd, F_SETFL, how); // io_uring would take O_NONBLOCK as a wish for EAGAIN
@@ -83,7 +86,7 @@ static int image_open(struct blk_image *i, const struct blk_image_mode *mode, st
     i->blocks = !i->block_device && file_blocks(i->fd);
     i->device = st.st_dev;
     i->inode = st.st_ino;
-    if (!mode->cached)
+    if (!mode->cached && !mode->fd)
         direct_open(i, how);
     if (i->direct_fd >= 0 &&
         (fstat(i->direct_fd, &direct) || direct.st_ino != st.st_ino || direct.st_dev != st.st_dev))
@@ -118,39 +121,55 @@ void blk_image_close(struct blk_image *i)
 
 // --- lock
 
-static struct flock lock_wanted(const struct blk_image *i)
+// The image has two locks, each on half of all the bytes a file could have: who holds the first may
+// use it, who holds the second has a claim to it.
+#define LOCK_HALF (1ll << 62)
+
+enum lock_part { LOCK_USE, LOCK_ALL };
+
+static int lock_set(const struct blk_image *i, short type, enum lock_part part)
 {
-    return (struct flock) {.l_type = i->read_only ? F_RDLCK : F_WRLCK, .l_whence = SEEK_SET};
+    struct flock lock = {
+        .l_type = type, .l_whence = SEEK_SET, .l_len = part == LOCK_USE ? LOCK_HALF : 0};
+    return fcntl(i->fd, F_OFD_SETLK, &lock) ? -errno : 0;
 }
 
-static int lock_busy(const struct blk_image *i, struct error *err)
+static int lock_result(const struct blk_image *i, int ret, struct error *err)
 {
-    return error_set(err, -EBUSY, "%s: another VM uses it%s", i->path,
-                     i->read_only ? " and writes to it" : "");
+    if (ret == -EAGAIN || ret == -EACCES)
+        return error_set(err, -EBUSY, "%s: another VM uses it%s", i->path,
+                         i->read_only ? " and writes to it" : "");
+    return ret ? error_set(err, ret, "%s: cannot be locked: %s", i->path, strerror(-ret)) : 0;
+}
+
+static short lock_type(const struct blk_image *i)
+{
+    return i->read_only ? F_RDLCK : F_WRLCK;
 }
 
 int blk_image_lock(struct blk_image *i, struct error *err)
 {
-    struct flock lock = lock_wanted(i);
-    if (!fcntl(i->fd, F_OFD_SETLK, &lock))
+    return lock_result(i, lock_set(i, lock_type(i), LOCK_ALL), err);
+}
+
+int blk_image_lock_lent(struct blk_image *i, struct error *err)
+{
+    if (!lock_set(i, lock_type(i), LOCK_ALL))
         return 0;
-    if (errno == EAGAIN || errno == EACCES)
-        return lock_busy(i, err);
-    return error_errno(err, "%s: cannot be locked", i->path);
+    return lock_result(i, lock_set(i, lock_type(i), LOCK_USE), err);
+}
+
+void blk_image_lend(struct blk_image *i)
+{
+    if (i->read_only)
+        return;                     // readers share it as it is
+    lock_set(i, F_WRLCK, LOCK_ALL); // whoever lent it to us may be gone by now
+    lock_set(i, F_UNLCK, LOCK_USE);
 }
 
 void blk_image_unlock(struct blk_image *i)
 {
-    struct flock lock = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
-    fcntl(i->fd, F_OFD_SETLK, &lock);
-}
-
-int blk_image_lockable(struct blk_image *i, struct error *err)
-{
-    struct flock lock = lock_wanted(i);
-    if (fcntl(i->fd, F_OFD_GETLK, &lock))
-        return error_errno(err, "%s: cannot be locked", i->path);
-    return lock.l_type == F_UNLCK ? 0 : lock_busy(i, err);
+    lock_set(i, F_UNLCK, LOCK_ALL);
 }
 
 // --- size

@@ -2,8 +2,12 @@
 // A file or block device that holds a disk: opening, size, alignment of O_DIRECT, lock. Nothing in
 // it is interpreted here.
 //
-// Lock. An OFD lock on the whole file: exclusive for who writes, shared for who reads. It keeps out
+// Lock. OFD locks on the whole file: exclusive for who writes, shared for who reads. They keep out
 // every other opener that takes locks, in this process, too.
+//
+// A guest that moves takes its image along without a moment in which a third VM could have it: its
+// source lends the image (nobody may use it then, and the source keeps its claim), its destination
+// borrows it. If the move fails, the destination unlocks it and the source takes it back.
 #pragma once
 
 #include <stdbool.h>
@@ -26,6 +30,7 @@ struct blk_image_mode {
     bool read_only;
     bool cached; // no direct_fd
     bool create; // an empty file, if there is none
+    int fd;      // the image, opened already, stays the caller's; 0: it is opened by its name
 };
 
 // Opens, and does not lock. On error nothing is left open. blk_image_close may be called on an
@@ -35,8 +40,10 @@ int blk_image_open(struct blk_image *i, const char *path, const struct blk_image
 void blk_image_close(struct blk_image *i);
 
 int blk_image_lock(struct blk_image *i, struct error *err); // -EBUSY: somebody else's
+// The same, for who continues a guest: also good is an image that another has lent.
+int blk_image_lock_lent(struct blk_image *i, struct error *err);
+void blk_image_lend(struct blk_image *i); // after the last write, with everything durable
 void blk_image_unlock(struct blk_image *i);
-int blk_image_lockable(struct blk_image *i, struct error *err); // asks, and takes nothing
 
 int blk_image_bytes(struct blk_image *i, uint64_t *bytes, struct error *err); // what it has now
 // As blk_image_bytes, and good for a disk: a multiple of BLK_SECTOR, not 0.

@@ -83,6 +83,8 @@ void blk_request_done(struct blk_engine *e, struct blk_request *r, int error)
     struct virtio_blk *b = container_of(e, struct virtio_blk, engine);
     bool unsupported = r->type == T_DISCARD && error == -EOPNOTSUPP;
     latency_count(b, r);
+    if (b->written && (r->op == BLK_WRITE || r->op == BLK_DISCARD || r->op == BLK_ZERO))
+        blk_written(b, r); // also after an error: part of it may be there
     if (!error)
         request_count(b, r);
     else if (!unsupported)

@@ -14,10 +14,10 @@
 // every later flush fails, too, until the VM ends. State is saved only with everything durable.
 //
 // Lock. A writable image is locked (OFD lock) against every other opener that takes locks; a
-// read-only one, and the base of an overlay, may be shared with readers. When a VM is saved its
-// lock is given up (the VM is paused), so that a destination can continue it; whoever does
-// continue, there or here, takes the lock on resume. Loading saved state fails when the image is
-// locked by somebody then. Resume cannot fail: a device that finds its image taken answers every
+// read-only one, and the base of an overlay, may be shared with readers. When a VM is saved (it is
+// paused) it lends its image, so that a destination can continue it (blk_image.h): loading saved
+// state takes the lock, and fails when somebody else has it. Whoever resumes takes it as well.
+// Resume cannot fail: a device that finds its image taken for BLK_TAKE_BACK_MS answers every
 // request with an error, and says so in the log.
 //
 // Rate limits. Requests that find no tokens stay in the ring (the first of them, already taken, in
@@ -38,6 +38,7 @@ enum {
     BLK_SERIAL_MAX = 20, // bytes, no terminator in the guest's view
     BLK_QUEUES_MAX = 16,
     BLK_PATIENCE_MS = 5000,
+    BLK_TAKE_BACK_MS = 1000,
 };
 
 struct virtio_blk_config {
@@ -49,6 +50,10 @@ struct virtio_blk_config {
     unsigned queues; // 1 to BLK_QUEUES_MAX; 0 = 1
     bool read_only;
     bool cached; // always through the page cache
+    int fd;      // of `path`, which cannot be opened any more; 0: it can
+    // Of one that arrives: its image may come with the guest (vmm/disk.h), so an empty file will
+    // do, or none; with `overwrite` any.
+    bool comes, overwrite;
 };
 
 // "FILE[,ro][,overlay=FILE][,serial=TEXT][,queues=N][,cached][,packed][,bps=SIZE][,iops=N]

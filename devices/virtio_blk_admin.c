@@ -65,6 +65,9 @@ static int file_resize(struct virtio_blk *b, uint64_t size, bool shrink, struct 
 static int size_set(struct virtio_blk *b, const char *value, bool shrink, struct error *err)
 {
     uint64_t size;
+    if (b->written)
+        return error_set(err, -EBUSY, "%s: a migration moves it: its size is fixed until that ends",
+                         written_image(b)->path);
     if (!strcmp(value, "host") && !shrink && !has_overlay(b)) {
         int ret = blk_image_disk_size(&b->image, &size, err);
         if (ret)

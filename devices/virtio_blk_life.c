@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // The block device from its option to its end: image, config space, saved state.
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/timerfd.h>
+#include <unistd.h>
 
 #include "devices/virtio_blk_parts.h"
 #include "vmm/vm.h"
@@ -51,18 +53,39 @@ static void image_give_up(struct virtio_blk *b)
         blk_image_unlock(&b->overlay.file);
 }
 
-static int image_free(struct virtio_blk *b, struct error *err)
+static void image_lend(struct virtio_blk *b)
 {
-    int ret = blk_image_lockable(&b->image, err);
+    blk_image_lend(&b->image);
+    if (has_overlay(b))
+        blk_image_lend(&b->overlay.file);
+}
+
+// As image_take, when the guest goes on: from a source that has lent it, or here again.
+static int image_take_lent(struct virtio_blk *b, struct error *err)
+{
+    int ret = blk_image_lock_lent(&b->image, err);
     if (!ret && has_overlay(b))
-        ret = blk_image_lockable(&b->overlay.file, err);
+        ret = blk_image_lock_lent(&b->overlay.file, err);
+    return ret;
+}
+
+// A destination that has just been killed keeps the image until the kernel has torn down its
+// memory and its ring.
+static int image_take_back(struct virtio_blk *b, struct error *err)
+{
+    uint64_t end = time_ns() + BLK_TAKE_BACK_MS * 1000000ull;
+    int ret;
+    while ((ret = image_take_lent(b, err)) == -EBUSY && time_ns() < end)
+        usleep(1000);
     return ret;
 }
 
 static int image_size(struct virtio_blk *b, struct error *err)
 {
+    bool none_yet = b->config.comes && b->config.attach.arrives && !b->config.read_only;
     if (!has_overlay(b))
-        return blk_image_disk_size(&b->image, &b->capacity, err);
+        return none_yet ? blk_image_bytes(&b->image, &b->capacity, err)
+                        : blk_image_disk_size(&b->image, &b->capacity, err);
     b->capacity = b->overlay.size;
     return 0;
 }
@@ -71,13 +94,19 @@ static int image_open(struct virtio_blk *b, struct error *err)
 {
     const struct virtio_blk_config *c = &b->config;
     const struct virtio_attach *attach = &c->attach;
-    struct blk_image_mode mode = {.read_only = c->read_only || has_overlay(b), .cached = c->cached};
+    bool comes = c->comes && attach->arrives && !c->read_only;
+    struct blk_image_mode mode = {.read_only = c->read_only || has_overlay(b),
+                                  .cached = c->cached,
+                                  .create = comes && !has_overlay(b),
+                                  .fd = c->fd};
+    b->made = comes && access(has_overlay(b) ? c->overlay : c->path, F_OK);
     int ret = blk_image_open(&b->image, c->path, &mode, err);
+    mode.fd = 0;
     // Locked before the overlay looks at it: a base that somebody writes is no base.
     if (!ret && !attach->arrives)
         ret = blk_image_lock(&b->image, err);
     mode.read_only = c->read_only;
-    mode.create = !c->read_only && !attach->arrives;
+    mode.create = !c->read_only && (!attach->arrives || comes);
     if (!ret && has_overlay(b))
         ret = blk_overlay_open(&b->overlay, c->overlay, &mode, &b->image, true, err);
     if (!ret && !attach->arrives)
@@ -207,7 +236,7 @@ static void blk_resume(struct device *dev)
     struct error err = {0};
     pthread_mutex_lock(&dev->lock);
     // Ours already, unless it was given up to save.
-    b->lost = image_take(b, &err) || (has_overlay(b) && !b->overlay.present);
+    b->lost = image_take_back(b, &err) || (has_overlay(b) && !b->overlay.present);
     if (b->lost)
         log_write(&dev->vm->log, LOG_ERROR, "%s; the guest gets errors from now on", err.text);
     pthread_mutex_unlock(&dev->lock);
@@ -249,15 +278,18 @@ static int blk_save(void *object, struct error *err)
     if (!ret)
         ret = virtio_save(&b->v, err);
     if (!ret)
-        image_give_up(b); // see the header
+        image_lend(b); // see the header
     return ret;
 }
 
 static int image_reload(struct virtio_blk *b, struct error *err)
 {
     uint64_t saved = b->capacity;
-    int ret = 0;
-    if (has_overlay(b))
+    int ret = image_take_lent(b, err); // a migration's source has lent it, or nobody has it
+    // What a host keeps of a block device does not follow what another host writes to it.
+    if (!ret && b->image.block_device)
+        posix_fadvise(b->image.fd, 0, 0, POSIX_FADV_DONTNEED);
+    if (!ret && has_overlay(b))
         ret = blk_overlay_load(&b->overlay, err); // the source has written its table
     if (!ret)
         ret = image_size(b, err);
@@ -265,8 +297,6 @@ static int image_reload(struct virtio_blk *b, struct error *err)
         ret = error_set(err, -EINVAL, "%s has %llu bytes, the disk that was saved had %llu",
                         written_image(b)->path, (unsigned long long)b->capacity,
                         (unsigned long long)saved);
-    if (!ret)
-        ret = image_free(b, err); // a migration's source has given it up; it is taken on resume
     if (ret)
         return ret;
     b->engine.shift = has_overlay(b) ? b->overlay.data_offset : 0;
@@ -303,6 +333,7 @@ const struct device_class virtio_blk_class = {
     .resume = blk_resume,
     .unrealize = blk_unrealize,
     .state = &blk_state,
+    .disk = &blk_disk_ops,
     .show = blk_show,
     .set = blk_set,
 };

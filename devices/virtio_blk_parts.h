@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the files of the block device share: virtio_blk.c (requests), virtio_blk_life.c (image,
-// life, saved state), virtio_blk_admin.c (the person outside). The device's lock is held around all
-// of it.
+// life, saved state), virtio_blk_move.c (the image on its way to another host), virtio_blk_admin.c
+// (the person outside). The device's lock is held around all of it.
 #pragma once
 
 #include "devices/blk_engine.h"
 #include "devices/virtio_blk.h"
+#include "vmm/disk.h"
 #include "vmm/histogram.h"
 #include "vmm/util.h"
 
@@ -30,8 +31,10 @@ struct virtio_blk {
     struct blk_request *waiting, **waiting_tail; // for tokens, in order; one of a queue at most
     uint32_t waiting_queues;                     // a bit each
     bool lost;                                   // the image belongs to somebody else
-    uint8_t flush_failed;                        // the engine's, in saved state
-    uint32_t touched; // queues with answers not yet signalled, a bit each
+    _Atomic uint64_t *written; // blocks that the guest changes (vmm/disk.h); NULL: nobody asks
+    bool made, filling;        // the image, by us, when the guest's was to come into it
+    uint8_t flush_failed;      // the engine's, in saved state
+    uint32_t touched;          // queues with answers not yet signalled, a bit each
     uint8_t serial[BLK_SERIAL_MAX];
     struct {
         uint64_t reads, writes, flushes, discards, read_bytes, written_bytes, errors;
@@ -66,6 +69,10 @@ void blk_timer_fired(struct virtio *v, struct virtio_bell *bell);
 void blk_answer(struct virtio_blk *b);        // submits; signals the queues that have answers
 void blk_waiting_clear(struct virtio_blk *b); // of none, at first
 void blk_waiting_run(struct virtio_blk *b);   // those that find tokens now
+
+void blk_written(struct virtio_blk *b, const struct blk_request *r); // where b->written is
+
+extern const struct disk_ops blk_disk_ops;
 
 void blk_space_capacity(struct virtio_blk *b); // config space says b->capacity
 

@@ -237,6 +237,7 @@ static void net_reset(struct virtio *v)
     n->guest_takes = 0;
     n->started = false;
     n->announcing = false;
+    n->renamed = false;
     n->settled = false;
 }
 
@@ -266,7 +267,7 @@ static void announce_send(struct virtio_net *n)
 // lost as ours may, while a switch learns of its new port.
 static void guest_ask(struct virtio_net *n)
 {
-    if (!(n->v.accepted & F_GUEST_ANNOUNCE) || !(n->v.status & VIRTIO_DRIVER_OK))
+    if (!(n->v.accepted & F_GUEST_ANNOUNCE) || !(n->v.status & VIRTIO_DRIVER_OK) || n->renamed)
         return;
     n->announcing = true;
     net_status_show(n);
@@ -331,6 +332,8 @@ static void net_resume(struct device *dev)
     // addresses before somebody says so.
     if (n->arrived && dev->vm->moved)
         n->announces = ANNOUNCE_ROUNDS;
+    if (n->arrived && n->renamed)
+        virtio_config_changed(&n->v);
     n->arrived = false;
     if (n->attach_tries)
         attach_try(n);
@@ -438,16 +441,21 @@ static void net_close(struct virtio_net *n)
     virtio_bell_close(n->limit_timer);
 }
 
+int virtio_net_draw_mac(uint8_t mac[6], struct error *err)
+{
+    if (getrandom(mac, 6, 0) != 6)
+        return error_errno(err, "getrandom");
+    mac[0] = (uint8_t)((mac[0] & ~1) | 2); // one address, administered locally
+    return 0;
+}
+
 static int mac_choose(struct virtio_net *n, struct error *err)
 {
     if (net_mac_good(n->config.mac)) {
         memcpy(n->mac, n->config.mac, 6);
         return 0;
     }
-    if (getrandom(n->mac, 6, 0) != 6)
-        return error_errno(err, "getrandom");
-    n->mac[0] = (uint8_t)((n->mac[0] & ~1) | 2); // one address, administered locally
-    return 0;
+    return virtio_net_draw_mac(n->mac, err);
 }
 
 static int net_realize(struct device *dev, const void *config, struct error *err)
@@ -540,6 +548,12 @@ static void saved_apply(struct virtio_net *n)
     n->announcing = s->announcing;
     n->started = s->started;
     n->guest_takes = s->guest_takes;
+    if (net_mac_good(n->config.new_mac)) {
+        memcpy(n->mac, n->config.new_mac, sizeof(n->mac));
+        memset(n->config.new_mac, 0, sizeof(n->config.new_mac));
+        n->announcing = false;
+        n->renamed = true;
+    }
     memcpy(space->mac, n->mac, sizeof(n->mac));
     space->mtu = n->mtu;
     space->status = (uint16_t)((net_link_up(n) ? S_LINK_UP : 0) | (n->announcing ? S_ANNOUNCE : 0));

@@ -20,6 +20,11 @@
 // it announces the guest's address, six times in 1.25 s: a RARP frame for the switches, and the
 // guest is asked to announce itself. Not after a restore: a snapshot may be restored, or cloned,
 // many times. `ferry set VM net0.announce=now` does it at any time.
+//
+// A new address (new_mac) is in the config space of a device that was loaded, with an interrupt for
+// the change. A driver goes on with the one it knows until it begins anew (Linux reads it in its
+// probe) or is told to take it; meanwhile the guest is not asked to announce that one, which
+// another VM has.
 #pragma once
 
 #include "devices/net_backend.h"
@@ -38,6 +43,7 @@ struct virtio_net_config {
     char tap[IFNAMSIZ];     // name; "": fds[0] is a tap that is open already
     int fds[NET_PAIRS_MAX]; // of NET_PACKETS, or see above; taken by a device that was realized
     uint8_t mac[6];         // all 0: one is drawn
+    uint8_t new_mac[6];     // for the first state that is loaded; all 0: the saved one stays
     uint16_t mtu;           // 0: the tap's own, or NET_USER_MTU
     unsigned pairs;         // of queues; 0 = 1
     bool no_offload;        // no checksums or segments are left to the host or guest
@@ -49,5 +55,9 @@ struct virtio_net_config {
 // "user[,forward=tcp|udp:[ADDRESS/]HOSTPORT:GUESTPORT]...[,host=on|off]...". LIMIT: the words of
 // rate_limit.h, for both directions, or for one with rx- or tx- before them.
 int virtio_net_parse(const char *text, struct virtio_net_config *config, struct error *err);
+// Six bytes in hexadecimal with colons, of one station.
+int virtio_net_parse_mac(const char *text, uint8_t mac[6], struct error *err);
+// Draws one that is administered locally.
+int virtio_net_draw_mac(uint8_t mac[6], struct error *err);
 
 extern const struct device_class virtio_net_class; // its config: struct virtio_net_config

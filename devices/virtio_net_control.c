@@ -29,6 +29,7 @@ static uint8_t control_mac(struct virtio_net *n, uint8_t command, const uint8_t 
         return CTRL_ERR;
     memcpy(n->mac, data, 6);
     memcpy(n->v.config, data, 6);
+    n->renamed = false;
     n->v.generation++;
     return CTRL_OK;
 }

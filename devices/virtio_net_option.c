@@ -25,7 +25,7 @@ static int switch_parse(const char *key, const char *value, bool *on, struct err
     return 0;
 }
 
-static int mac_parse(const char *value, uint8_t mac[6], struct error *err)
+int virtio_net_parse_mac(const char *value, uint8_t mac[6], struct error *err)
 {
     char end;
     int n = sscanf(value, "%2hhx:%2hhx:%2hhx:%2hhx:%2hhx:%2hhx%c", &mac[0], &mac[1], &mac[2],
@@ -88,7 +88,7 @@ static int pair_word_parse(const char *key, const char *value, struct virtio_net
     bool on;
     int ret;
     if (!strcmp(key, "mac"))
-        return mac_parse(value, c->mac, err);
+        return virtio_net_parse_mac(value, c->mac, err);
     if (!strcmp(key, "mtu")) {
         ret = number_parse(key, value, MTU_MIN, 65535, &number, err);
         c->mtu = c->user.mtu = (uint16_t)number;

@@ -113,6 +113,7 @@ struct virtio_net {
     unsigned attach_tries; // left; 0: nobody waits
     bool settled;          // offloads and pairs are as the driver wants them
     bool arrived;          // state was loaded, and the guest did not run since
+    bool renamed;          // state was loaded, and `mac` is not the one that the driver knows
     unsigned announces;    // left
     uint8_t mac[6];
     uint16_t mtu, active_pairs;

@@ -39,6 +39,23 @@ static int wait_fd(int fd, short events, int cancel_fd, unsigned timeout_ms, con
     }
 }
 
+// The same for a channel of several: those that move keep this one alive.
+static int wait_channel(struct channel *c, short events, struct error *err)
+{
+    for (;;) {
+        uint64_t before = c->moved ? atomic_load(c->moved) : 0;
+        int ret = wait_fd(c->fd, events, c->cancel_fd, c->timeout_ms, c->name, err);
+        if (ret != -ETIMEDOUT || !c->moved || atomic_load(c->moved) == before)
+            return ret;
+    }
+}
+
+static void has_moved(struct channel *c, size_t n)
+{
+    if (c->moved)
+        atomic_fetch_add_explicit(c->moved, n, memory_order_relaxed);
+}
+
 static unsigned iov_advance(struct iovec **iov, unsigned nr, size_t n)
 {
     while (nr && n >= (*iov)->iov_len) {
@@ -66,7 +83,7 @@ static int tls_readv(struct channel *c, struct iovec *iov, unsigned nr, struct e
         short events;
         int ret = tls_read(c->tls, iov->iov_base, iov->iov_len, &n, &events, err);
         if (ret == -EAGAIN)
-            ret = wait_fd(c->fd, events, c->cancel_fd, c->timeout_ms, c->name, err);
+            ret = wait_channel(c, events, err);
         else if (ret)
             error_prefix(err, "%s", c->name);
         else if (!n)
@@ -74,6 +91,7 @@ static int tls_readv(struct channel *c, struct iovec *iov, unsigned nr, struct e
         if (ret)
             return ret;
         c->wire.in += n;
+        has_moved(c, n);
         nr = iov_advance(&iov, nr, n);
     }
     return 0;
@@ -101,6 +119,7 @@ static int channel_readv(struct wire *w, struct iovec *iov, unsigned nr, struct 
                                  "%s: it speaks TLS: give this side --tls DIR or --psk FILE too",
                                  c->name);
             w->in += (uint64_t)n;
+            has_moved(c, (size_t)n);
             nr = iov_advance(&iov, nr, (size_t)n);
             continue;
         }
@@ -110,11 +129,27 @@ static int channel_readv(struct wire *w, struct iovec *iov, unsigned nr, struct 
             continue;
         if (errno != EAGAIN)
             return error_errno(err, "%s: reading", c->name);
-        int ret = wait_fd(c->fd, POLLIN, c->cancel_fd, c->timeout_ms, c->name, err);
+        int ret = wait_channel(c, POLLIN, err);
         if (ret)
             return ret;
     }
     return 0;
+}
+
+static uint64_t limit_cost(size_t bytes, uint64_t rate)
+{
+    return (uint64_t)((unsigned __int128)bytes * 1000000000u / rate);
+}
+
+// One bucket of several connections: each write takes its place behind those of the others before
+// it waits. When that place begins.
+static uint64_t limit_reserve(_Atomic uint64_t *earliest, uint64_t now, size_t bytes, uint64_t rate)
+{
+    uint64_t old = atomic_load(earliest), start;
+    do
+        start = old + BURST_NS < now ? now - BURST_NS : old;
+    while (!atomic_compare_exchange_weak(earliest, &old, start + limit_cost(bytes, rate)));
+    return start;
 }
 
 // Leaky bucket: each write moves the moment before which the next one must wait.
@@ -123,11 +158,12 @@ static int limit_wait(struct channel *c, size_t bytes, struct error *err)
     uint64_t rate = c->limit ? atomic_load_explicit(c->limit, memory_order_relaxed) : 0;
     if (!rate)
         return 0;
-    uint64_t now = time_ns();
-    if (c->earliest_ns + BURST_NS < now)
-        c->earliest_ns = now - BURST_NS;
-    while (now < c->earliest_ns) {
-        uint64_t ms = (c->earliest_ns - now + 999999) / 1000000;
+    uint64_t now = time_ns(),
+             start = c->earliest_ns + BURST_NS < now ? now - BURST_NS : c->earliest_ns;
+    if (c->earliest)
+        start = limit_reserve(c->earliest, now, bytes, rate);
+    while (now < start) {
+        uint64_t ms = (start - now + 999999) / 1000000;
         struct pollfd p = {.fd = c->cancel_fd, .events = POLLIN};
         // Short waits, so that a lifted limit takes effect soon.
         if (poll(&p, 1, ms > 100 ? 100 : (int)ms) > 0)
@@ -138,7 +174,7 @@ static int limit_wait(struct channel *c, size_t bytes, struct error *err)
             break;
     }
     if (rate)
-        c->earliest_ns += (uint64_t)((unsigned __int128)bytes * 1000000000u / rate);
+        c->earliest_ns = start + limit_cost(bytes, rate);
     return 0;
 }
 
@@ -189,9 +225,10 @@ static int tls_writev(struct channel *c, struct iovec *iov, unsigned nr, struct 
             sent = !ret;
         }
         c->wire.out += n;
+        has_moved(c, n);
         nr = iov_advance(&iov, nr, n);
         if (ret == -EAGAIN)
-            ret = wait_fd(c->fd, events, c->cancel_fd, c->timeout_ms, c->name, err);
+            ret = wait_channel(c, events, err);
         else if (ret)
             ret = tls_write_failed(c, ret, err);
     }
@@ -213,9 +250,10 @@ static int channel_writev(struct wire *w, struct iovec *iov, unsigned nr, struct
         ssize_t n = sendmsg(c->fd, &m, MSG_DONTWAIT | MSG_NOSIGNAL);
         if (n >= 0) {
             w->out += (uint64_t)n;
+            has_moved(c, (size_t)n);
             nr = iov_advance(&iov, nr, (size_t)n);
         } else if (errno == EAGAIN) {
-            ret = wait_fd(c->fd, POLLOUT, c->cancel_fd, c->timeout_ms, c->name, err);
+            ret = wait_channel(c, POLLOUT, err);
         } else if (errno != EINTR) {
             return error_errno(err, "%s: writing", c->name);
         }

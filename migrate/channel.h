@@ -34,6 +34,9 @@ struct channel {
     // Bandwidth limit in bytes/s, 0 = none; may change while in use. NULL = none.
     const _Atomic uint64_t *limit;
     uint64_t earliest_ns; // when the limit allows the next write
+    // For connections that work together; may be NULL. What all of them have read and written,
+    // bytes: while it counts on, silence on one is no time-out. And the one limit's `earliest_ns`.
+    _Atomic uint64_t *moved, *earliest;
 };
 
 // Takes over fd (made non-blocking, TCP_NODELAY where it is TCP).

@@ -64,6 +64,8 @@ static json_t *json_progress(const struct migrate_progress *p)
         {"throttle_percent", p->throttle},
         {"balloon_bytes", p->balloon_bytes},
         {"bandwidth", p->bandwidth},
+        {"disk_bytes", p->disk_bytes},
+        {"disk_sent_bytes", p->disk_sent_bytes},
     };
     json_t *object = json_counts(counts, ARRAY_SIZE(counts));
     json_object_set_new(object, "phase", json_string(migrate_phase_name(p->phase)));
@@ -109,12 +111,16 @@ static json_t *json_report(const struct migrate_report *r)
         {"pushed_pages", r->pushed_pages},
         {"demand_pages", r->demand_pages},
         {"discarded_pages", r->discarded_pages},
+        {"connections", r->connections},
         {"recoveries", r->recoveries},
         {"throttle_percent", r->throttle},
         {"faults", r->faults},
         {"requests", r->requests},
         {"state_bytes", r->state_bytes},
         {"wire_bytes", r->wire_bytes},
+        {"disk_bytes", r->disk_bytes},
+        {"disk_zero_bytes", r->disk_zero_bytes},
+        {"disk_passes", r->disk_passes},
         {"total_us", r->total_ns / 1000},
         {"postcopy_us", r->postcopy_ns / 1000},
     };
@@ -219,9 +225,11 @@ static const struct schema_field migrate_fields[] = {
     {"on_stall", SCHEMA_STRING, .choices = stalls},
     {"prepaging", SCHEMA_STRING, .choices = prepagings},
     {"compress", SCHEMA_STRING, .choices = packings},
-    {"delta_cache", SCHEMA_INTEGER},      // bytes
-    {"balloon", SCHEMA_STRING, .min = 1}, // auto, off, or a size
-    {"history", SCHEMA_BOOL},             // what happened when, in the reply
+    {"delta_cache", SCHEMA_INTEGER},                                    // bytes
+    {"balloon", SCHEMA_STRING, .min = 1},                               // auto, off, or a size
+    {"connections", SCHEMA_INTEGER, .min = 1, .max = WIRE_STREAMS_MAX}, // of pre-copy
+    {"disk", SCHEMA_BOOL},    // images of this host go with the guest
+    {"history", SCHEMA_BOOL}, // what happened when, in the reply
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},
@@ -285,15 +293,19 @@ static int migrate_args(struct migrate_params *p, json_t *args, struct error *er
            *prepaging = json_object_get(args, "prepaging"),
            *compress = json_object_get(args, "compress"),
            *balloon = json_object_get(args, "balloon"),
-           *delta_cache = json_object_get(args, "delta_cache");
+           *delta_cache = json_object_get(args, "delta_cache"),
+           *connections = json_object_get(args, "connections");
     p->to = json_string_value(json_object_get(args, "to"));
     if (json_is_integer(downtime))
         p->downtime_ns = (uint64_t)json_integer_value(downtime) * 1000000;
     if (json_is_integer(bandwidth))
         p->bandwidth = (uint64_t)json_integer_value(bandwidth);
+    p->disks = json_is_true(json_object_get(args, "disk"));
     p->keep_history = json_is_true(json_object_get(args, "history"));
     if (json_is_integer(delta_cache))
         p->delta_cache = (uint64_t)json_integer_value(delta_cache);
+    if (json_is_integer(connections))
+        p->connections = (unsigned)json_integer_value(connections);
     if (json_is_integer(rounds))
         p->max_rounds = (uint32_t)json_integer_value(rounds);
     int ret = json_is_string(mode) ? migrate_mode_parse(json_string_value(mode), &p->mode, err) : 0;

@@ -66,9 +66,11 @@ static int copy_sparse(int from, int to, struct error *err)
     return 0;
 }
 
-static int copy(const char *from, const char *to, struct error *err)
+// `opened`: `from`, and stays the caller's; -1: it is opened by its name.
+static int copy(const char *from, int opened, const char *to, struct error *err)
 {
-    autoclose int in = open(from, O_RDONLY | O_CLOEXEC);
+    autoclose int own = opened < 0 ? open(from, O_RDONLY | O_CLOEXEC) : -1;
+    int in = opened < 0 ? own : opened;
     if (in < 0)
         return error_errno(err, "%s", from);
     autoclose int out = open(to, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
@@ -103,6 +105,17 @@ static bool is_read_only(const char *text)
     return false;
 }
 
+static const char *entry_text(const json_t *entry)
+{
+    return json_string_value(json_is_object(entry) ? json_object_get(entry, "text") : entry);
+}
+
+static int entry_fd(const json_t *entry)
+{
+    const json_t *fd = json_object_get(entry, "fd");
+    return json_is_integer(fd) ? (int)json_integer_value(fd) : -1;
+}
+
 // The array of texts; to be freed.
 static int texts_of(const char *disks, json_t **texts, struct error *err)
 {
@@ -112,7 +125,7 @@ static int texts_of(const char *disks, json_t **texts, struct error *err)
     *texts = json_loads(disks, 0, NULL);
     json_array_foreach(*texts, i, text)
     {
-        good = good && json_is_string(text);
+        good = good && entry_text(text);
     }
     if (json_is_array(*texts) && good)
         return 0;
@@ -129,7 +142,7 @@ int disks_check(const char *disks, struct error *err)
         return ret;
     json_array_foreach(texts, i, disk)
     {
-        const char *text = json_string_value(disk);
+        const char *text = entry_text(disk);
         if (!ret && !overlay_of(text, &len) && !is_read_only(text))
             ret = error_set(err, -EINVAL,
                             "disk%zu (%s) is written in place: only read-only disks and overlays "
@@ -147,7 +160,8 @@ static int name_make(char *name, const char *path, size_t i, const char *guest, 
     return n < PATH_MAX ? 0 : error_set(err, -ENAMETOOLONG, "%s: name too long", path);
 }
 
-static int freeze_one(const char *text, size_t i, const char *path, json_t *list, struct error *err)
+static int freeze_one(const char *text, int fd, size_t i, const char *path, json_t *list,
+                      struct error *err)
 {
     char from[PATH_MAX], to[PATH_MAX];
     size_t len;
@@ -158,7 +172,7 @@ static int freeze_one(const char *text, size_t i, const char *path, json_t *list
         from[len] = 0;
         ret = name_make(to, path, i, NULL, err);
         if (!ret)
-            ret = copy(from, to, err);
+            ret = copy(from, fd, to, err);
     }
     if (ret)
         return ret;
@@ -183,7 +197,7 @@ int disks_freeze(const char *disks, const char *path, char **section, struct err
     json_array_foreach(texts, i, disk)
     {
         if (!ret)
-            ret = freeze_one(json_string_value(disk), i, path, list, err);
+            ret = freeze_one(entry_text(disk), entry_fd(disk), i, path, list, err);
     }
     if (json_array_size(list))
         *section = json_dumps(list, JSON_COMPACT);
@@ -257,7 +271,7 @@ static int thaw_one(json_t *texts, const char *old, size_t i, const char *path, 
                                              old, to, overlay + len) >= sizeof(text)))
         ret = error_set(err, -EINVAL, "%s: not a name for an overlay", to);
     if (!ret)
-        ret = copy(from, to, err);
+        ret = copy(from, -1, to, err);
     if (!ret)
         json_array_append_new(texts, json_string(text));
     return ret;
@@ -297,12 +311,13 @@ struct disks_back {
     } pairs[]; // -1: a disk that nobody writes to
 };
 
-static int back_open_one(struct pair *p, const char *text, bool frozen, size_t i, const char *path,
-                         struct error *err)
+static int back_open_one(struct pair *p, const json_t *disk, bool frozen, size_t i,
+                         const char *path, struct error *err)
 {
     char from[PATH_MAX], to[PATH_MAX];
     size_t len = 0;
-    const char *overlay = overlay_of(text, &len);
+    const char *text = entry_text(disk), *overlay = overlay_of(text, &len);
+    int fd = entry_fd(disk);
     if (!frozen)
         return is_read_only(text)
                    ? 0
@@ -318,7 +333,7 @@ static int back_open_one(struct pair *p, const char *text, bool frozen, size_t i
     p->from = open(from, O_RDONLY | O_CLOEXEC);
     if (p->from < 0)
         return error_errno(err, "%s", from);
-    p->to = open(to, O_RDWR | O_CLOEXEC);
+    p->to = fd < 0 ? open(to, O_RDWR | O_CLOEXEC) : fcntl(fd, F_DUPFD_CLOEXEC, 0);
     return p->to < 0 ? error_errno(err, "%s", to) : 0;
 }
 
@@ -330,7 +345,7 @@ static int back_open(struct disks_back *back, json_t *list, json_t *texts, const
         struct pair *p = &back->pairs[back->nr++];
         *p = (struct pair) {-1, -1};
         bool frozen = json_is_true(json_object_get(json_array_get(list, i), "frozen"));
-        ret = back_open_one(p, json_string_value(json_array_get(texts, i)), frozen, i, path, err);
+        ret = back_open_one(p, json_array_get(texts, i), frozen, i, path, err);
     }
     return ret;
 }

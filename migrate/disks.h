@@ -3,7 +3,9 @@
 // file system can), and copied once more for each guest that is made from it, so that every one
 // writes to a file of its own. Bases are shared and never written.
 //
-// Works on the texts of --disk, in a JSON array: ["FILE,overlay=FILE,...", ...]. The section keeps
+// Works on the texts of --disk, in a JSON array: ["FILE,overlay=FILE,...", ...]. A VM whose names
+// lead nowhere (in a jail) says {"text": "FILE,...", "fd": N} instead: its overlay, open for reading
+// and writing. The section keeps
 // them, too: [{"text": "FILE,overlay=FILE,...", "frozen": true}, ...].
 #pragma once
 

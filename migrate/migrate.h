@@ -63,8 +63,10 @@ struct migrate_params {
     enum migrate_stall on_stall;
     enum prepage_kind prepaging;       // post-copy: what is sent before it is asked for
     enum pack_when compress;           // pre-copy
+    unsigned connections;              // pre-copy: over so many, 1 to WIRE_STREAMS_MAX
     uint64_t delta_cache;              // bytes of copies for what changes only a little; 0 = none
     uint64_t balloon;                  // bytes the guest may be made to give up; 0 = none
+    bool disks;                        // images of this host go with the guest
     bool keep_history;                 // in struct migration, for the reply
     unsigned handshake_ms, idle_ms;    // time-outs
     unsigned ask_ms;                   // how long to ask a destination that did not answer COMMIT
@@ -75,6 +77,7 @@ void migrate_params_default(struct migrate_params *params);
 enum migrate_phase {
     MIGRATE_IDLE,
     MIGRATE_CONNECTING,
+    MIGRATE_DISKS, // that go with the guest, before its memory
     MIGRATE_ROUNDS,
     MIGRATE_SWITCHING, // guest paused
     MIGRATE_PUSHING,   // post-copy: guest runs on the destination
@@ -110,8 +113,11 @@ struct migrate_report {
     uint64_t faults, requests;           // post-copy, the destination's figures
     struct wire_faults latency;          // of the requests, the destination's figures
     unsigned throttle;                   // percent, at the end
+    uint32_t connections;                // that carried pre-copy's pages
     uint32_t recoveries;                 // of a post-copy whose link broke
     uint64_t state_bytes, wire_bytes;
+    uint64_t disk_bytes, disk_zero_bytes; // of disks that went with it
+    uint32_t disk_passes;
     uint64_t total_ns;
     uint64_t postcopy_ns; // from RUNNING to COMPLETE
     struct migrate_downtime downtime;
@@ -130,6 +136,8 @@ struct migrate_progress {
     uint64_t bandwidth;            // bytes/s, now
     uint64_t expected_downtime_ns; // UINT64_MAX = not known
     uint64_t balloon_bytes;        // taken from the guest, not to be sent
+    uint64_t disk_bytes;           // of disks that go with it
+    uint64_t disk_sent_bytes;      // of their data
     unsigned throttle;             // percent of its time the guest stands still
     uint64_t time_left_ns;         // until everything is sent if the guest goes on like this, same
 };

@@ -30,6 +30,7 @@ void migrate_params_default(struct migrate_params *params)
         .prepaging = PREPAGE_MULTI,
         .compress = PACK_AUTO,
         .delta_cache = 64 * MiB,
+        .connections = 1,
         .handshake_ms = CHANNEL_HANDSHAKE_MS,
         .idle_ms = CHANNEL_IDLE_MS,
         .ask_ms = 30 * 1000,
@@ -38,8 +39,8 @@ void migrate_params_default(struct migrate_params *params)
 
 const char *migrate_phase_name(enum migrate_phase phase)
 {
-    static const char *const names[] = {"idle",    "connecting", "rounds", "switching",
-                                        "pushing", "asking",     "done",   "failed"};
+    static const char *const names[] = {"idle",    "connecting", "disks", "rounds", "switching",
+                                        "pushing", "asking",     "done",  "failed"};
     return names[phase];
 }
 
@@ -142,7 +143,7 @@ void migration_get(struct migration *m, struct migrate_progress *progress)
 void outgoing_round(struct outgoing *out, uint64_t bytes)
 {
     out->round_start_ns = time_ns();
-    out->round_start_bytes = out->main.wire.out;
+    out->round_start_bytes = outgoing_bytes(out);
     out->round_start_pages = out->report->data_pages;
     out->round_bytes = bytes;
 }
@@ -160,22 +161,24 @@ void outgoing_progress(struct outgoing *out, enum migrate_phase phase, uint64_t 
 {
     struct migration *m = out->m;
     struct migrate_progress copy;
-    uint64_t bytes = out->main.wire.out - out->round_start_bytes;
+    uint64_t bytes = outgoing_bytes(out) - out->round_start_bytes;
     uint64_t data = (out->report->data_pages - out->round_start_pages) * PAGE_SIZE;
     bytes = data > bytes ? data : bytes; // packed
     uint64_t ns = time_ns() - out->round_start_ns;
-    bool sending = phase == MIGRATE_ROUNDS || phase == MIGRATE_PUSHING;
+    bool sending = phase == MIGRATE_ROUNDS || phase == MIGRATE_PUSHING || phase == MIGRATE_DISKS;
     uint64_t bandwidth =
         sending && bytes && ns > 50000000 ? switchover_bandwidth(0, bytes, ns) : out->bandwidth;
     pthread_mutex_lock(&m->lock);
     m->progress.phase = phase;
     m->progress.round = out->report->rounds;
     m->progress.total_bytes = out->vm->ram.size;
-    m->progress.sent_bytes = out->main.wire.out;
+    m->progress.sent_bytes = outgoing_bytes(out);
     m->progress.round_bytes = out->round_bytes;
     m->progress.remaining_bytes = remaining;
     m->progress.bandwidth = bandwidth;
     m->progress.dirty_rate = out->dirty_rate;
+    m->progress.disk_bytes = out->disks ? out->disks->total_bytes : 0;
+    m->progress.disk_sent_bytes = out->disks ? out->disks->data_bytes : 0;
     m->progress.throttle = out->report->throttle;
     m->progress.balloon_bytes = out->squeeze.held;
     m->progress.time_left_ns =
@@ -220,6 +223,14 @@ static bool may_postcopy(const struct migrate_params *p)
            (p->mode == MIGRATE_PRECOPY && p->on_stall == STALL_POSTCOPY);
 }
 
+// Post-copy pushes over the main connection.
+unsigned outgoing_streams(const struct outgoing *out)
+{
+    const struct migrate_params *p = out->params;
+    bool pages = p->mode == MIGRATE_PRECOPY || p->mode == MIGRATE_HYBRID;
+    return pages && p->connections > 1 ? p->connections : 0;
+}
+
 static int send_machine(struct outgoing *out, struct error *err)
 {
     struct machine machine;
@@ -227,16 +238,24 @@ static int send_machine(struct outgoing *out, struct error *err)
     if (ret)
         return ret;
     machine.flags = (may_postcopy(out->params) ? WIRE_MACHINE_POSTCOPY : 0u) |
+                    (out->disks ? WIRE_MACHINE_DISKS : 0u) |
                     (out->params->mode == MIGRATE_LOCAL ? WIRE_MACHINE_SHARED : 0u);
+    machine.streams = outgoing_streams(out);
+    out->report->connections = machine.streams ? machine.streams : 1;
     autofree void *meta = NULL;
     size_t len;
     ret = machine_encode(&machine, &meta, &len, err);
     machine_free(&machine);
-    return ret ? ret : wire_put(&out->main.wire, WIRE_MACHINE, 0, meta, len, NULL, 0, err);
+    if (!ret)
+        ret = wire_put(&out->main.wire, WIRE_MACHINE, 0, meta, len, NULL, 0, err);
+    return ret || !out->disks ? ret : block_move_describe(out->disks, &out->main.wire, err);
 }
 
 static int check_local(const struct outgoing *out, struct error *err)
 {
+    if (out->params->connections < 1 || out->params->connections > WIRE_STREAMS_MAX)
+        return error_set(err, -EINVAL, "%u connections: expected 1 to %d", out->params->connections,
+                         WIRE_STREAMS_MAX);
     if (out->params->mode != MIGRATE_LOCAL)
         return 0;
     if (strncmp(out->params->to, "unix:", 5))
@@ -244,6 +263,8 @@ static int check_local(const struct outgoing *out, struct error *err)
                          "mode local hands memory to a process of this host: expected unix:PATH, "
                          "not %s",
                          out->params->to);
+    if (out->params->disks)
+        return error_set(err, -EINVAL, "mode local: disks stay where they are: leave --disk out");
     if (out->params->security.tls)
         return error_set(
             err, -EINVAL,
@@ -272,6 +293,8 @@ static int handshake(struct outgoing *out, struct error *err)
     int cancel = out->m->cancel_fd;
     int ret = check_local(out, err);
     if (!ret)
+        ret = disks_begin(out, err);
+    if (!ret)
         ret = channel_connect_secure(&out->main, p->to, &p->security, cancel, p->handshake_ms, err);
     if (!ret)
         ret = say_hello(out, &out->main, WIRE_MAIN, err);
@@ -281,6 +304,8 @@ static int handshake(struct outgoing *out, struct error *err)
         ret = wire_expect(&out->main.wire, &out->record, WIRE_READY, err);
     if (!ret && p->mode == MIGRATE_LOCAL)
         ret = hand_memory(out, err);
+    if (!ret)
+        ret = streams_open(out, err);
     if (!ret && may_postcopy(p)) {
         ret =
             channel_connect_secure(&out->demand, p->to, &p->security, cancel, p->handshake_ms, err);
@@ -323,7 +348,10 @@ static int send_rest(struct outgoing *out, bool postcopy, struct error *err)
     struct wire_prepare prepare = {.flags = (postcopy ? WIRE_PREPARE_POSTCOPY : 0u) |
                                             (out->was_running ? 0u : WIRE_PREPARE_STAY_PAUSED),
                                    .stale = postcopy ? stale : 0};
-    int ret = postcopy ? postcopy_begin(out, err) : precopy_pass(out, err);
+    int ret = disks_pass(out, err);
+    if (!ret)
+        ret = postcopy ? postcopy_begin(out, err) : precopy_pass(out, err);
+    prepare.pass = streams_passes(out);
     out->report->discarded_pages = prepare.stale;
     out->report->downtime.last_pages = time_ns() - start;
     if (ret)
@@ -495,6 +523,7 @@ static int outgoing_alloc(struct outgoing *out, struct error *err)
 static void outgoing_release(struct outgoing *out)
 {
     postcopy_end(out);
+    disks_end(out);
     precopy_hints_end(out);
     squeeze_end(out);
     out->report->free_pages += out->presence.nr_free;
@@ -504,6 +533,7 @@ static void outgoing_release(struct outgoing *out)
     out->report->delta_pages += out->packer.delta_pages;
     out->report->delta_bytes += out->packer.delta_bytes;
     packer_free(&out->packer);
+    streams_close(out);
     out->report->wire_bytes += out->main.wire.out + out->demand.wire.out;
     channel_close(&out->main);
     channel_close(&out->demand);
@@ -524,6 +554,7 @@ static int settle(struct outgoing *out, struct error *err)
     struct error why = {0};
     int ret = 0;
     out->main.cancel_fd = out->m->sever_fd;
+    out->main.limit = &out->m->bandwidth; // what is asked for goes past it
     if (out->postcopy)
         ret = out->main.fd < 0 ? error_set(&why, -ENOTCONN, "the connection was lost")
                                : postcopy_push(out, &why);

@@ -2,6 +2,7 @@
 // The source's side of one migration, shared by outgoing.c, precopy.c and postcopy_source.c.
 #pragma once
 
+#include "migrate/blockmove.h"
 #include "migrate/channel.h"
 #include "migrate/migrate.h"
 #include "migrate/pages.h"
@@ -11,6 +12,7 @@
 #include "vmm/vm.h"
 
 struct postcopy_source;
+struct streams_source;
 
 struct outgoing {
     struct vm *vm;
@@ -38,7 +40,11 @@ struct outgoing {
     uint64_t round_start_ns, round_start_bytes; // of the wire; round_bytes are to be sent
     uint64_t round_bytes, round_start_pages, dirty_rate;
     struct stream_mem state;
+    struct streams_source *streams; // NULL: pages go over the main connection
+    struct page_shard shard;        // one of the streams: what it sends; tells its pages here
+    _Atomic uint64_t *taken;
     struct postcopy_source *postcopy; // NULL unless the switch is a post-copy
+    struct block_move *disks;         // NULL unless they go with the guest
 };
 
 // A round begins: `bytes` of guest memory are to be sent.
@@ -53,6 +59,26 @@ int precopy_pass(struct outgoing *out, struct error *err);
 int precopy_flush(struct outgoing *out, struct error *err);
 // Rounds until the guest may be stopped. `*postcopy` says how the switch is to be done.
 int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err);
+
+// Several page connections (migrate/streams_source.c). How many this migration has: 0, or 2 and
+// more.
+unsigned outgoing_streams(const struct outgoing *out);
+int streams_open(struct outgoing *out, struct error *err);
+void streams_close(struct outgoing *out); // harmless when there are none
+// precopy_pass over all of them. Nothing of `todo` or of guest memory is touched when it returns.
+int streams_pass(struct outgoing *out, struct error *err);
+uint32_t streams_passes(const struct outgoing *out); // so far
+// What went over the main and the page connections so far.
+uint64_t outgoing_bytes(const struct outgoing *out);
+
+// Disks that go with the guest (params->disks); without, these do nothing. disks_first: passes over
+// them until little is left. disks_pass: one, after which the guest, if it is paused, has none
+// left.
+int disks_begin(struct outgoing *out, struct error *err);
+int disks_first(struct outgoing *out, struct error *err);
+int disks_pass(struct outgoing *out, struct error *err);
+uint64_t disks_left(const struct outgoing *out); // bytes
+void disks_end(struct outgoing *out);
 
 // No hints of free pages count any more. Harmless when none were asked for.
 void precopy_hints_end(struct outgoing *out);

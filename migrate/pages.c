@@ -104,12 +104,42 @@ bool page_known_zero(struct page_presence *p, const struct ram *ram, uint64_t pa
     return page_hinted(p, page) || page_absent(p, ram, page) || page_is_zero(ram_page(ram, page));
 }
 
+// --- shards
+
+bool page_shard_has(const struct page_shard *s, uint64_t first, uint64_t count)
+{
+    uint64_t block = first / SHARD_PAGES;
+    return !s->count ||
+           (block % s->count == s->index && count <= (block + 1) * SHARD_PAGES - first);
+}
+
+uint64_t page_shard_find(const struct page_shard *s, const uint64_t *map, uint64_t pages,
+                         uint64_t from)
+{
+    if (!s->count)
+        return bitmap_find(map, pages, from, true);
+    uint64_t block = from / SHARD_PAGES;
+    if (block % s->count != s->index) {
+        block += (s->index + s->count - block % s->count) % s->count;
+        from = block * SHARD_PAGES;
+    }
+    for (; from < pages; block += s->count, from = block * SHARD_PAGES) {
+        uint64_t end = (block + 1) * SHARD_PAGES;
+        end = end < pages ? end : pages;
+        uint64_t page = bitmap_find(map, end, from, true);
+        if (page < end)
+            return page;
+    }
+    return pages;
+}
+
 // --- sending
 
 void page_batch_reset(struct page_batch *b, struct ram *ram)
 {
     b->ram = ram;
     b->packer = NULL;
+    b->shard = (struct page_shard) {0};
     b->nr_runs = b->nr_data = b->nr_iov = 0;
     b->nr_zero = 0;
 }
@@ -148,7 +178,7 @@ void page_batch_take(struct page_batch *b, uint64_t *todo, uint64_t *cursor, uns
     for (unsigned looked = 0; looked < TAKE_LOOK_MAX; looked++) {
         if (b->nr_data + (packer ? packer->nr : 0) >= max_data || (packer && packer_full(packer)))
             return;
-        uint64_t page = bitmap_find(todo, ram->pages, *cursor, true);
+        uint64_t page = page_shard_find(&b->shard, todo, ram->pages, *cursor);
         *cursor = page;
         if (page == ram->pages)
             return;
@@ -217,6 +247,9 @@ void page_intake_free(struct page_intake *in)
 static int mark_seen(struct page_intake *in, const struct wire_run *run, struct error *err)
 {
     uint64_t end = run->first + run->count;
+    if (!page_shard_has(&in->shard, run->first, run->count))
+        return error_set(err, -EPROTO, "pages %llu to %llu are not for this connection",
+                         (unsigned long long)run->first, (unsigned long long)end - 1);
     if (in->once) {
         uint64_t twice = bitmap_find(in->seen, end, run->first, true);
         if (twice != end)
@@ -268,10 +301,10 @@ static int take_packed(struct page_intake *in, const struct wire_packed_page *e,
                        const uint8_t *data, struct error *err)
 {
     struct wire_run run = {.first = e->page, .count = 1, .kind = WIRE_RUN_DATA};
-    if (e->kind == WIRE_PACKED_DELTA && !bitmap_test(in->touched, e->page))
-        return error_set(err, -EPROTO, "changes of page %llu, which never came",
-                         (unsigned long long)e->page);
     int ret = mark_seen(in, &run, err);
+    if (!ret && e->kind == WIRE_PACKED_DELTA && !bitmap_test(in->touched, e->page))
+        ret = error_set(err, -EPROTO, "changes of page %llu, which never came",
+                        (unsigned long long)e->page);
     if (!ret)
         ret = pack_unpack(e, data, ram_page(in->ram, e->page), err);
     if (ret)

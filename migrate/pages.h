@@ -24,8 +24,26 @@ struct page_presence {
 };
 void page_presence_init(struct page_presence *p);
 void page_presence_free(struct page_presence *p);
+// A new pass over the pages begins: some have been touched that were not before.
+static inline void page_presence_begin(struct page_presence *p)
+{
+    p->count = 0;
+}
 // Never touched, or all zero. Cheap for pages asked for in ascending order.
 bool page_known_zero(struct page_presence *p, const struct ram *ram, uint64_t page);
+
+// Which pages one of several connections carries: blocks of SHARD_PAGES in turn. A bitmap's word
+// belongs to one of them, so they work on the same bitmaps; and a page always takes the same way,
+// on which no older copy of it comes later.
+enum { SHARD_PAGES = 512 }; // a huge page
+struct page_shard {
+    unsigned index, count; // count 0: all pages
+};
+// Whether [first, first + count) lies in it, and in one block of it.
+bool page_shard_has(const struct page_shard *s, uint64_t first, uint64_t count);
+// The first set bit of `map` from `from` on that belongs to it; `pages` when there is none.
+uint64_t page_shard_find(const struct page_shard *s, const uint64_t *map, uint64_t pages,
+                         uint64_t from);
 
 struct packer;
 
@@ -33,6 +51,7 @@ struct packer;
 struct page_batch {
     struct ram *ram;
     struct packer *packer; // NULL, or who is offered each page of data first
+    struct page_shard shard;
     uint32_t nr_runs, nr_data;
     uint64_t nr_zero;
     struct wire_run runs[WIRE_RUNS_MAX];
@@ -66,7 +85,8 @@ struct page_intake {
     uint64_t *touched; // memory of the page may be non-zero
     uint64_t *damaged;
     uint64_t nr_seen, nr_damaged, nr_data, nr_zero;
-    bool once; // a page may arrive only once and must match (snapshot files)
+    bool once;               // a page may arrive only once and must match (snapshot files)
+    struct page_shard shard; // others are refused
 };
 int page_intake_init(struct page_intake *in, struct ram *ram, struct error *err);
 void page_intake_free(struct page_intake *in);

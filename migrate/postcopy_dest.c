@@ -39,7 +39,9 @@ struct postcopy_dest {
     struct wait waits[WAITS_MAX];
     unsigned nr_waits;
     struct wire_faults latency;
-    int failure; // of the fault or the demand thread
+    unsigned load_ms; // how long a page may take to come while the state is loaded
+    bool loaded;      // from now on nobody but the source can help who waits for a page
+    int failure;      // of the fault or the demand thread
     struct error err;
 };
 
@@ -154,12 +156,16 @@ int postcopy_dest_place(struct postcopy_dest *pd, struct wire *w, const struct w
 
 // --- faults
 
+// Whoever loads the state may wait for a page, in the kernel, and would wait for ever. What it then
+// reads instead does not matter: a guest that has not been loaded well is discarded.
 static void dest_failed(struct postcopy_dest *pd, int ret, const struct error *err)
 {
     pthread_mutex_lock(&pd->lock);
     if (!pd->failure) {
         pd->failure = ret;
         pd->err = *err;
+        if (!pd->loaded)
+            uffd_unregister(pd->uffd, pd->ram->map, pd->ram->size);
     }
     pthread_cond_broadcast(&pd->changed);
     pthread_mutex_unlock(&pd->lock);
@@ -201,6 +207,29 @@ static int faults_take(struct postcopy_dest *pd, struct error *err)
                     sizeof(want.head) + want.head.nr * sizeof(want.pages[0]), NULL, 0, err);
 }
 
+// Only while the state is loaded; a guest may wait for long, and the main connection has a
+// time-out.
+static int waits_check(struct postcopy_dest *pd, struct error *err)
+{
+    int ret = 0;
+    uint64_t now = time_ns();
+    pthread_mutex_lock(&pd->lock);
+    for (unsigned i = 0; i < pd->nr_waits && !pd->loaded && !ret; i++)
+        if (now - pd->waits[i].since >= pd->load_ms * 1000000ull)
+            ret = error_set(err, -ETIMEDOUT, "page %llu did not come for %u ms",
+                            (unsigned long long)pd->waits[i].page, pd->load_ms);
+    pthread_mutex_unlock(&pd->lock);
+    return ret;
+}
+
+static bool is_loaded(struct postcopy_dest *pd)
+{
+    pthread_mutex_lock(&pd->lock);
+    bool loaded = pd->loaded;
+    pthread_mutex_unlock(&pd->lock);
+    return loaded;
+}
+
 static void *fault_main(void *arg)
 {
     struct postcopy_dest *pd = arg;
@@ -210,8 +239,11 @@ static void *fault_main(void *arg)
     while (!ret) {
         struct pollfd p[2] = {{.fd = pd->uffd, .events = POLLIN},
                               {.fd = pd->stop_fd, .events = POLLIN}};
-        if (poll(p, 2, -1) < 0 && errno != EINTR)
+        int n = poll(p, 2, is_loaded(pd) ? -1 : (int)pd->load_ms);
+        if (n < 0 && errno != EINTR)
             ret = error_errno(&err, "poll");
+        else if (n <= 0)
+            ret = waits_check(pd, &err);
         else if (p[1].revents)
             break;
         else if (p[0].revents)
@@ -326,7 +358,8 @@ int postcopy_dest_create(struct postcopy_dest **out, struct ram *ram, const uint
     if (!pd)
         return error_set(err, -ENOMEM, "no memory for post-copy");
     size_t words = ram_bitmap_words(ram);
-    *pd = (struct postcopy_dest) {.ram = ram, .demand = demand, .uffd = -1, .stop_fd = -1};
+    *pd = (struct postcopy_dest) {
+        .ram = ram, .demand = demand, .uffd = -1, .stop_fd = -1, .load_ms = demand->timeout_ms};
     ram_discard_block(ram); // a page given back now would be asked for again
     atomic_store(&ram->missing, true);
     pthread_mutex_init(&pd->lock, NULL);
@@ -349,6 +382,17 @@ int postcopy_dest_create(struct postcopy_dest **out, struct ram *ram, const uint
     }
     *out = pd;
     return 0;
+}
+
+int postcopy_dest_loaded(struct postcopy_dest *pd, struct error *err)
+{
+    pthread_mutex_lock(&pd->lock);
+    int ret = pd->failure;
+    pd->loaded = !ret;
+    if (ret)
+        error_set(err, ret, "while the guest was loaded: %s", pd->err.text);
+    pthread_mutex_unlock(&pd->lock);
+    return ret;
 }
 
 int postcopy_dest_wait(struct postcopy_dest *pd, unsigned timeout_ms, struct error *err)

@@ -16,6 +16,11 @@ struct postcopy_dest;
 int postcopy_dest_create(struct postcopy_dest **pd, struct ram *ram, const uint64_t *valid,
                          struct channel *demand, struct error *err);
 
+// The guest's state has been loaded, which may have touched missing pages. Before this a failure, or
+// a page that takes longer than `demand`'s time-out, ends the guard, so that loading goes on and
+// this fails; after it the guest waits.
+int postcopy_dest_loaded(struct postcopy_dest *pd, struct error *err);
+
 // Places a PAGES record whose data is unread in `w`. Any thread, one at a time per `buffer`
 // (WIRE_BATCH_PAGES pages).
 int postcopy_dest_place(struct postcopy_dest *pd, struct wire *w, const struct wire_record *record,

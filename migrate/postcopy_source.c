@@ -139,6 +139,7 @@ int postcopy_serve(struct outgoing *out, struct error *err)
     pthread_cond_init(&ps->asked, &attr);
     pthread_condattr_destroy(&attr);
     prepage_init(&ps->order, out->params->prepaging, out->vm->ram.pages);
+    page_presence_begin(&out->presence);
     // The destination asks when its guest needs something: silence is no failure here. A dead peer
     // is found by the main connection.
     out->demand.timeout_ms = 0;

@@ -61,21 +61,30 @@ static int put_batch(struct outgoing *out, struct error *err)
 
 int precopy_pass(struct outgoing *out, struct error *err)
 {
+    if (out->streams)
+        return streams_pass(out, err);
     struct ram *ram = &out->vm->ram;
-    uint64_t remaining = bitmap_count(out->todo, ram->pages), cursor = 0;
+    uint64_t remaining = out->taken ? 0 : bitmap_count(out->todo, ram->pages), cursor = 0;
     uint64_t report_at = time_ns() + 200000000;
+    page_presence_begin(&out->presence);
     while (cursor < ram->pages) {
         int ret = outgoing_check_cancel(out, err);
         if (ret)
             return ret;
         page_batch_reset(out->batch, ram);
+        out->batch->shard = out->shard;
         packer_begin(&out->packer, write_bandwidth(out));
         out->batch->packer = &out->packer;
         page_batch_take(out->batch, out->todo, &cursor, batch_pages(out), &out->presence);
         ret = put_batch(out, err);
         if (ret)
             return ret;
-        remaining -= out->batch->nr_data + out->batch->nr_zero + out->packer.nr;
+        uint64_t done = out->batch->nr_data + out->batch->nr_zero + out->packer.nr;
+        if (out->taken) {
+            atomic_fetch_add(out->taken, done);
+            continue;
+        }
+        remaining -= done;
         if (out->owner == SOURCE_RUNNING && time_ns() >= report_at) {
             squeeze_look(out);
             outgoing_progress(out, MIGRATE_ROUNDS, remaining * PAGE_SIZE);
@@ -138,7 +147,9 @@ static int stalled(struct outgoing *out, bool *stop, bool *postcopy, struct erro
 
 int precopy_flush(struct outgoing *out, struct error *err)
 {
-    struct wire_round round = {.round = out->report->rounds, .data_pages = out->report->data_pages};
+    struct wire_round round = {.round = out->report->rounds,
+                               .pass = streams_passes(out),
+                               .data_pages = out->report->data_pages};
     int ret = wire_put(&out->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
     return ret ? ret : wire_expect(&out->main.wire, &out->record, WIRE_ROUND, err);
 }
@@ -215,10 +226,12 @@ void precopy_hints_end(struct outgoing *out)
 // still.
 static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
 {
-    uint64_t start = time_ns(), before = out->main.wire.out, pages = out->report->data_pages;
+    uint64_t start = time_ns(), before = outgoing_bytes(out), pages = out->report->data_pages;
     outgoing_round(out, bitmap_count(out->todo, out->vm->ram.pages) * PAGE_SIZE);
     squeeze_look(out);
-    int ret = precopy_pass(out, err);
+    int ret = disks_pass(out, err);
+    if (!ret)
+        ret = precopy_pass(out, err);
     out->report->rounds++;
     out->packer.again = true;
     if (!ret)
@@ -226,10 +239,10 @@ static int one_round(struct outgoing *out, uint64_t *dirty, struct error *err)
     precopy_hints_end(out);
     if (ret)
         return ret;
-    uint64_t bytes = out->main.wire.out - before, took = time_ns() - start;
+    uint64_t bytes = outgoing_bytes(out) - before, took = time_ns() - start;
     bandwidth_update(out, (out->report->data_pages - pages) * PAGE_SIZE, bytes, took);
     ret = ram_dirty_sync(&out->vm->ram, &out->dirty, out->todo, NULL, err);
-    *dirty = bitmap_count(out->todo, out->vm->ram.pages);
+    *dirty = bitmap_count(out->todo, out->vm->ram.pages) + disks_left(out) / PAGE_SIZE;
     out->dirty_rate = switchover_bandwidth(0, *dirty * PAGE_SIZE, time_ns() - start);
     history_add(&out->m->history, HISTORY_ROUND, bytes, *dirty * PAGE_SIZE, took);
     FERRY_PROBE4(migration_round, out->report->rounds, bytes, took, *dirty);
@@ -241,6 +254,9 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
     *postcopy = out->params->mode == MIGRATE_POSTCOPY || out->params->mode == MIGRATE_HYBRID;
     if (out->params->mode == MIGRATE_LOCAL)
         return 0; // nothing to send
+    int ret = disks_first(out, err);
+    if (ret)
+        return ret;
     squeeze_begin(out);
     bitmap_fill(out->todo, 0, out->vm->ram.pages, true);
     if (out->params->mode == MIGRATE_POSTCOPY)
@@ -248,7 +264,7 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
     bool old = out->version < 2; // who does not know PACKED
     packer_init(&out->packer, &out->vm->ram, old ? PACK_NEVER : out->params->compress,
                 out->params->delta_cache);
-    int ret = ram_dirty_start(&out->vm->ram, &out->dirty, err);
+    ret = ram_dirty_start(&out->vm->ram, &out->dirty, err);
     out->logging = !ret;
     if (!ret)
         hints_begin(out);

@@ -8,11 +8,13 @@
 #include <time.h>
 
 #include "migrate/bitmap.h"
+#include "migrate/blockmove.h"
 #include "migrate/channel.h"
 #include "migrate/crc32c.h"
 #include "migrate/machine.h"
 #include "migrate/pages.h"
 #include "migrate/postcopy_dest.h"
+#include "migrate/streams_dest.h"
 #include "migrate/userfault.h"
 #include "vmm/stream.h"
 #include "vmm/util.h"
@@ -20,6 +22,7 @@
 
 enum {
     VISITOR_MS = 5000, // for the hello of a second connection
+    DROP_MS = 3000,    // for the end of a VM that will not run; the source waits longer
     PAUSE_SECONDS = 2, // a guest without its pages: what is not quiet by then waits for one
 };
 
@@ -37,6 +40,7 @@ struct receive {
     pthread_cond_t changed;
     enum owner_dest owner;
     bool answered; // the source's question has been answered
+    bool dropped;  // the guest will not run here, and nothing of it is left
     bool cancelled;
     struct channel demand; // fd -1 until the door let it in
     struct channel again;  // the same: the source came back after post-copy broke off
@@ -47,6 +51,8 @@ struct receive {
     struct machine machine;
     struct vm *vm;
     struct page_intake intake;
+    struct streams_dest *streams; // NULL: pages come over the main connection; set under the lock
+    struct block_intake disks;
     uint64_t *stale;
     uint8_t *state; // the whole blob, read before it is loaded
     uint32_t state_len;
@@ -55,7 +61,9 @@ struct receive {
     bool was_prepared, stay_paused;
     bool halted; // we paused the guest because pages cannot come, in a thread of its own:
     pthread_t pauser;
-    bool pausing; // to be joined
+    bool pausing;     // to be joined
+    pthread_t herald; // of post-copy: calls hooks->arrived
+    bool heralding;   // to be joined
 };
 
 void receive_params_default(struct receive_params *params)
@@ -99,6 +107,11 @@ static enum owner_dest owner_now(struct receive *r)
 static bool has_answered(const struct receive *r)
 {
     return r->answered;
+}
+
+static bool has_dropped(const struct receive *r)
+{
+    return r->dropped;
 }
 
 static bool came_back(const struct receive *r)
@@ -149,6 +162,9 @@ static void answer_query(struct receive *r, struct channel *c, const struct wire
         if (action == OWNER_SAY_NO)
             channel_shutdown(&r->main); // a COMMIT under way has no effect any more
         pthread_mutex_unlock(&r->lock);
+        // On a "no" the source goes on at once, and wants the images that are locked here.
+        if (action == OWNER_SAY_NO)
+            wait_for(r, has_dropped, DROP_MS);
     }
     int ret = wire_put(&c->wire, WIRE_ANSWER, 0, &answer, sizeof(answer), NULL, 0, NULL);
     pthread_mutex_lock(&r->lock);
@@ -188,6 +204,20 @@ static bool let_demand_in(struct receive *r, struct channel *c, const struct wir
     return true;
 }
 
+// One of the page connections.
+static bool let_stream_in(struct receive *r, struct channel *c, const struct wire_hello *hello)
+{
+    pthread_mutex_lock(&r->lock);
+    struct streams_dest *streams = r->streams; // freed after the door is closed
+    bool wanted = hello->kind == WIRE_STREAM && streams &&
+                  !memcmp(hello->id, r->report->id, WIRE_ID_LEN) &&
+                  streams_dest_wants(streams, hello->stream);
+    pthread_mutex_unlock(&r->lock);
+    unsigned version;
+    return wanted && !answer_hello(c, hello, &version, NULL) &&
+           !streams_dest_take(streams, hello->stream, c, NULL);
+}
+
 // The source is back: its old connection is dead, whether we have noticed or not.
 static bool let_recover_in(struct receive *r, struct channel *c, const struct wire_hello *hello)
 {
@@ -220,7 +250,8 @@ static void visitor(struct receive *r, struct channel *c)
         ret = wire_hello_parse(&record, &hello, &err);
     if (!ret && hello.kind == WIRE_QUERY) {
         answer_query(r, c, &hello);
-    } else if (!ret && !let_demand_in(r, c, &hello) && !let_recover_in(r, c, &hello)) {
+    } else if (!ret && !let_demand_in(r, c, &hello) && !let_stream_in(r, c, &hello) &&
+               !let_recover_in(r, c, &hello)) {
         error_set(&err, -EBUSY, "this receiver is busy with another migration");
         channel_abort(c, &err);
     }
@@ -304,6 +335,27 @@ static int accept_migration(struct receive *r, struct error *err)
     }
 }
 
+static int expect_streams(struct receive *r, struct error *err)
+{
+    struct streams_dest *streams;
+    if (r->version < 2)
+        return error_set(err, -EPROTO, "machine record: version 1 has no page connections");
+    int ret = streams_dest_create(&streams, r->machine.streams, &r->intake, &r->main,
+                                  r->params.idle_ms, err);
+    if (ret)
+        return ret;
+    pthread_mutex_lock(&r->lock);
+    r->streams = streams;
+    pthread_mutex_unlock(&r->lock);
+    return 0;
+}
+
+static int take_disks(struct receive *r, struct error *err)
+{
+    int ret = wire_expect(&r->main.wire, &r->record, WIRE_DISKS, err);
+    return ret ? ret : block_intake_disks(&r->disks, r->vm, &r->record, err);
+}
+
 static int take_machine(struct receive *r, struct error *err)
 {
     struct machine machine;
@@ -320,6 +372,8 @@ static int take_machine(struct receive *r, struct error *err)
                          (unsigned long long)(machine.ram_size / MiB),
                          (unsigned long long)(r->params.ram_max / MiB));
     ret = machine_build(&r->machine, r->hooks, &r->vm, err);
+    if (!ret && machine.flags & WIRE_MACHINE_DISKS)
+        ret = take_disks(r, err);
     if (!ret)
         ret = page_intake_init(&r->intake, &r->vm->ram, err);
     if (!ret && machine.flags & WIRE_MACHINE_POSTCOPY) {
@@ -332,6 +386,8 @@ static int take_machine(struct receive *r, struct error *err)
         if (!ret && (!r->stale || !r->buffer))
             ret = error_set(err, -ENOMEM, "no memory for post-copy");
     }
+    if (!ret && machine.streams)
+        ret = expect_streams(r, err);
     r->main.timeout_ms = r->params.idle_ms;
     return ret ? ret : wire_put(&r->main.wire, WIRE_READY, 0, NULL, 0, NULL, 0, err);
 }
@@ -357,7 +413,10 @@ static int echo_round(struct receive *r, struct error *err)
 {
     struct wire_round round;
     wire_fixed(&r->record, &round, sizeof(round));
-    return wire_put(&r->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
+    int ret = r->streams && !r->postcopy ? streams_dest_wait(r->streams, round.pass, err) : 0;
+    if (!ret)
+        ret = block_intake_sync(&r->disks, err);
+    return ret ? ret : wire_put(&r->main.wire, WIRE_ROUND, 0, &round, sizeof(round), NULL, 0, err);
 }
 
 // Gives stale pages back at once: that takes long, and the guest may still be running over there.
@@ -367,6 +426,8 @@ static int take_discard(struct receive *r, struct error *err)
     if (!r->stale)
         return wire_unexpected(&r->main.wire, &r->record, "pages", err);
     int ret = wire_discard_parse(&r->record, ram->pages, r->stale, err);
+    if (r->streams)
+        streams_dest_hold(r->streams);
     for (uint64_t first = 0; !ret;) {
         first = bitmap_find(r->stale, ram->pages, first, true);
         if (first == ram->pages)
@@ -380,12 +441,14 @@ static int take_discard(struct receive *r, struct error *err)
         bitmap_fill(r->intake.touched, first, stop - first, false);
         first = stop;
     }
+    if (r->streams)
+        streams_dest_go_on(r->streams);
     return ret;
 }
 
 static int take_packed(struct receive *r, struct error *err)
 {
-    if (r->version < 2 || r->machine.flags & WIRE_MACHINE_SHARED)
+    if (r->version < 2 || r->streams || r->machine.flags & WIRE_MACHINE_SHARED)
         return wire_unexpected(&r->main.wire, &r->record, "pages", err);
     if (!r->buffer)
         r->buffer = malloc(WIRE_BATCH_PAGES * PAGE_SIZE);
@@ -419,7 +482,7 @@ static int take_handed(struct receive *r, struct error *err)
 }
 
 // Everything up to PREPARE, which is left in r->record.
-static int take_memory(struct receive *r, struct error *err)
+static int take_records(struct receive *r, struct error *err)
 {
     for (;;) {
         int ret = wire_get(&r->main.wire, &r->record, err);
@@ -427,7 +490,7 @@ static int take_memory(struct receive *r, struct error *err)
             return ret;
         switch (r->record.header.type) {
         case WIRE_PAGES:
-            if (r->machine.flags & WIRE_MACHINE_SHARED)
+            if (r->machine.flags & WIRE_MACHINE_SHARED || r->streams)
                 return wire_unexpected(&r->main.wire, &r->record, "memory, state or prepare", err);
             ret = page_intake_record(&r->intake, &r->main.wire, &r->record, err);
             break;
@@ -436,6 +499,9 @@ static int take_memory(struct receive *r, struct error *err)
             break;
         case WIRE_PACKED:
             ret = take_packed(r, err);
+            break;
+        case WIRE_BLOCKS:
+            ret = block_intake_record(&r->disks, &r->main.wire, &r->record, err);
             break;
         case WIRE_ROUND:
             ret = echo_round(r, err);
@@ -454,6 +520,21 @@ static int take_memory(struct receive *r, struct error *err)
         if (ret)
             return ret;
     }
+}
+
+static int take_memory(struct receive *r, struct error *err)
+{
+    struct wire_prepare prep;
+    int ret = take_records(r, err);
+    if (!r->streams)
+        return ret;
+    if (!ret) {
+        wire_fixed(&r->record, &prep, sizeof(prep));
+        ret = streams_dest_wait(r->streams, prep.pass, err);
+    }
+    ret = ret ? streams_dest_cause(r->streams, ret, err) : 0;
+    streams_dest_end(r->streams);
+    return ret;
 }
 
 static int check_precopy(struct receive *r, struct error *err)
@@ -504,9 +585,20 @@ static int prepare(struct receive *r, struct error *err)
     int ret = r->report->postcopy ? begin_postcopy(r, prep.stale, err) : check_precopy(r, err);
     if (ret)
         return ret;
+    ret = block_intake_sync(&r->disks, err);
+    if (ret)
+        return ret;
     struct stream_mem blob;
     stream_mem_reader(&blob, "guest state", r->state, r->state_len);
     ret = vm_load(r->vm, &blob.stream, err);
+    if (r->postcopy) { // why loading failed, if it did: what it read was not the guest's
+        struct error why = {0};
+        int failed = postcopy_dest_loaded(r->postcopy, &why);
+        if (failed) {
+            ret = failed;
+            *err = why;
+        }
+    }
     r->vm->moved = true;
     r->report->load_ns = time_ns() - start;
     return ret;
@@ -538,6 +630,21 @@ static int take_commit(struct receive *r, struct error *err)
     return 0;
 }
 
+static void *herald_main(void *arg)
+{
+    struct receive *r = arg;
+    if (r->hooks->arrived)
+        r->hooks->arrived(r->hooks->context, r->vm);
+    return NULL;
+}
+
+static void herald_end(struct receive *r)
+{
+    if (r->heralding)
+        pthread_join(r->herald, NULL);
+    r->heralding = false;
+}
+
 // The guest is ours: nothing from here on may undo it.
 static int run(struct receive *r, struct error *err)
 {
@@ -549,8 +656,11 @@ static int run(struct receive *r, struct error *err)
     r->main.timeout_ms = r->params.idle_ms;
     struct wire_times times = {.load_ns = r->report->load_ns, .resume_ns = r->report->resume_ns};
     int ret = wire_put(&r->main.wire, WIRE_RUNNING, 0, &times, sizeof(times), NULL, 0, err);
-    if (r->hooks->arrived)
-        r->hooks->arrived(r->hooks->context, r->vm);
+    // In post-copy the loop's thread, which the hook may wait for, may itself wait for a page that
+    // is pushed: only we take that from the link.
+    r->heralding = r->postcopy && !pthread_create(&r->herald, NULL, herald_main, r);
+    if (!r->heralding)
+        herald_main(r);
     return ret;
 }
 
@@ -574,6 +684,7 @@ static int take_pushed(struct receive *r, struct error *err)
     int ret = postcopy_dest_wait(r->postcopy, r->params.idle_ms, err);
     if (ret)
         return ret;
+    herald_end(r); // whoever hears that it is complete finds it listening
     postcopy_dest_counts(r->postcopy, &r->report->faults, &r->report->requested);
     if (r->version >= 2) {
         struct wire_faults latency;
@@ -723,8 +834,11 @@ static int postcopy_settle(struct receive *r, int ret, struct error *err)
 static int settle(struct receive *r, int ret, struct error *err)
 {
     enum owner_action action;
-    if (r->postcopy)
-        return postcopy_settle(r, ret, err);
+    if (r->postcopy) {
+        ret = postcopy_settle(r, ret, err);
+        herald_end(r);
+        return ret;
+    }
     owner_step(r, DEST_EV_WHOLE, &action);
     see_off(r, ret);
     return 0;
@@ -735,16 +849,24 @@ static void give_up(struct receive *r, int ret, struct error *err)
 {
     enum owner_action action;
     owner_step(r, ret == -ECANCELED ? DEST_EV_CANCEL : DEST_EV_LOST, &action);
-    channel_abort(&r->main, err);
-    channel_shutdown(&r->main); // not close: the door may be looking at it
+    if (r->streams)
+        streams_dest_end(r->streams); // the VM goes whose memory they fill
     postcopy_dest_free(r->postcopy);
     r->postcopy = NULL;
+    if (r->vm)
+        block_intake_forget(r->vm);
+    if (r->vm) // before the source hears of it: it needs the images back
+        r->hooks->destroy_vm(r->hooks->context, r->vm);
+    r->vm = NULL;
+    pthread_mutex_lock(&r->lock);
+    r->dropped = true;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+    channel_abort(&r->main, err);
+    channel_shutdown(&r->main); // not close: the door may be looking at it
     if (r->was_prepared)
         wait_for(r, has_answered, r->params.linger_ms);
     door_close(r);
-    if (r->vm)
-        r->hooks->destroy_vm(r->hooks->context, r->vm);
-    r->vm = NULL;
 }
 
 int receive_run(struct receive *r, struct vm **vm, struct receive_report *report, struct error *err)
@@ -828,6 +950,7 @@ void receive_free(struct receive *r)
     postcopy_dest_free(r->postcopy);
     if (r->pausing)
         pthread_join(r->pauser, NULL);
+    streams_dest_free(r->streams);
     channel_close(&r->main);
     channel_close(&r->demand);
     channel_close(&r->again);
@@ -838,6 +961,7 @@ void receive_free(struct receive *r)
     wire_record_free(&r->record);
     machine_free(&r->machine);
     page_intake_free(&r->intake);
+    block_intake_free(&r->disks);
     free(r->stale);
     free(r->state);
     free(r->buffer);

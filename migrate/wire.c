@@ -14,6 +14,9 @@ _Static_assert(sizeof(struct wire_hello) == 32 && sizeof(struct wire_machine) ==
 _Static_assert(sizeof(struct wire_run) == 16 && sizeof(struct wire_pages) == 16, "no padding");
 _Static_assert(sizeof(struct wire_packed_page) == 16 && sizeof(struct wire_packed) == 8,
                "no padding");
+_Static_assert(sizeof(struct wire_disk) == 32 && sizeof(struct wire_blocks) == 16 &&
+                   sizeof(struct wire_extent) == 16,
+               "no padding");
 _Static_assert(sizeof(struct kvm_cpuid_entry2) == 40, "CPUID entries travel as KVM has them");
 
 // What a record of each type may be, checked before anything is allocated or read.
@@ -59,6 +62,11 @@ static const struct wire_limit limits[WIRE_TYPES] = {
                      WIRE_BATCH_PAGES *PAGE_SIZE},
     [WIRE_MEMORY] = FIXED("memory", struct wire_memory),
     [WIRE_FAULTS] = FIXED("faults", struct wire_faults),
+    [WIRE_DISKS] = {"disks", sizeof(struct wire_disk), WIRE_DISKS_MAX * sizeof(struct wire_disk),
+                    0},
+    [WIRE_BLOCKS] = {"blocks", sizeof(struct wire_blocks) + sizeof(struct wire_extent),
+                     sizeof(struct wire_blocks) + WIRE_EXTENTS_MAX * sizeof(struct wire_extent),
+                     WIRE_BLOCKS_DATA},
 };
 
 const char *wire_type_name(unsigned type)
@@ -249,7 +257,7 @@ int wire_hello_parse(const struct wire_record *record, struct wire_hello *hello,
     wire_fixed(record, hello, sizeof(*hello));
     if (memcmp(hello->magic, WIRE_MAGIC, sizeof(hello->magic)))
         return error_set(err, -EPROTO, "not a ferry migration: wrong magic in the hello record");
-    if (hello->kind < WIRE_MAIN || hello->kind > WIRE_RECOVER)
+    if (hello->kind < WIRE_MAIN || hello->kind > WIRE_STREAM)
         return error_set(err, -EPROTO, "hello record: connection kind %u is not known",
                          hello->kind);
     if (hello->oldest > hello->version)
@@ -307,8 +315,14 @@ int machine_parse(const struct wire_record *record, struct machine *machine, str
     if (head.cpus < 1 || head.cpus > VM_MAX_VCPUS)
         return error_set(err, -EPROTO, "machine record: %u CPUs, expected 1 to %d", head.cpus,
                          VM_MAX_VCPUS);
-    if (head.flags & ~(uint32_t)(WIRE_MACHINE_POSTCOPY | WIRE_MACHINE_SHARED) || head.reserved)
+    if (head.flags & ~(uint32_t)(WIRE_MACHINE_POSTCOPY | WIRE_MACHINE_SHARED | WIRE_MACHINE_DISKS))
         return error_set(err, -EPROTO, "machine record: flags 0x%x are not known", head.flags);
+    if (head.streams == 1 || head.streams > WIRE_STREAMS_MAX ||
+        (head.streams && head.flags & WIRE_MACHINE_SHARED))
+        return error_set(err, -EPROTO,
+                         "machine record: %u page connections, expected 0, or 2 to %d where memory "
+                         "is copied",
+                         head.streams, WIRE_STREAMS_MAX);
 
     const uint8_t *p = record->meta + sizeof(head);
     const char *json = (const char *)p + regions + cpuid;
@@ -318,6 +332,7 @@ int machine_parse(const struct wire_record *record, struct machine *machine, str
     machine->cpus = head.cpus;
     machine->nr_regions = head.nr_regions;
     machine->flags = head.flags;
+    machine->streams = head.streams;
     memcpy(machine->regions, p, regions);
     int ret = regions_check(machine, err);
     if (ret)
@@ -346,7 +361,8 @@ int machine_encode(const struct machine *machine, void **meta, size_t *len, stru
                                 .nr_regions = machine->nr_regions,
                                 .nr_cpuid = machine->cpuid->nent,
                                 .json_len = (uint32_t)json,
-                                .flags = machine->flags};
+                                .flags = machine->flags,
+                                .streams = machine->streams};
     *len = sizeof(head) + regions + cpuid + json;
     uint8_t *p = malloc(*len);
     *meta = p;

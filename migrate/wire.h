@@ -5,7 +5,8 @@
 //   record := header (16 bytes), meta (meta_len), data (data_len)        all little endian
 //   header := u16 type, u16 flags, u32 meta_len, u32 data_len, u32 crc
 //   crc    := CRC-32C of the header's first 12 bytes and meta
-//   data   := only after PAGES (4 KiB pages, each with its sum in meta) and STATE (crc in meta)
+//   data   := only after PAGES (4 KiB pages, each with its sum in meta), STATE and BLOCKS (crc in
+//             meta)
 //
 //   source                                                   destination
 //     |  main connection                                          |
@@ -13,6 +14,8 @@
 //     | <------------------------------- HELLO(chosen version, id)|
 //     | MACHINE(RAM, cpus, CPUID, json) ------------------------> | checks, builds the VM
 //     | <--------------------------------------------------- READY|
+//     |   page connections, if MACHINE says so: HELLO(stream, i)->|
+//     |     and from then on there: PAGES ... ROUND(pass) ------> |
 //     |   demand connection (post-copy): HELLO(demand, id) -----> |
 //     | PAGES ... ROUND ----------------------------------------> | while the guest runs,
 //     | <--------------------------------------------------- ROUND| again and again
@@ -80,6 +83,8 @@ enum wire_type {
     WIRE_FAULTS,
     WIRE_PACKED,
     WIRE_MEMORY,
+    WIRE_DISKS,
+    WIRE_BLOCKS,
     WIRE_TYPES,
 };
 
@@ -93,7 +98,11 @@ enum {
     WIRE_CPUID_MAX = 256,
     WIRE_STATE_MAX = 16 * 1024 * 1024,
     WIRE_TEXT_MAX = 400,
+    WIRE_STREAMS_MAX = 16, // page connections, at most
     WIRE_ID_LEN = 16,
+    WIRE_DISKS_MAX = 32,            // that go with a guest
+    WIRE_EXTENTS_MAX = 512,         // in a BLOCKS record
+    WIRE_BLOCKS_DATA = 1024 * 1024, // bytes of data in one, at most
 };
 
 #define WIRE_MAGIC "FERRYMIG" // 8 bytes, no terminator on the wire
@@ -103,19 +112,20 @@ struct wire_header {
     uint32_t meta_len, data_len, crc;
 };
 
-enum wire_connection { WIRE_MAIN = 1, WIRE_DEMAND, WIRE_QUERY, WIRE_RECOVER };
+enum wire_connection { WIRE_MAIN = 1, WIRE_DEMAND, WIRE_QUERY, WIRE_RECOVER, WIRE_STREAM };
 
 struct wire_hello {
     char magic[8];
     uint16_t version, oldest; // the answer has the chosen version in both
     uint16_t kind;            // enum wire_connection
-    uint16_t reserved;
+    uint16_t stream;          // WIRE_STREAM: which of MACHINE's; else 0
     uint8_t id[WIRE_ID_LEN];
 };
 
 enum {
-    WIRE_MACHINE_POSTCOPY = 1, // a demand connection will follow
-    WIRE_MACHINE_SHARED = 2,   // same host: MEMORY will follow, and no pages
+    WIRE_MACHINE_POSTCOPY = 1,  // a demand connection will follow
+    WIRE_MACHINE_SHARED = 2,    // same host: MEMORY will follow, and no pages
+    WIRE_MACHINE_DISKS = 0x100, // DISKS follows: they go with the guest (migrate/blockmove.h)
 };
 
 struct wire_machine {  // then regions, CPUID entries, JSON
@@ -125,7 +135,7 @@ struct wire_machine {  // then regions, CPUID entries, JSON
     uint32_t nr_cpuid;
     uint32_t json_len; // without terminator
     uint32_t flags;
-    uint32_t reserved;
+    uint32_t streams; // page connections that follow: 0, or 2 to WIRE_STREAMS_MAX
 };
 
 struct wire_region {
@@ -168,9 +178,11 @@ struct wire_memory { // then one byte, with a descriptor of guest memory (SCM_RI
     uint64_t size;   // bytes
 };
 
-struct wire_round { // echoed when everything before it has been dealt with
+// Echoed when everything before it has been dealt with, and what came before the ROUND of this pass
+// on every page connection. There it is not echoed, and passes count from 1 on.
+struct wire_round {
     uint32_t round; // completed
-    uint32_t reserved;
+    uint32_t pass;
     uint64_t data_pages; // sent so far
 };
 
@@ -179,6 +191,30 @@ struct wire_round { // echoed when everything before it has been dealt with
 struct wire_discard {
     uint64_t first; // page index, a multiple of 64
     uint64_t pages;
+};
+
+enum { WIRE_DISK_OVERLAY = 1 };
+
+struct wire_disk {     // DISKS: one for each disk that goes with the guest
+    uint32_t instance; // of the device
+    uint32_t flags;
+    uint64_t size;      // bytes
+    uint64_t base_size; // of an overlay: of what lies under it, which stays
+    uint32_t base_sum;
+    uint32_t reserved;
+};
+
+struct wire_blocks { // then wire_extent[nr]; the data of those that have some follow
+    uint32_t disk;   // place in DISKS
+    uint32_t nr;
+    uint32_t sum; // CRC-32C of all data
+    uint32_t reserved;
+};
+
+struct wire_extent {
+    uint64_t offset; // bytes of the disk
+    uint32_t len;
+    uint32_t kind; // enum wire_run_kind
 };
 
 struct wire_state {
@@ -190,7 +226,7 @@ enum { WIRE_PREPARE_POSTCOPY = 1, WIRE_PREPARE_STAY_PAUSED = 2 };
 
 struct wire_prepare {
     uint32_t flags;
-    uint32_t reserved;
+    uint32_t pass;  // the last one of the page connections, which are closed then
     uint64_t stale; // pages marked by DISCARD, to be sent after COMMIT
 };
 
@@ -298,6 +334,7 @@ struct machine {
     uint32_t cpus;
     uint32_t nr_regions;
     uint32_t flags;
+    uint32_t streams;
     struct wire_region regions[2];
     struct kvm_cpuid2 *cpuid;
     char *json;

@@ -40,7 +40,7 @@ struct sched_client {
     _Atomic int doorbell;              // eventfd, -1
     int fd;                            // socket, -1; of whoever watches
     atomic_bool attached;
-    pthread_mutex_t lock; // guards config.share, and the change from one page to another
+    pthread_mutex_t lock; // guards config.share, the broker, and the change of pages
     pthread_t thread;
     bool watching;
     int stop_fd;
@@ -134,14 +134,12 @@ static int exchange(int fd, const void *msg, size_t size, enum sched_msg_type ty
     return error_set(err, answer->error.code, "%.*s", SCHED_TEXT_MAX - 1, answer->error.text);
 }
 
-int sched_call(const char *socket, const void *msg, size_t size, enum sched_msg_type type, int *fd,
-               struct error *err)
+// One message and its answer; `fd`: what came with it.
+static int call(int s, const void *msg, size_t size, enum sched_msg_type type, int *fd,
+                struct error *err)
 {
     union sched_msg answer;
     int fds[2];
-    autoclose int s = connect_to(socket, err);
-    if (s < 0)
-        return s;
     int ret = exchange(s, msg, size, type, &answer, fds, err);
     if (ret)
         return ret;
@@ -152,8 +150,39 @@ int sched_call(const char *socket, const void *msg, size_t size, enum sched_msg_
     else if (fds[0] >= 0)
         close(fds[0]);
     if (fd && fds[0] < 0)
-        return error_set(err, -EPROTO, "the scheduler's document did not come with its answer");
+        return error_set(err, -EPROTO, "the scheduler's answer came without its descriptor");
     return 0;
+}
+
+int sched_call(const char *socket, const void *msg, size_t size, enum sched_msg_type type, int *fd,
+               struct error *err)
+{
+    autoclose int s = connect_to(socket, err);
+    return s < 0 ? s : call(s, msg, size, type, fd, err);
+}
+
+static const struct sched_head confine = {
+    .magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_CONFINE};
+
+int sched_connect_confined(const char *socket, struct error *err)
+{
+    autoclose int s = connect_to(socket, err);
+    if (s < 0)
+        return s;
+    int ret = call(s, &confine, sizeof(confine), SCHED_OK, NULL, err);
+    return ret ? ret : take_fd(&s);
+}
+
+// A connection to the daemon: the descriptor, or -errno.
+static int daemon_connect(struct sched_client *c, struct error *err)
+{
+    int fd = -1;
+    if (c->config.broker < 0)
+        return connect_to(c->socket, err);
+    pthread_mutex_lock(&c->lock); // one asks at a time
+    int ret = call(c->config.broker, &confine, sizeof(confine), SCHED_OK, &fd, err);
+    pthread_mutex_unlock(&c->lock);
+    return ret ? ret : fd;
 }
 
 // --- the page
@@ -226,7 +255,7 @@ int sched_client_attach(struct sched_client *c, struct error *err)
     strcpy(reg.name, c->name);
     for (unsigned i = 0; i < c->config.nr; i++)
         reg.tids[i] = (int32_t)c->tids[i];
-    autoclose int fd = connect_to(c->socket, err);
+    autoclose int fd = daemon_connect(c, err);
     if (fd < 0)
         return fd;
     int ret = exchange(fd, &reg, sizeof(reg), SCHED_REGISTERED, &answer, fds, err);
@@ -470,8 +499,10 @@ int sched_client_set(struct sched_client *c, const struct sched_share *share, st
         .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_SET},
         .share = *share};
     strcpy(set.name, c->name);
-    if (sched_client_attached(c))
-        ret = sched_call(c->socket, &set, sizeof(set), SCHED_OK, NULL, err);
+    if (sched_client_attached(c)) {
+        autoclose int fd = daemon_connect(c, err);
+        ret = fd < 0 ? fd : call(fd, &set, sizeof(set), SCHED_OK, NULL, err);
+    }
     if (ret)
         return ret;
     pthread_mutex_lock(&c->lock);

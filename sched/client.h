@@ -24,6 +24,7 @@ struct sched_client_config {
     unsigned nr; // threads, 1 to SCHED_VCPUS_MAX
     const pid_t *tids;
     int signal;
+    int broker;                // of sched/broker.h: connections come from there; -1: from `socket`
     enum seccomp_mode seccomp; // of the watching thread; SECCOMP_OFF unless set
     // The daemon was found (0) or lost (-errno, `why`). In the client's own thread, or in attach.
     void (*changed)(void *arg, int code, const char *why);
@@ -63,6 +64,10 @@ void sched_client_share(struct sched_client *client, struct sched_share *share);
 // said). `fd`: of a DOCUMENT, the caller's then.
 int sched_call(const char *socket, const void *msg, size_t size, enum sched_msg_type type, int *fd,
                struct error *err);
+
+// A connection that may register VMs of whoever sends on it, and set their shares. The descriptor,
+// or -errno.
+int sched_connect_confined(const char *socket, struct error *err);
 
 // --- both sides
 

@@ -14,7 +14,9 @@
 enum {
     STEAL_LOOKS = 16, // vCPUs looked at for a comfortable steal, before any that may run is taken
     LATE_PERIODS = 4, // of caps' budgets: refills that are missed by more are left out
-    NOTICE_QUEUE = 8, // with more waiting at a pCPU, it is looked at more often than every tick
+    LEAST_TURNS = 4,  // in a slice, of those whose credit is used up sooner
+    CROWD = 8,        // with more waiting at a pCPU, in less time
+    LEFTOVER = 4,     // of a least turn: with less credit than that, a turn is over
     QUOTA_MIN_NS = 500000,      // a VM's budget is not handed to its vCPUs in smaller pieces
     QUOTA_TIMER_MIN_NS = 20000, // nor looked at more often: what is used too much is owed
 };
@@ -498,12 +500,13 @@ static struct credit_vcpu *take_next(struct credit *c, unsigned p, uint64_t now)
     }
 }
 
-// How soon it is noticed that a vCPU has no credit left: by the tick, sooner if many wait.
-static uint64_t notice_ns(const struct credit *c, const struct credit_pcpu *p)
+// A vCPU whose credit is used up goes on for that long from its turn's beginning, so that switches
+// stay seldom; for less if many wait. It owes what it had too much.
+static uint64_t least_turn(const struct credit *c, const struct credit_pcpu *p)
 {
     unsigned nr = p->nr_queued[CREDIT_BOOST] + p->nr_queued[CREDIT_UNDER];
-    uint64_t ns = nr > NOTICE_QUEUE ? c->params.tick_ns * NOTICE_QUEUE / nr : c->params.tick_ns;
-    return later(ns, c->params.ratelimit_ns ? c->params.ratelimit_ns : 1);
+    uint64_t ns = c->params.slice_ns / LEAST_TURNS;
+    return nr > CROWD ? ns * CROWD / nr : ns;
 }
 
 // When the vCPU that runs must be looked at again.
@@ -512,10 +515,10 @@ static uint64_t until(const struct credit *c, const struct credit_vcpu *v, uint6
     const uint64_t tick = c->params.tick_ns;
     uint64_t at = v->start_ns + v->left_ns;
     if (v->class != CREDIT_OVER) {
-        const uint64_t step = notice_ns(c, &c->pcpus[v->pcpu]);
-        uint64_t steps = (now - v->start_ns + (uint64_t)v->credit_ns) / step + 1;
-        if (v->start_ns + steps * step < at)
-            at = v->start_ns + steps * step;
+        const uint64_t turn = least_turn(c, &c->pcpus[v->pcpu]);
+        uint64_t used_up = later(now + (uint64_t)v->credit_ns + 1, v->start_ns + turn);
+        if (used_up < at)
+            at = used_up;
     }
     if (v->class == CREDIT_BOOST && now + tick - v->boost_ns < at)
         at = now + tick - v->boost_ns;
@@ -585,6 +588,14 @@ static bool starved(struct credit *c, const struct credit_vcpu *v)
            v->credit_ns > queue_first(p, CREDIT_UNDER)->credit_ns + (int64_t)c->params.slice_ns;
 }
 
+// Its credit is used up, or nearly: for a little rest nobody looks again.
+static bool spent(const struct credit *c, const struct credit_vcpu *v, uint64_t now)
+{
+    const uint64_t turn = least_turn(c, &c->pcpus[v->pcpu]);
+    return v->class != CREDIT_OVER && now - v->start_ns >= turn &&
+           v->credit_ns < (int64_t)turn / LEFTOVER;
+}
+
 // Where better work waits than what runs, it is looked at.
 static void reconsider(struct credit *c, unsigned p, uint64_t now)
 {
@@ -613,7 +624,7 @@ struct credit_vcpu *credit_pick(struct credit *c, unsigned p, uint64_t now)
         return prev;
     }
     if (prev) {
-        over = prev->yielded || now - prev->start_ns >= prev->left_ns;
+        over = prev->yielded || now - prev->start_ns >= prev->left_ns || spent(c, prev, now);
         expired = prev->yielded || (over && !starved(c, prev));
         queue_put(c, prev, !expired);
     }

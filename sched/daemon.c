@@ -13,21 +13,27 @@
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
-#include <sys/timerfd.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 
 #include "sched/client.h"
 #include "sched/daemon_internal.h"
+#include "sched/threads.h"
 #include "vmm/util.h"
 
 enum {
     VMS_MAX = 1024,
-    CONNS_EXTRA = 64, // beside those of VMs: commands
+    CONNS_EXTRA = 64, // beside those of VMs: commands ...
+    CONNS_IDLE = 16,  // ... of one process
     ACCEPTS = 16,     // a turn of the loop
     EVENTS = 64,
+    NS_S = 1000000000,
+    NS_MS = 1000000,
+    SLICE_NS = 10000000, // shares hold in windows of 0.4 s; docs/scheduler.md has what it costs
 };
 
 // --- answers
@@ -161,7 +167,7 @@ static void vm_remove(struct sched_daemon *d, struct sched_vm *vm)
 {
     for (unsigned i = 0; i < vm->nr; i++)
         vcpu_leave(d, &vm->vcpus[i]);
-    credit_vm_remove(&d->credit, &vm->credit, time_ns());
+    credit_vm_remove(&d->credit, &vm->credit, now_of(d));
     struct sched_vm **at = &d->vms;
     while (*at != vm)
         at = &(*at)->next;
@@ -214,6 +220,12 @@ static int register_check(struct sched_daemon *d, const struct conn *conn,
     if (reg->signal < 34 || reg->signal > 64)
         return error_set(err, -EINVAL, "signal %u: expected a real-time signal, 34 to 64",
                          reg->signal);
+    return 0;
+}
+
+static int threads_check(const struct sched_daemon *d, const struct sched_register *reg,
+                         struct error *err)
+{
     for (unsigned i = 0; i < reg->nr_vcpus; i++)
         if (reg->tids[i] <= 0 || tid_taken(d, reg, i))
             return error_set(err, -EINVAL, "thread %d: no thread's number, or a vCPU already",
@@ -281,12 +293,26 @@ static void vm_begin(struct sched_daemon *d, struct sched_vm *vm)
               (int)vm->pid, vm->nr, vm->credit.config.weight, vm->credit.config.cap);
 }
 
-static int vm_register(struct sched_daemon *d, struct conn *conn, const struct sched_register *reg,
+// Threads' numbers in a PID namespace of their own to ours. It takes time that turns need.
+static int register_translate(struct sched_daemon *d, const struct conn *conn,
+                              struct sched_register *reg, struct error *err)
+{
+    enum { LOOKS_A_REQUEST = 8 };
+    int looks = threads_translate(conn->pid, reg->tids, reg->nr_vcpus, err);
+    d->requests += (unsigned)(looks < 0 ? THREADS_LOOKS_MAX : looks) / LOOKS_A_REQUEST;
+    return looks < 0 ? looks : 0;
+}
+
+static int vm_register(struct sched_daemon *d, struct conn *conn, struct sched_register *reg,
                        struct error *err)
 {
     struct credit_vm_config config;
     autoclose int page = -1;
     int ret = register_check(d, conn, reg, err);
+    if (!ret)
+        ret = register_translate(d, conn, reg, err);
+    if (!ret)
+        ret = threads_check(d, reg, err);
     if (!ret)
         ret = share_config(d, &reg->share, &config, err);
     if (ret)
@@ -327,6 +353,8 @@ static int vm_set(struct sched_daemon *d, struct conn *conn, const struct sched_
         return error_set(err, -ENOENT, "no VM named '%s' is scheduled here", msg->name);
     if (conn->uid && conn->uid != vm->uid)
         return error_set(err, -EPERM, "VM %s is another user's", vm->name);
+    if (conn->confined && conn->pid != vm->pid)
+        return error_set(err, -EPERM, "VM %s is another process's", vm->name);
     int ret = sched_share_check(&msg->share, err);
     if (ret)
         return ret;
@@ -335,7 +363,7 @@ static int vm_set(struct sched_daemon *d, struct conn *conn, const struct sched_
     sched_share_merge(&share, &msg->share);
     ret = share_config(d, &share, &config, err);
     if (!ret)
-        ret = credit_vm_set(&d->credit, &vm->credit, &config, time_ns(), err);
+        ret = credit_vm_set(&d->credit, &vm->credit, &config, now_of(d), err);
     if (ret)
         return ret;
     vm->share = share;
@@ -345,7 +373,7 @@ static int vm_set(struct sched_daemon *d, struct conn *conn, const struct sched_
     return 0;
 }
 
-static void request(struct sched_daemon *d, struct conn *conn, const union sched_msg *msg)
+static void request(struct sched_daemon *d, struct conn *conn, union sched_msg *msg)
 {
     struct error err;
     const struct sched_head ok = head_of(SCHED_OK);
@@ -361,7 +389,14 @@ static void request(struct sched_daemon *d, struct conn *conn, const union sched
         break;
     case SCHED_STATUS:
     case SCHED_TRACE:
-        answer_document(d, conn, &msg->ask);
+        if (conn->confined)
+            ret = error_set(&err, -EPERM, "this connection is for a VM's own share alone");
+        else
+            answer_document(d, conn, &msg->ask);
+        break;
+    case SCHED_CONFINE:
+        conn->confined = true;
+        send_fds(d, conn, &ok, sizeof(ok), NULL, 0);
         break;
     default:
         ret = error_set(&err, -EBADMSG, "messages of type %u are not for the scheduler",
@@ -389,7 +424,7 @@ static int msg_check(const union sched_msg *msg, ssize_t n, struct error *err)
 static bool too_many(struct sched_daemon *d)
 {
     enum { WINDOW_NS = 10000000 };
-    uint64_t now = time_ns();
+    uint64_t now = now_of(d);
     if (now > d->window_ns + WINDOW_NS) {
         d->window_ns = now;
         d->requests = 0;
@@ -397,12 +432,41 @@ static bool too_many(struct sched_daemon *d)
     return ++d->requests > REQUESTS;
 }
 
+// The kernel says who sends. Who connected may be another: a broker, with more rights than the VM
+// that it handed the connection to. Somebody's rights do not grow by sending through another's.
+static void sender_take(struct conn *conn, const struct ucred *sender)
+{
+    conn->pid = sender->pid;
+    conn->uid = conn->peer_uid ? conn->peer_uid : sender->uid;
+}
+
+// Descriptors are never wanted: without room for them the kernel drops them.
+static ssize_t msg_receive(struct conn *conn, union sched_msg *msg)
+{
+    _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(struct ucred))];
+    struct iovec iov = {msg, sizeof(*msg)};
+    struct msghdr hdr = {.msg_iov = &iov,
+                         .msg_iovlen = 1,
+                         .msg_control = control,
+                         .msg_controllen = sizeof(control)};
+    ssize_t n = recvmsg(conn->fd, &hdr, MSG_DONTWAIT | MSG_TRUNC | MSG_CMSG_CLOEXEC);
+    if (n <= 0)
+        return n;
+    struct ucred sender;
+    const struct cmsghdr *c = CMSG_FIRSTHDR(&hdr);
+    if (!c || c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_CREDENTIALS ||
+        c->cmsg_len != CMSG_LEN(sizeof(sender)))
+        return 0; // cannot be: nobody's message ends the connection
+    memcpy(&sender, CMSG_DATA(c), sizeof(sender));
+    sender_take(conn, &sender);
+    return n;
+}
+
 static void conn_ready(struct sched_daemon *d, struct conn *conn)
 {
     union sched_msg msg;
     struct error err;
-    // Descriptors are never wanted: without room for them the kernel drops them.
-    ssize_t n = recv(conn->fd, &msg, sizeof(msg), MSG_DONTWAIT | MSG_TRUNC);
+    ssize_t n = msg_receive(conn, &msg);
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return;
     if (n <= 0) {
@@ -435,24 +499,38 @@ static void refuse(struct sched_daemon *d, int fd, const char *why)
     close(fd);
 }
 
+// Of one process, without a VM.
+static unsigned conns_idle(const struct sched_daemon *d, pid_t pid)
+{
+    unsigned nr = 0;
+    for (const struct conn *conn = d->conns; conn; conn = conn->next)
+        nr += conn->peer_pid == pid && !conn->vm && !conn->dead;
+    return nr;
+}
+
 static void accept_one(struct sched_daemon *d, int fd)
 {
     unsigned max = (d->config.max_vms ? d->config.max_vms : VMS_MAX) + CONNS_EXTRA;
     struct ucred cred;
     socklen_t len = sizeof(cred);
-    if (d->nr_conns >= max) {
+    if (getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len)) {
+        close(fd);
+        return;
+    }
+    if (d->nr_conns >= max || conns_idle(d, cred.pid) >= CONNS_IDLE) {
         refuse(d, fd, "too many connections to the scheduler");
         return;
     }
     struct conn *conn = calloc(1, sizeof(*conn));
-    if (!conn || getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &cred, &len)) {
-        free(conn);
-        close(fd);
+    if (!conn) {
+        refuse(d, fd, "no memory for another connection");
         return;
     }
     *conn = (struct conn) {.next = d->conns,
                            .source = {SOURCE_CONN, conn},
                            .fd = fd,
+                           .peer_pid = cred.pid,
+                           .peer_uid = cred.uid,
                            .pid = cred.pid,
                            .uid = cred.uid};
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &conn->source};
@@ -529,7 +607,7 @@ static void vm_take_over(struct sched_daemon *d, struct sched_vm *vm, uint64_t n
 
 static void bell_ready(struct sched_daemon *d, struct sched_vm *vm)
 {
-    uint64_t count, now = time_ns();
+    uint64_t count, now = now_of(d);
     if (read(vm->bell, &count, sizeof(count)) < 0)
         return;
     if (!vm->begun)
@@ -547,21 +625,16 @@ static void vcpu_ready(struct sched_daemon *d, struct sched_vcpu *v, uint32_t ev
         vcpu_leave(d, v);
         return;
     }
-    vcpu_look(d, v, time_ns());
+    vcpu_look(d, v, now_of(d));
     vm_count(d, v->vm);
 }
 
 static bool event_handle(struct sched_daemon *d, const struct source *source, uint32_t events)
 {
-    uint64_t count;
     struct conn *conn = source->owner;
     switch (source->kind) {
     case SOURCE_LISTEN:
         accept_some(d);
-        return true;
-    case SOURCE_TIMER:
-        if (read(d->timer_fd, &count, sizeof(count)) > 0)
-            d->armed_ns = 0;
         return true;
     case SOURCE_STOP:
         return false;
@@ -579,28 +652,52 @@ static bool event_handle(struct sched_daemon *d, const struct source *source, ui
     return true;
 }
 
-int sched_daemon_run(struct sched_daemon *d, struct error *err)
+// Until an event or the deadline. One call, not three: a timer would have to be set and read, too.
+static int events_wait(struct sched_daemon *d, struct epoll_event *events)
+{
+    uint64_t now = now_of(d), left = d->next_ns > now ? d->next_ns - now : 0;
+    const struct timespec limit = {(time_t)(left / NS_S), (long)(left % NS_S)};
+    const bool ever = d->next_ns == CREDIT_NEVER;
+    int n =
+        (int)syscall(SYS_epoll_pwait2, d->epoll_fd, events, EVENTS, ever ? NULL : &limit, NULL, 0);
+    if (n >= 0 || errno != ENOSYS)
+        return n;
+    // Before Linux 5.11: a millisecond late.
+    left = left / NS_MS + 1;
+    return epoll_wait(d->epoll_fd, events, EVENTS, ever ? -1 : left > 1000 ? 1000 : (int)left);
+}
+
+int daemon_turn(struct sched_daemon *d, struct error *err)
 {
     struct epoll_event events[EVENTS];
+    int n = events_wait(d, events);
+    uint64_t start = now_of(d);
+    if (n < 0 && errno != EINTR)
+        return error_errno(err, "epoll_wait");
+    for (int i = 0; i < n; i++)
+        if (!event_handle(d, events[i].data.ptr, events[i].events))
+            return 1;
+    if (d->swept)
+        sweep(d);
+    turns_settle(d);
+    d->loops++;
+    d->busy_ns += now_of(d) - start;
+    return 0;
+}
+
+int sched_daemon_run(struct sched_daemon *d, struct error *err)
+{
     const struct sched_param first = {.sched_priority = 2}; // before SCHED_POLICY_BOOST
+    int ret;
     if (sched_setscheduler(0, SCHED_FIFO | SCHED_RESET_ON_FORK, &first)) {
         thread_prompt();
+        prctl(PR_SET_TIMERSLACK, 1);
         d->config.no_boost = true; // whoever has it could keep us away
     }
-    for (;;) {
-        int n = epoll_wait(d->epoll_fd, events, EVENTS, -1);
-        uint64_t start = time_ns();
-        if (n < 0 && errno != EINTR)
-            return error_errno(err, "epoll_wait");
-        for (int i = 0; i < n; i++)
-            if (!event_handle(d, events[i].data.ptr, events[i].events))
-                return 0;
-        if (d->swept)
-            sweep(d);
-        turns_settle(d);
-        d->loops++;
-        d->busy_ns += time_ns() - start;
-    }
+    do
+        ret = daemon_turn(d, err);
+    while (!ret);
+    return ret < 0 ? ret : 0;
 }
 
 void sched_daemon_stop(struct sched_daemon *d)
@@ -631,19 +728,18 @@ static int pcpus_choose(struct sched_daemon *d, struct error *err)
             return error_set(err, -EINVAL, "more than %d pCPUs", CREDIT_PCPUS_MAX);
     }
     struct credit_params params = credit_params_default(nr);
-    if (d->config.slice_ns)
-        params.slice_ns = d->config.slice_ns;
+    params.slice_ns = d->config.slice_ns ? d->config.slice_ns : SLICE_NS;
     if (d->config.tick_ns)
         params.tick_ns = d->config.tick_ns;
-    else if (params.tick_ns > params.slice_ns)
-        params.tick_ns = params.slice_ns;
+    else if (params.tick_ns > params.slice_ns / 2)
+        params.tick_ns = params.slice_ns / 2;
     if (d->config.ratelimit_ns)
         params.ratelimit_ns = d->config.ratelimit_ns;
     params.placement = d->config.placement;
     params.weight_per_vm = d->config.weight_per_vm;
     params.trace = trace_hear;
     params.trace_arg = d;
-    return credit_init(&d->credit, &params, time_ns(), err);
+    return credit_init(&d->credit, &params, now_of(d), err);
 }
 
 // A socket that nobody listens at any more is taken over.
@@ -668,6 +764,9 @@ static int listen_at(struct sched_daemon *d, const char *path, struct error *err
                   ? error_errno(err, "socket %s", path)
                   : 0;
     umask(old);
+    // Connections inherit it, so that no message comes without.
+    if (!ret && setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &(int) {1}, sizeof(int)))
+        ret = error_errno(err, "socket %s", path);
     if (ret)
         return ret;
     strcpy(d->socket, path);
@@ -703,10 +802,9 @@ int sched_daemon_create(struct sched_daemon **out, const struct sched_daemon_con
         return error_set(err, -ENOMEM, "no memory for the scheduler");
     d->config = *config;
     d->log = *config->log;
-    d->start_ns = time_ns();
-    d->poll_at_ns = d->brief_at_ns = CREDIT_NEVER;
+    d->start_ns = now_of(d);
+    d->poll_at_ns = d->brief_at_ns = d->next_ns = CREDIT_NEVER;
     d->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    d->timer_fd = timerfd_create(CLOCK_MONOTONIC, TFD_CLOEXEC | TFD_NONBLOCK);
     d->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     d->listen_fd = -1;
     files_allow();
@@ -715,8 +813,6 @@ int sched_daemon_create(struct sched_daemon **out, const struct sched_daemon_con
                   : 0;
     if (!ret)
         ret = pcpus_choose(d, err);
-    if (!ret)
-        ret = add_source(d, d->timer_fd, &d->timer_source, SOURCE_TIMER, err);
     if (!ret)
         ret = add_source(d, d->stop_fd, &d->stop_source, SOURCE_STOP, err);
     if (!ret)
@@ -739,7 +835,7 @@ void sched_daemon_destroy(struct sched_daemon *d)
     sweep(d);
     if (*d->socket)
         unlink(d->socket);
-    const int fds[] = {d->listen_fd, d->timer_fd, d->stop_fd, d->epoll_fd};
+    const int fds[] = {d->listen_fd, d->stop_fd, d->epoll_fd};
     for (unsigned i = 0; i < ARRAY_SIZE(fds); i++)
         if (fds[i] >= 0)
             close(fds[i]);

@@ -8,6 +8,7 @@
 #include "sched/policy.h"
 #include "sched/record.h"
 #include "sched/watch.h"
+#include "vmm/util.h"
 
 enum {
     TRACE_EVENTS = 65536,
@@ -16,19 +17,13 @@ enum {
     REQUESTS = 64,         // in 10 ms, of all connections
     POLL_NS = 1000000,     // also where the kernel's records cannot be had
     BRIEF_NS = 500000,     // that a vCPU with credit runs after it woke before it needs a turn
-    TRANSIT_NS = 1000000,  // from a turn's beginning until the thread must have begun
+    TRANSIT_NS = 1000000,  // from a turn's beginning until the thread must have begun ...
+    STUCK_NS = 4000000,    // ... and when that is looked at, unless something happens before
     LOOSE_NS = 2000000,    // CPU time without a turn, per tick, that is taken for disobedience
 };
 
 // What an epoll event is about.
-enum source_kind {
-    SOURCE_LISTEN,
-    SOURCE_TIMER,
-    SOURCE_STOP,
-    SOURCE_CONN,
-    SOURCE_BELL,
-    SOURCE_VCPU
-};
+enum source_kind { SOURCE_LISTEN, SOURCE_STOP, SOURCE_CONN, SOURCE_BELL, SOURCE_VCPU };
 struct source {
     enum source_kind kind;
     void *owner;
@@ -84,9 +79,12 @@ struct conn {
     struct conn *next;
     struct source source;
     int fd;
-    pid_t pid;
+    pid_t peer_pid; // who connected
+    uid_t peer_uid;
+    pid_t pid; // whose message is looked at, and with whose rights
     uid_t uid;
     struct sched_vm *vm;
+    bool confined; // SCHED_CONFINE
     bool dead;
 };
 
@@ -102,9 +100,10 @@ struct sched_daemon {
     struct conn *conns;
     unsigned nr_vms, nr_conns;
     uint32_t next_id;
-    int epoll_fd, listen_fd, timer_fd, stop_fd;
-    struct source listen_source, timer_source, stop_source;
-    uint64_t ticked_ns, poll_at_ns, brief_at_ns, armed_ns;
+    int epoll_fd, listen_fd, stop_fd;
+    struct source listen_source, stop_source;
+    uint64_t ticked_ns, poll_at_ns, brief_at_ns;
+    uint64_t next_ns;  // the next deadline; CREDIT_NEVER: none
     bool swept;        // dead connections are to be freed
     unsigned requests; // in this window
     uint64_t window_ns;
@@ -114,12 +113,21 @@ struct sched_daemon {
     struct sched_trace_name names[TRACE_NAMES]; // by id % TRACE_NAMES
 };
 
+static inline uint64_t now_of(const struct sched_daemon *d)
+{
+    return d->config.clock ? d->config.clock() : time_ns();
+}
+
+// daemon.c
+// Waits for an event or the next deadline, and does what is due: 0; 1 when it was told to stop.
+int daemon_turn(struct sched_daemon *d, struct error *err);
+
 // turns.c
 int vcpu_join(struct sched_daemon *d, struct sched_vcpu *v, pid_t tid, struct error *err);
 void vcpu_begin(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now);
 void vcpu_leave(struct sched_daemon *d, struct sched_vcpu *v);
 void vcpu_look(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now);
-void turns_settle(struct sched_daemon *d); // decides, grants, revokes, arms the timer
+void turns_settle(struct sched_daemon *d); // decides, grants, revokes; next_ns
 void turns_tick(struct sched_daemon *d, uint64_t now);
 
 // report.c

@@ -23,6 +23,7 @@ size_t sched_msg_size(enum sched_msg_type type)
         [SCHED_OK] = sizeof(struct sched_head),
         [SCHED_ERROR] = sizeof(struct sched_error),
         [SCHED_DOCUMENT] = sizeof(struct sched_head),
+        [SCHED_CONFINE] = sizeof(struct sched_head),
     };
     return type < SCHED_TYPES ? sizes[type] : 0;
 }

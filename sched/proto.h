@@ -15,6 +15,9 @@
 //      | <- OK, ERROR, DOCUMENT + memfd --- |
 //      | -- (closes the socket) ----------> |  that is all there is to unregistering
 //
+// Who speaks is who sends (SCM_CREDENTIALS), with the rights of who connected (SO_PEERCRED), if
+// those are less.
+//
 // A daemon that dies closes the socket: the VM maps zeroes over its page, and zero is FREE.
 // Messages have a fixed size by their type; either side checks the other's before use.
 #pragma once
@@ -43,6 +46,9 @@ enum sched_msg_type {
     SCHED_OK,
     SCHED_ERROR,
     SCHED_DOCUMENT, // a memfd: JSON text (STATUS) or a struct sched_trace_head (TRACE)
+    // From then on the connection, whoever holds it, may register VMs of its process and set
+    // their shares, and that is all. Answered by OK.
+    SCHED_CONFINE,
     SCHED_TYPES,
 };
 

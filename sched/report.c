@@ -124,7 +124,7 @@ static json_t *pcpu_status(const struct sched_daemon *d, unsigned p, uid_t uid, 
 
 json_t *report_status(struct sched_daemon *d, uid_t uid)
 {
-    uint64_t now = time_ns();
+    uint64_t now = now_of(d);
     const struct credit_params *params = &d->credit.params;
     json_t *pcpus = json_array(), *vms = json_array();
     for (struct sched_vm *vm = d->vms; vm; vm = vm->next) {
@@ -171,7 +171,7 @@ int report_trace(struct sched_daemon *d, uid_t uid, uint32_t last_ms, int fd)
 {
     struct sched_trace_head head = {.magic = SCHED_MAGIC,
                                     .version = SCHED_VERSION,
-                                    .now_ns = time_ns(),
+                                    .now_ns = now_of(d),
                                     .slice_ns = d->credit.params.slice_ns,
                                     .nr_pcpus = d->credit.params.nr_pcpus};
     memcpy(head.cpus, d->cpus, sizeof(head.cpus));

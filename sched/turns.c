@@ -15,7 +15,6 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/syscall.h>
-#include <sys/timerfd.h>
 #include <unistd.h>
 
 #include "sched/daemon_internal.h"
@@ -169,7 +168,7 @@ static void turn_begin(struct sched_daemon *d, struct sched_vcpu *v, unsigned pc
     atomic_store(&v->slot->wait_ns, v->credit.wait_ns);
     atomic_store(&v->slot->grant, GRANT_RUN);
     syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
-    v->granted_ns = time_ns();
+    v->granted_ns = now_of(d);
     v->revoked = v->woken = false;
     v->brief_until_ns = 0;
     d->turns++;
@@ -287,34 +286,26 @@ static bool anybody_polled(const struct sched_daemon *d)
     return false;
 }
 
-static void arm(struct sched_daemon *d, uint64_t now)
+// When something is due although nothing happens.
+static uint64_t next_due(struct sched_daemon *d, uint64_t now)
 {
     uint64_t at = d->brief_at_ns;
     bool awake = anybody_awake(d), polled = anybody_polled(d);
-    if (!awake && !polled) {
-        d->poll_at_ns = CREDIT_NEVER;
-    } else {
-        at = least(at, d->ticked_ns + d->credit.params.slice_ns);
+    d->poll_at_ns = polled ? least(d->poll_at_ns, now + POLL_NS) : CREDIT_NEVER;
+    if (awake || polled) {
         at = least(at, credit_next(&d->credit));
-        d->poll_at_ns = polled ? least(d->poll_at_ns, now + POLL_NS) : CREDIT_NEVER;
         at = least(at, d->poll_at_ns);
     }
     for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
         const struct sched_vcpu *v = d->holder[p];
         at = least(at, d->credit.pcpus[p].until_ns);
-        if (v && (v->watch.asleep || v->policy == SCHED_POLICY_BOOST) &&
-            v->granted_ns + TRANSIT_NS > now)
-            at = least(at, v->granted_ns + TRANSIT_NS);
+        if (!v)
+            continue;
+        uint64_t begun = v->granted_ns + (v->policy == SCHED_POLICY_BOOST ? TRANSIT_NS : STUCK_NS);
+        if ((v->watch.asleep || v->policy == SCHED_POLICY_BOOST) && begun > now)
+            at = least(at, begun);
     }
-    if (at == d->armed_ns)
-        return;
-    d->armed_ns = at;
-    struct itimerspec when = {{0, 0}, {0, 0}};
-    if (at != CREDIT_NEVER) {
-        when.it_value.tv_sec = (time_t)(at / 1000000000);
-        when.it_value.tv_nsec = (long)(at % 1000000000);
-    }
-    timerfd_settime(d->timer_fd, TFD_TIMER_ABSTIME, &when, NULL);
+    return at;
 }
 
 // Those that woke for a moment and still run want a turn.
@@ -350,7 +341,7 @@ static void transits_check(struct sched_daemon *d, uint64_t now)
 void turns_settle(struct sched_daemon *d)
 {
     enum { ROUNDS = 4 };
-    uint64_t now = time_ns();
+    uint64_t now = now_of(d);
     if (now >= d->poll_at_ns || now >= d->ticked_ns + d->credit.params.tick_ns)
         turns_tick(d, now);
     transits_check(d, now);
@@ -358,14 +349,14 @@ void turns_settle(struct sched_daemon *d)
     // What is decided takes a moment, in which the next thing may be due.
     for (unsigned i = 0; i < ROUNDS && decide(d, now); i++) {
         apply(d, now);
-        now = time_ns();
+        now = now_of(d);
     }
     apply(d, now);
     restrain(d, now);
-    arm(d, now);
+    d->next_ns = next_due(d, now);
 }
 
-// --- the tick: whenever something is done anyway, and once a slice
+// --- the tick: whenever something is done anyway; credits are given out once a slice at least
 
 // It has had CPU time for most of a tick although its turn was over before.
 static void discipline(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
@@ -470,7 +461,7 @@ void vcpu_leave(struct sched_daemon *d, struct sched_vcpu *v)
         for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++)
             if (d->holder[p] == v)
                 d->holder[p] = NULL;
-        credit_vcpu_remove(&d->credit, &v->credit, time_ns());
+        credit_vcpu_remove(&d->credit, &v->credit, now_of(d));
         atomic_store(&v->slot->grant, GRANT_FREE);
         syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     }

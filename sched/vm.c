@@ -122,7 +122,7 @@ static int tie_attach(struct sched_tie *tie, bool must, struct error *err)
     return 0;
 }
 
-int sched_tie(struct sched_tie **out, struct vm *vm, const char *socket,
+int sched_tie(struct sched_tie **out, struct vm *vm, const char *socket, int broker,
               const struct sched_share *share, bool must, struct error *err)
 {
     pid_t tids[VM_MAX_VCPUS];
@@ -139,6 +139,7 @@ int sched_tie(struct sched_tie **out, struct vm *vm, const char *socket,
                                                .nr = vm->nr_vcpus,
                                                .tids = tids,
                                                .signal = vcpu_signal(),
+                                               .broker = broker,
                                                .seccomp = vm->config.seccomp,
                                                .changed = changed,
                                                .arg = tie};

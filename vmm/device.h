@@ -12,6 +12,7 @@
 
 struct vm;
 struct device;
+struct disk_ops;
 
 struct device_class {
     const char *name; // also its section name in saved state
@@ -25,6 +26,7 @@ struct device_class {
     void (*resume)(struct device *dev);
     void (*unrealize)(struct device *dev); // frees what realize took; vCPUs and loop have ended
     const struct state_table *state;       // NULL: nothing to save
+    const struct disk_ops *disk;           // vmm/disk.h; NULL: it is no disk
     // For the person outside, in the loop's thread without the lock; may be NULL. `show` adds what
     // `ferry info` tells. `set` changes one thing; -ENOENT: no such key.
     void (*show)(struct device *dev, json_t *out);

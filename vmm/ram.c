@@ -14,6 +14,7 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 
+#include "vmm/dirty_ring.h"
 #include "vmm/layout.h"
 
 enum { NUMA_NODES_MAX = 1024 };
@@ -139,6 +140,9 @@ int ram_create(struct ram *ram, const struct ram_config *config, struct error *e
     ram->size = config->size;
     ram->unit = config->backing == RAM_HUGETLB ? HUGE_PAGE : PAGE_SIZE;
     ram->pages = config->size / PAGE_SIZE;
+    ram->log = config->log;
+    ram->seccomp = config->seccomp;
+    ram->ring_entries = config->ring_entries ? config->ring_entries : DIRTY_RING_ENTRIES;
     ret = backing_open(ram, config->backing, err);
     if (!ret)
         ret = ram_map(ram, config, err);
@@ -183,6 +187,7 @@ int ram_adopt(struct ram *ram, int fd, struct error *err)
 
 void ram_destroy(struct ram *ram)
 {
+    dirty_rings_free(ram->rings);
     if (ram->map)
         munmap(ram->map, ram->map_len);
     if (ram->memfd >= 0)
@@ -223,7 +228,10 @@ int ram_slots_set(struct ram *ram, bool log, struct error *err)
 int ram_attach(struct ram *ram, int vm_fd, struct error *err)
 {
     ram->vm_fd = vm_fd;
-    return ram_slots_set(ram, false, err);
+    int ret = 0;
+    if (ram->log == RAM_LOG_RING)
+        ret = dirty_rings_create(&ram->rings, vm_fd, ram->ring_entries, ram->seccomp, err);
+    return ret ? ret : ram_slots_set(ram, false, err);
 }
 
 void *ram_at(const struct ram *ram, uint64_t gpa, uint64_t len)

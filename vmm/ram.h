@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #include "vmm/error.h"
+#include "vmm/seccomp.h"
 #include "vmm/util.h"
 
 enum ram_backing {
@@ -22,9 +23,18 @@ enum ram_backing {
     RAM_HUGETLB,   // memfd of 2 MiB huge pages
 };
 
+// How KVM says what the guest wrote.
+enum ram_log {
+    RAM_LOG_BITMAP, // a bit for each page of memory
+    RAM_LOG_RING,   // a list for each vCPU (vmm/dirty_ring.h); not every host has it
+};
+
 struct ram_config {
     uint64_t size; // bytes, a multiple of 4 KiB, at least RAM_MIN
     enum ram_backing backing;
+    enum ram_log log;
+    enum seccomp_mode seccomp; // of the thread that reads the rings
+    uint32_t ring_entries;     // of RAM_LOG_RING, a power of two; 0 = DIRTY_RING_ENTRIES
     bool thp;         // ask for transparent huge pages
     const char *numa; // NULL, or "bind:0,1", "interleave:0-3", "preferred:1"
 };
@@ -87,9 +97,13 @@ struct ram {
     size_t map_len;
     int memfd; // -1 for anonymous memory
     int vm_fd; // -1 until ram_attach
+    enum ram_log log;
+    enum seccomp_mode seccomp;
+    uint32_t ring_entries;
+    struct dirty_rings *rings; // NULL: RAM_LOG_BITMAP, or ram_attach was not called
     atomic_bool logging;
-    // The VMM's own writes while logging, one bit per page index. Kept until ram_destroy once
-    // allocated, so that ram_mark_dirty needs no lock.
+    // The VMM's own writes while logging, and what was harvested from dirty rings, one bit per page
+    // index. Kept until ram_destroy once allocated, so that ram_mark_dirty needs no lock.
     _Atomic uint64_t *own_dirty;
     pthread_mutex_t discard_lock; // held during a discard; guards discard_blocks
     unsigned discard_blocks;
@@ -113,7 +127,8 @@ void ram_destroy(struct ram *ram);
 // this process). Takes fd over when it returns 0.
 int ram_adopt(struct ram *ram, int fd, struct error *err);
 
-// Gives the regions to KVM as memory slots.
+// Gives the regions to KVM as memory slots; before the VM has vCPUs. -ENOTSUP when KVM has no log
+// of the kind asked for.
 int ram_attach(struct ram *ram, int vm_fd, struct error *err);
 // The slots again, with or without KVM's dirty log (the dirty log's own).
 int ram_slots_set(struct ram *ram, bool log, struct error *err);
@@ -174,3 +189,8 @@ int ram_dirty_sync(struct ram *ram, struct ram_dirty *user, uint64_t *bitmap, ui
 // Harmless for a user that is not started. The last one switches KVM's log off.
 int ram_dirty_stop(struct ram *ram, struct ram_dirty *user, struct error *err);
 void ram_dirty_free(struct ram_dirty *user); // ram_destroy's
+
+// RAM_LOG_RING only, else they do nothing. A vCPU that was created just now has a ring; one whose
+// ring is full (KVM_EXIT_DIRTY_RING_FULL) has it emptied by its thread.
+int ram_dirty_vcpu(struct ram *ram, int vcpu_fd, struct error *err);
+int ram_dirty_ring_full(struct ram *ram, struct error *err);

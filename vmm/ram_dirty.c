@@ -6,14 +6,16 @@
 #include <string.h>
 #include <sys/ioctl.h>
 
+#include "vmm/dirty_ring.h"
 #include "vmm/ram.h"
 
-// Under the lock. One region's KVM log and the VMM's own bits, to every user.
+// Under the lock. One region's KVM log (NULL: it is among the own bits) and the VMM's own bits, to
+// every user.
 static void region_merge(struct ram *ram, const struct ram_region *r, const uint64_t *log)
 {
     size_t first = r->first_page / 64, words = (r->size / PAGE_SIZE + 63) / 64;
     for (size_t i = 0; i < words; i++) {
-        uint64_t bits = log[i];
+        uint64_t bits = log ? log[i] : 0;
         _Atomic uint64_t *own = &ram->own_dirty[first + i];
         if (atomic_load_explicit(own, memory_order_relaxed))
             bits |= atomic_exchange(own, 0);
@@ -24,10 +26,22 @@ static void region_merge(struct ram *ram, const struct ram_region *r, const uint
     }
 }
 
+// Under the lock.
+static int rings_fetch(struct ram *ram, struct error *err)
+{
+    int ret = dirty_rings_harvest(ram->rings, err);
+    if (!ret)
+        ram_for_each_region (ram, r)
+            region_merge(ram, r, NULL);
+    return ret;
+}
+
 // Under the lock. KVM forgets what it has told, so a region's bits are with the users before the
 // next one is asked for.
 static int log_fetch(struct ram *ram, struct error *err)
 {
+    if (ram->rings)
+        return rings_fetch(ram, err);
     autofree uint64_t *log = calloc(ram_bitmap_words(ram), sizeof(*log));
     if (!log)
         return error_set(err, -ENOMEM, "no memory to read the dirty log");
@@ -41,16 +55,35 @@ static int log_fetch(struct ram *ram, struct error *err)
 }
 
 // Under the lock, nobody has the log yet.
-static int log_begin(struct ram *ram, struct error *err)
+static int own_begin(struct ram *ram, struct error *err)
 {
     size_t words = ram_bitmap_words(ram);
-    if (!ram->own_dirty)
+    int ret = 0;
+    if (!ram->own_dirty) {
         ram->own_dirty = calloc(words, sizeof(*ram->own_dirty));
-    if (!ram->own_dirty)
-        return error_set(err, -ENOMEM, "no memory for a dirty bitmap of %zu KiB", words * 8 / 1024);
-    memset((void *)ram->own_dirty, 0, words * sizeof(*ram->own_dirty));
+        if (!ram->own_dirty)
+            return error_set(err, -ENOMEM, "no memory for a dirty bitmap of %zu KiB",
+                             words * 8 / 1024);
+        ret = ram->rings ? dirty_rings_start(ram->rings, ram, ram->own_dirty, err) : 0;
+        if (ret) {
+            free((void *)ram->own_dirty);
+            ram->own_dirty = NULL;
+        }
+    } else if (ram->rings) { // what was noted up to the moment when the log was switched off
+        ret = dirty_rings_harvest(ram->rings, err);
+    }
+    if (!ret)
+        memset((void *)ram->own_dirty, 0, words * sizeof(*ram->own_dirty));
+    return ret;
+}
+
+static int log_begin(struct ram *ram, struct error *err)
+{
+    int ret = own_begin(ram, err);
+    if (ret)
+        return ret;
     atomic_store_explicit(&ram->logging, true, memory_order_release);
-    int ret = ram_slots_set(ram, true, err);
+    ret = ram_slots_set(ram, true, err);
     if (ret) {
         ram_slots_set(ram, false, NULL);
         atomic_store(&ram->logging, false);
@@ -135,4 +168,14 @@ int ram_dirty_stop(struct ram *ram, struct ram_dirty *user, struct error *err)
     pthread_mutex_unlock(&ram->dirty_lock);
     ram_dirty_free(user);
     return ret;
+}
+
+int ram_dirty_vcpu(struct ram *ram, int vcpu_fd, struct error *err)
+{
+    return ram->rings ? dirty_rings_add(ram->rings, vcpu_fd, err) : 0;
+}
+
+int ram_dirty_ring_full(struct ram *ram, struct error *err)
+{
+    return ram->rings ? dirty_rings_harvest(ram->rings, err) : 0;
 }

@@ -100,6 +100,7 @@ static const struct rule rules[] = {
     IOCTL(KVM_SET_CLOCK, LW),
     IOCTL(KVM_KVMCLOCK_CTRL, LW),
     IOCTL(KVM_GET_DIRTY_LOG, LW),
+    IOCTL(KVM_RESET_DIRTY_RINGS, LWV), // a vCPU's: its ring is full
     IOCTL(KVM_SET_USER_MEMORY_REGION, LW),
     IOCTL(KVM_GET_IRQCHIP, LW),
     IOCTL(KVM_SET_IRQCHIP, LW),

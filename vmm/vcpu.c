@@ -49,6 +49,9 @@ int vcpu_create(struct vcpu *vcpu, struct vm *vm, unsigned index, const struct k
     if (run == MAP_FAILED)
         return error_errno(err, "vCPU %u: mapping kvm_run", index);
     vcpu->run = run;
+    int log = ram_dirty_vcpu(&vm->ram, vcpu->fd, err);
+    if (log)
+        return error_prefix(err, "vCPU %u", index);
     if (ioctl(vcpu->fd, KVM_SET_CPUID2, cpuid))
         return error_errno(err, "vCPU %u: KVM_SET_CPUID2 with %u entries", index, cpuid->nent);
     int ret = vcpu_state_create(vcpu, cpuid, err);
@@ -201,6 +204,13 @@ static void stop_diagnosed(struct vcpu *vcpu, enum vm_stop_kind kind, const char
     vm_request_stop(vcpu->vm, kind, 0, "vCPU %u: %s\n%s", vcpu->index, what, text);
 }
 
+static void exit_ring_full(struct vcpu *vcpu)
+{
+    struct error err;
+    if (ram_dirty_ring_full(&vcpu->vm->ram, &err))
+        vm_request_stop(vcpu->vm, VM_STOP_ERROR, 0, "vCPU %u: %s", vcpu->index, err.text);
+}
+
 static void exit_other(struct vcpu *vcpu)
 {
     struct kvm_run *run = vcpu->run;
@@ -210,6 +220,9 @@ static void exit_other(struct vcpu *vcpu)
     switch (run->exit_reason) {
     case KVM_EXIT_INTR:
     case KVM_EXIT_IRQ_WINDOW_OPEN:
+        return;
+    case KVM_EXIT_DIRTY_RING_FULL:
+        exit_ring_full(vcpu);
         return;
     case KVM_EXIT_SHUTDOWN:
         vm_request_stop(vcpu->vm, VM_STOP_TRIPLE_FAULT, 0, "vCPU %u: triple fault", vcpu->index);

@@ -124,7 +124,9 @@ static int config_check(const struct vm_config *config, struct error *err)
 static int vm_build(struct vm *vm, struct error *err)
 {
     const struct vm_config *config = &vm->config;
-    int ret = ram_create(&vm->ram, &config->ram, err);
+    struct ram_config memory = config->ram;
+    memory.seccomp = config->seccomp;
+    int ret = ram_create(&vm->ram, &memory, err);
     if (!ret)
         ret = kvm_open(vm, config->kvm_path ? config->kvm_path : "/dev/kvm", err);
     if (!ret)

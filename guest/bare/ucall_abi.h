@@ -87,7 +87,8 @@ enum ucall_nr {
     X(EVENTS, events)         /* 1: event indexes, 0: flags */                                 \
     X(DEPTH, depth)           /* requests at a time */                                         \
     X(KIB, kib)               /* size of a request, KiB */                                     \
-    X(DOORBELLS, doorbells)   /* how many to ring */
+    X(DOORBELLS, doorbells)   /* how many to ring */                                           \
+    X(NOISE, noise)           /* memory to fill with noise before anything else, MiB */
 
 enum ucall_param {
 #define UCALL_PARAM_ENUM(suffix, word) UCALL_P_##suffix,

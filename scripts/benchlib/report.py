@@ -34,6 +34,9 @@ def digest(row):
         if ferry and metric.goal is not None:
             result["goals"].append({"text": f"<= {metric.goal:g} {metric.unit}",
                                     "met": ferry["median"] <= metric.goal})
+        if ferry and metric.goal_least is not None:
+            result["goals"].append({"text": f">= {metric.goal_least:g} {metric.unit}",
+                                    "met": ferry["median"] >= metric.goal_least})
         if metric.goal_ratio and metric.goal_ratio[0] in result["ratios"]:
             peer, limit = metric.goal_ratio
             result["goals"].append({"text": f"<= {limit:g} x {peer}",

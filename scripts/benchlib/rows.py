@@ -21,6 +21,7 @@ class Metric:
     title: str
     unit: str
     goal: float = None  # Ferry's median, at most
+    goal_least: float = None  # at least
     goal_ratio: tuple = None  # (peer, Ferry's median over the peer's, at most)
     goal_ratio_least: tuple = None  # where more is better
 

@@ -20,8 +20,9 @@ import time
 
 from rows import Absent, Metric, Row, add
 from suite_boot import khz
-from suite_migrate import GAP_LONGEST, GAP_RESET, GAP_TOTAL, image_probe, wait_for
-from vmms import FERRY, Failed, Ferry, GuestMemory, Machine, Qemu, Qmp, bare_guest, program
+from suite_migrate import GAP_LONGEST, GAP_RESET, GAP_TOTAL, image_probe
+from vmms import (FERRY, Failed, Ferry, GuestMemory, Machine, Qemu, Qmp, bare_guest, program,
+                  wait_for)
 
 MIB = 1 << 20
 PAGE = 4096

@@ -289,27 +289,39 @@ class Ferry:
         machine.name = name
         return machine
 
-    def receive(self, memory, kernel):
+    def receive(self, memory, kernel, mode="precopy", host="127.0.0.1", enter=(), more=()):
         """A machine that waits for a guest; .address is where to send it. The guest brings all."""
         name, port = self._name(), free_port()
-        address = f"tcp:127.0.0.1:{port}"
+        address = f"tcp:{host}:{port}"
         argv = [program(FERRY, "ninja -C build"), "receive", "--listen", address, "-n", name,
-                "--console", "stdio"]
-        machine = Machine(argv, memory, None)
+                "--console", "stdio", "--backing", "thp"]  # QEMU asks for huge pages, too
+        machine = Machine([*enter, *argv, *more], memory, None)
         machine.name, machine.address = name, address
         wait_listening(machine, port)
         return machine
 
-    def migrate(self, source, target, downtime_ms):
-        """Moves the guest; {"total_ms", "downtime_ms"} as Ferry reports them."""
-        argv = [FERRY, "migrate", source.name, target.address, "--mode", "precopy",
-                "--downtime-ms", str(downtime_ms), "--json"]
+    def migrate(self, source, target, downtime_ms, mode="precopy", more=()):
+        """Moves the guest; what Ferry reports."""
+        argv = [FERRY, "migrate", source.name, target.address, "--mode", mode,
+                "--downtime-ms", str(downtime_ms), "--json", "--quiet", *more]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
         if done.returncode:
             raise Failed(f"ferry migrate: status {done.returncode}: {done.stderr[-300:]}")
         report = json.loads(done.stdout)
-        return {"total_ms": report["total_us"] / 1e3,
-                "downtime_ms": report["downtime_us"]["total"] / 1e3}
+        result = {"total_ms": report["total_us"] / 1e3, "requests": report["requests"],
+                  "downtime_ms": report["downtime_us"]["total"] / 1e3, "rounds": report["rounds"],
+                  "wire_mib": report["wire_bytes"] / 2**20}
+        if "latency_us" in report:
+            result["p50"], result["p99"] = (report["latency_us"][p] for p in ("p50", "p99"))
+        return result
+
+
+def wait_for(condition, what, timeout=120):
+    limit = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > limit:
+            raise Failed(f"waited {timeout} s for {what}")
+        time.sleep(0.01)
 
 
 def wait_listening(machine, port, timeout=30):
@@ -317,7 +329,7 @@ def wait_listening(machine, port, timeout=30):
     wanted = f":{port:04X}"
     limit = time.monotonic() + timeout
     while True:
-        for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        for table in (f"/proc/{machine.pid}/net/tcp", f"/proc/{machine.pid}/net/tcp6"):
             with contextlib.suppress(FileNotFoundError), open(table) as f:
                 for line in f.readlines()[1:]:
                     fields = line.split()
@@ -388,28 +400,42 @@ class Qemu:
                      "-device", "virtio-net-device,netdev=net0"]
         return self._start([*enter, *argv], directory, memory, mark)
 
-    def receive(self, memory, kernel):
+    def receive(self, memory, kernel, mode="precopy", host="127.0.0.1", enter=(), more=()):
         directory, port = tempfile.mkdtemp(prefix="ferry-bench-"), free_port()
-        argv = self._argv(directory, kernel, None, "", memory, 1)
-        argv += ["-incoming", f"tcp:127.0.0.1:{port}"]
-        machine = self._start(argv, directory, memory)
-        machine.address = f"tcp:127.0.0.1:{port}"
+        argv = self._argv(directory, kernel, None, "", memory, 1) + ["-incoming", "defer"]
+        machine = self._start([*enter, *argv, *more], directory, memory)
+        machine.address = f"tcp:{host}:{port}"
+        wait_for(lambda: os.path.exists(os.path.join(directory, "qmp")), "QEMU's QMP socket")
+        with Qmp(directory) as qmp:
+            if mode == "postcopy":
+                qmp.call("migrate-set-capabilities", POSTCOPY)
+            qmp.call("migrate-incoming", {"uri": machine.address})
         wait_listening(machine, port)
         return machine
 
-    def migrate(self, source, target, downtime_ms):
+    def migrate(self, source, target, downtime_ms, mode="precopy", more=()):
         with Qmp(source.directory) as qmp:
             qmp.call("migrate-set-parameters", {"downtime-limit": downtime_ms,
                                                 "max-bandwidth": 100 << 30})
+            if mode == "postcopy":
+                qmp.call("migrate-set-capabilities", POSTCOPY)
             qmp.call("migrate", {"uri": target.address})
+            if mode == "postcopy":
+                qmp.call("migrate-start-postcopy")
             limit = time.monotonic() + 300
             while True:
                 info = qmp.call("query-migrate")
                 if info.get("status") == "completed":
-                    return {"total_ms": info["total-time"], "downtime_ms": info["downtime"]}
+                    ram = info["ram"]
+                    return {"total_ms": info["total-time"], "downtime_ms": info["downtime"],
+                            "requests": ram["postcopy-requests"], "rounds": ram["dirty-sync-count"],
+                            "wire_mib": ram["transferred"] / 2**20}
                 if info.get("status") in ("failed", "cancelled") or time.monotonic() > limit:
                     raise Failed(f"QEMU migration: {info}")
                 time.sleep(0.005)
+
+
+POSTCOPY = {"capabilities": [{"capability": "postcopy-ram", "state": True}]}
 
 
 class Qmp:

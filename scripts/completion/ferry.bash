@@ -37,6 +37,7 @@ _ferry()
             ;;
         --boot | -b) choices="auto linux64 pvh bzimage multiboot real" ;;
         --backing | -B) choices="anonymous thp memfd hugetlb" ;;
+        --dirty-log) choices="bitmap ring" ;;
         --console | -o) choices="stdio null pty file: unix: fd:" ;;
         --log) choices="error warn info debug" ;;
         --log-format) choices="text json" ;;

@@ -3,10 +3,12 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/kvm.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
@@ -139,7 +141,10 @@ void bare_create(struct bare *b, const struct bare_config *config)
     const struct vm_config vm = {
         .name = config->guest,
         .cpus = config->cpus ? config->cpus : 1,
-        .ram = {.size = config->memory ? config->memory : 32 * MiB, .backing = config->backing},
+        .ram = {.size = config->memory ? config->memory : 32 * MiB,
+                .backing = config->backing,
+                .log = config->log,
+                .ring_entries = 1024}, // KVM holds 64 to 600 of them in reserve
         .log_level = LOG_WARN};
     CHECK(vm_create(&b->vm, &vm, b->loop, &err));
     b->vm->on_stop = stopped;
@@ -325,6 +330,16 @@ uint64_t bare_wait_change(struct bare *b, uint64_t gpa, uint64_t old)
                          vm_stop_name(b->vm->stop.kind), b->vm->stop.text);
         sched_yield(); // the guest's memory is all there is to watch: no event comes
     }
+}
+
+bool bare_has_log(enum ram_log log)
+{
+    int fd = open("/dev/kvm", O_RDWR | O_CLOEXEC);
+    bool has = log == RAM_LOG_BITMAP ||
+               (fd >= 0 && ioctl(fd, KVM_CHECK_EXTENSION, KVM_CAP_DIRTY_LOG_RING) > 0);
+    if (fd >= 0)
+        close(fd);
+    return has;
 }
 
 bool bare_long(void)

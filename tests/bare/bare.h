@@ -35,6 +35,7 @@ struct bare_config {
     unsigned cpus;     // 0 = 1
     uint64_t memory;   // bytes, 0 = 32 MiB
     enum ram_backing backing;
+    enum ram_log log; // RAM_LOG_RING: rings are small, so that they are full now and then
     enum boot_protocol protocol;
     const char *cmdline;                       // NULL = ""
     struct bare_param params[BARE_PARAMS_MAX]; // up to `nr_params`
@@ -107,6 +108,9 @@ uint64_t bare_wait_change(struct bare *b, uint64_t gpa, uint64_t old);
 
 // FERRY_LONG=1 asks for the long forms of tests.
 bool bare_long(void);
+
+// A kind of dirty log that this host's KVM has.
+bool bare_has_log(enum ram_log log);
 
 // main() of a test program: skips (77) where there is no /dev/kvm.
 int bare_main(const char *name, void (*add_tests)(TCase *));

@@ -30,9 +30,11 @@ struct guest {
     unsigned cpus, ranges;
     uint64_t memory;
     enum ram_backing backing;
+    enum ram_log log;
     enum prepage_kind prepaging;
-    const char *listen;  // NULL: TCP over loopback
-    unsigned timeout_ms; // 0: the usual ones
+    const char *listen;   // NULL: TCP over loopback
+    unsigned timeout_ms;  // 0: the usual ones
+    unsigned connections; // 0: one
     struct channel_security security;
     struct oracle_range range[64];
     uint64_t heartbeat[VM_MAX_VCPUS];
@@ -46,6 +48,7 @@ static inline void guest_boot(struct guest *g, unsigned cpus, uint64_t memory, u
         .cpus = cpus,
         .memory = memory,
         .backing = g->backing,
+        .log = g->log,
         .params = {{UCALL_P_PAGES, pages}, {UCALL_P_BASE, base}, {UCALL_P_PERIOD_US, period_us}},
         .nr_params = 3};
     g->bare = calloc(1, sizeof(*g->bare));
@@ -153,8 +156,10 @@ static inline int create_vm(void *context, const char *json, struct vm **vm, str
     struct host *host = context;
     if (strcmp(json, "{\"machine\":\"bare\"}"))
         return error_set(err, -EINVAL, "description '%s'", json);
-    const struct bare_config config = {
-        .cpus = host->guest->cpus, .memory = host->guest->memory, .backing = host->guest->backing};
+    const struct bare_config config = {.cpus = host->guest->cpus,
+                                       .memory = host->guest->memory,
+                                       .backing = host->guest->backing,
+                                       .log = host->guest->log};
     host->bare = calloc(1, sizeof(*host->bare));
     bare_create(host->bare, &config);
     *vm = host->bare->vm;

@@ -4,10 +4,14 @@
 #include <string.h>
 
 #include "migrate/bitmap.h"
+#include "migrate/blockmove.h"
+#include "migrate/crc32c.h"
 #include "migrate/pages.h"
 #include "migrate/wire.h"
+#include "tests/unit/fake_disk.h"
 
 #define MEMORY (16 * MiB)
+enum { DISK = 10 * DISK_BLOCK + 512 };
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
@@ -18,7 +22,14 @@ static void checksums_repair(uint8_t *data, size_t size)
         memcpy(&h, data + at, sizeof(h));
         if (wire_header_check(&h, NULL) || h.meta_len > size - at - sizeof(h))
             return;
-        h.crc = wire_header_crc(&h, data + at + sizeof(h));
+        struct wire_blocks blocks;
+        uint8_t *meta = data + at + sizeof(h);
+        if (h.type == WIRE_BLOCKS && h.data_len <= size - at - sizeof(h) - h.meta_len) {
+            memcpy(&blocks, meta, sizeof(blocks));
+            blocks.sum = crc32c(0, meta + h.meta_len, h.data_len);
+            memcpy(meta, &blocks, sizeof(blocks));
+        }
+        h.crc = wire_header_crc(&h, meta);
         memcpy(data + at, &h, sizeof(h));
         at += sizeof(h) + h.meta_len;
         if (h.data_len > size - at)
@@ -27,8 +38,26 @@ static void checksums_repair(uint8_t *data, size_t size)
     }
 }
 
+// The VM's disks as such a stream says; not many inputs say it right.
+static int disks_take(const struct wire_record *record, struct fake_disk *disk)
+{
+    struct block_intake in = {0};
+    struct error err;
+    int ret = block_intake_disks(&in, disk->vm, record, &err);
+    block_intake_free(&in);
+    return ret;
+}
+
+static void disk_open(struct block_intake *in, struct fake_disk *disk)
+{
+    struct wire_disk says = {.size = DISK};
+    struct wire_record record = {.header = {.meta_len = sizeof(says)}, .meta = (uint8_t *)&says};
+    if (block_intake_disks(in, disk->vm, &record, NULL))
+        abort();
+}
+
 static int record_take(struct wire *w, const struct wire_record *record, struct page_intake *intake,
-                       uint64_t *stale)
+                       struct block_intake *blocks, struct fake_disk *disk, uint64_t *stale)
 {
     uint64_t pages[WIRE_WANT_MAX];
     unsigned nr;
@@ -51,6 +80,10 @@ static int record_take(struct wire *w, const struct wire_record *record, struct 
         ret = page_intake_packed(intake, w, record, skip, &err);
         free(skip);
         return ret;
+    case WIRE_DISKS:
+        return disks_take(record, disk);
+    case WIRE_BLOCKS:
+        return block_intake_record(blocks, w, record, &err);
     case WIRE_DISCARD:
         return wire_discard_parse(record, intake->ram->pages, stale, &err);
     case WIRE_WANT:
@@ -78,19 +111,24 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     static const uint8_t empty;
     uint8_t *copy = malloc(size + 1);
     uint64_t *stale = calloc(MEMORY / PAGE_SIZE / 64, 8);
+    struct fake_disk *disk = fake_new(DISK, false);
+    struct block_intake blocks = {0};
+    disk_open(&blocks, disk);
     memcpy(copy, size ? data : &empty, size);
     checksums_repair(copy, size);
     if (!ram_create(&ram, &config, &err)) {
         if (!page_intake_init(&intake, &ram, &err)) {
             wire_mem_init(&mem, copy, size);
             while (!wire_get(&mem.wire, &record, &err) &&
-                   !record_take(&mem.wire, &record, &intake, stale))
+                   !record_take(&mem.wire, &record, &intake, &blocks, disk, stale))
                 ;
             page_intake_free(&intake);
         }
         ram_destroy(&ram);
     }
     wire_record_free(&record);
+    block_intake_free(&blocks);
+    fake_free(disk);
     free(stale);
     free(copy);
     return 0;

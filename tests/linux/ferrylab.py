@@ -305,7 +305,7 @@ class Lab:
         if command not in ("run", "receive", "restore") or "--help" in args:
             return []
         more = ["--seccomp", SECCOMP] if SECCOMP and "--seccomp" not in args else []
-        if JAIL and command == "run" and not {"--jail", "--checkpoints"} & set(args):
+        if JAIL and "--jail" not in args:
             more += ["--jail", self.jail()]
         return more
 

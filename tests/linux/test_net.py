@@ -220,6 +220,49 @@ class Net(lab.LabTest):
         self.assertEqual(mac.strip(), self.info(there, "net0")["mac"])
         self.power_off(there)
 
+    def test_3_new_addresses(self):
+        """Of a restored guest and of clones: the guest has it once its driver begins anew."""
+        self.tap("tap0", address="10.78.0.1/24")
+        for number in "12":
+            self.tap("tap" + number)
+        self.serve(self.host)
+        vm = self.boot("tap=tap0", name="source")
+        vm.prompt()
+        self.assertStatus(vm.ferry("snapshot", self.lab.path("file1")), lab.OK)
+        old = self.info(vm, "net0")["mac"]
+        prefix = self.lab.new_name()
+        made = self.lab.ferry("clone", vm.name, "--count", "2", "--name", prefix, "--new-mac", "--",
+                              "--net", "tap=tap{}", enter=self.host.enter)
+        try:
+            self.assertStatus(made, lab.OK)
+            addresses = {old}
+            for number in "12":
+                info = self.lab.ferry("info", prefix + number, "--json").json()
+                addresses.add(info["devices"]["net0"]["mac"])
+            self.assertEqual(3, len(addresses), addresses)
+        finally:
+            for number in "12":
+                self.lab.ferry("kill", prefix + number)
+        self.power_off(vm)
+        new = "06:00:0a:4e:00:02"
+        there = self.lab.vm("restore", self.lab.path("file1"), "--net", "tap=tap0", "--new-mac",
+                            f"net0={new}", name="there", namespace=self.host)
+        there.type("\n")
+        there.prompt()
+        self.assertEqual(new, self.info(there, "net0")["mac"])
+        self.assertIn(old, there.command("cat /sys/class/net/eth0/address"))
+        there.command("cd /sys/bus/virtio/drivers/virtio_net; for d in virtio*; do "
+                      "echo $d >unbind; echo $d >bind; done")
+        self.assertIn(new, there.command("cat /sys/class/net/eth0/address"))
+        there.command("ip addr add 10.78.0.2/24 dev eth0; ip link set eth0 up")
+        self.download(there, "http://10.78.0.1:8000/file")
+        self.power_off(there)
+        for text, says in (("net1=auto", "no such network device"), ("x", "expected six bytes"),
+                           ("01:00:00:00:00:01", "one station")):
+            refused = self.lab.ferry("restore", self.lab.path("file1"), "--net", "tap=tap0",
+                                     "--new-mac", text, enter=self.host.enter)
+            self.assertIn(says, self.assertStatus(refused, lab.USAGE).stderr)
+
     # --- what cannot be
 
     def test_4_messages(self):

@@ -5,7 +5,9 @@ take: other processes of the host take from all VMs alike."""
 import json
 import os
 import re
+import shutil
 import signal
+import tempfile
 import time
 import unittest
 
@@ -249,6 +251,32 @@ class Sched(unittest.TestCase):
         self.scheduler()
         until(lambda: self.scheduled())  # it comes later
         self.measure([vm], 0.05)
+
+    @unittest.skipIf(os.geteuid(), "a jail with another user needs root")
+    def test_jail(self):
+        """From a jail the daemon's socket is out of sight; somebody outside connects for the VM."""
+        outside = tempfile.mkdtemp(prefix="ferry-sched-")
+        self.addCleanup(shutil.rmtree, outside)
+        self.socket = os.path.join(outside, "sched")
+        daemon = self.scheduler()
+        vms = [self.spin("--weight", "512", "--jail", self.lab.jail()), self.spin()]
+        self.assertNotEqual(os.stat(f"/proc/{vms[0].pid}").st_uid, 0)
+        self.measure(vms, 0.3)
+        self.assert_shares(self.measure(vms, self.SAMPLE), (2, 1))
+        self.assertEqual(vms[0].ferry("set", "weight=768").status, 0)
+        daemon.child.kill()
+        daemon.child.wait()
+        for vm in vms:
+            self.advance(vm)
+        self.scheduler()
+        until(lambda: len(self.scheduled()) == 2)
+        self.assertEqual(self.scheduled()[vms[0].name]["weight"], 768)
+        self.measure(vms, 0.3)
+        self.assert_shares(self.measure(vms, self.SAMPLE), (3, 1))
+        for vm in vms:
+            self.assertEqual(vm.ferry("stop").status, 0)
+            self.assertEqual(vm.wait(), lab.STOPPED)
+        until(lambda: not self.scheduled())
 
     def test_told(self):
         self.scheduler()

@@ -12,6 +12,7 @@
 #include "migrate/channel.h"
 #include "migrate/machine.h"
 #include "migrate/migrate.h"
+#include "migrate/pages.h"
 #include "migrate/receive.h"
 #include "migrate/wire.h"
 #include "tests/bare/oracle.h"
@@ -71,6 +72,7 @@ static struct migrate_params params_for(struct arrival *a, enum migrate_mode mod
     p.mode = mode;
     p.hooks = &a->hooks;
     p.security = a->host.guest->security;
+    p.connections = a->host.guest->connections ? a->host.guest->connections : 1;
     if (a->host.guest->timeout_ms)
         p.handshake_ms = p.idle_ms = a->host.guest->timeout_ms;
     return p;
@@ -174,6 +176,48 @@ END_TEST
 START_TEST(test_ping_pong_memfd)
 {
     ping_pong(2, 64 * MiB, 2048, 0, RAM_MEMFD, bare_long() ? 60 : 6);
+}
+END_TEST
+
+// With dirty rings that are often full; every other time to a host without.
+START_TEST(test_ping_pong_dirty_ring)
+{
+    struct guest g = {.log = RAM_LOG_RING};
+    struct migrate_report report;
+    if (!bare_has_log(g.log))
+        return;
+    guest_boot(&g, 2, 64 * MiB, 4096, 0, 0);
+    for (unsigned i = 0; i < (bare_long() ? 60u : 4u); i++) {
+        g.log = i % 2 ? RAM_LOG_RING : RAM_LOG_BITMAP;
+        guest_move(&g, i % 4 == 3 ? MIGRATE_HYBRID : MIGRATE_PRECOPY, &report);
+        guest_check(&g);
+    }
+    guest_end(&g);
+}
+END_TEST
+
+// Pages over several connections; with TLS on each every third time.
+START_TEST(test_ping_pong_streams)
+{
+    static const unsigned numbers[] = {2, 16, 3, 5};
+    struct tls *tls = shared_key();
+    struct guest g = {0};
+    struct migrate_report report;
+    guest_boot(&g, 2, 64 * MiB, 4096, 0, 0);
+    for (unsigned i = 0; i < (bare_long() ? 100u : 8u); i++) {
+        g.connections = numbers[i % ARRAY_SIZE(numbers)];
+        g.security.tls = i % 3 == 2 ? tls : NULL;
+        guest_move(&g, i % 2 ? MIGRATE_HYBRID : MIGRATE_PRECOPY, &report);
+        ck_assert_uint_eq(report.connections, g.connections);
+        ck_assert_uint_eq(report.data_pages + report.zero_pages >= g.memory / PAGE_SIZE, 1);
+        guest_check(&g);
+    }
+    g.connections = 4; // has no use of them
+    guest_move(&g, MIGRATE_POSTCOPY, &report);
+    ck_assert_uint_eq(report.connections, 1);
+    guest_check(&g);
+    guest_end(&g);
+    tls_free(tls);
 }
 END_TEST
 
@@ -384,10 +428,11 @@ START_TEST(test_deltas)
     struct guest g = {0};
     guest_boot(&g, 2, 64 * MiB, 8192, 0, 0);
     guest_touches_all(&g);
-    for (unsigned i = 0; i < 2; i++) {
+    for (unsigned i = 0; i < 3; i++) {
         struct arrival a;
         struct migration m;
         struct migrate_report report;
+        g.connections = i == 2 ? 3 : 1;
         arrival_start(&a, &g);
         struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
         p.downtime_ns = 0;
@@ -407,12 +452,44 @@ START_TEST(test_deltas)
                (unsigned long long)report.lz4_pages, (unsigned long long)report.lz4_bytes,
                (unsigned long long)report.delta_pages, (unsigned long long)report.delta_bytes,
                (unsigned long long)report.wire_bytes);
-        ck_assert_int_eq(report.lz4_pages > 8000, i);
-        ck_assert_int_eq(report.delta_pages > 1000, i);
+        ck_assert_int_eq(report.lz4_pages > 8000, i > 0);
+        ck_assert_int_eq(report.delta_pages > 1000, i > 0);
         ck_assert_uint_le(report.delta_bytes, report.delta_pages * 100);
         if (i)
             ck_assert_uint_lt(report.wire_bytes, report.data_pages * PAGE_SIZE / 10);
     }
+    guest_end(&g);
+}
+END_TEST
+
+// The limit holds for all connections together: there is a least time for so many bytes.
+START_TEST(test_streams_limit)
+{
+    struct guest g = {.connections = 4};
+    struct arrival a;
+    struct migration m;
+    struct migrate_report report;
+    guest_boot(&g, 1, 64 * MiB, 4096, 0, 0);
+    guest_touches_all(&g);
+    arrival_start(&a, &g);
+    struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
+    p.bandwidth = 40000000;
+    p.downtime_ns = 0;
+    p.max_rounds = 2;
+    p.on_stall = STALL_SWITCH;
+    p.compress = PACK_NEVER;
+    OK(migration_init(&m, &err));
+    OK(migrate_out(g.bare->vm, &p, &m, &report, &err));
+    migration_free(&m);
+    ck_assert_int_eq(arrival_join(&a), 0);
+    uint64_t least_ns = report.wire_bytes * 25; // 40 MB/s
+    printf("limited: %llu bytes in %llu us\n", (unsigned long long)report.wire_bytes,
+           (unsigned long long)report.total_ns / 1000);
+    ck_assert_uint_ge(report.wire_bytes, 16 * MiB);
+    ck_assert_uint_ge(report.total_ns, least_ns - least_ns / 4);
+    guest_end(&g);
+    g.bare = a.host.bare;
+    guest_check(&g);
     guest_end(&g);
 }
 END_TEST
@@ -753,6 +830,40 @@ START_TEST(test_flip_anywhere)
 }
 END_TEST
 
+// The same with one of several connections: main, or one that carries pages.
+START_TEST(test_streams_cut_anywhere)
+{
+    struct guest g = {.connections = 3};
+    uint64_t seed = 11;
+    unsigned moved = 0, broken = 0, times = bare_long() ? 300 : 32;
+    guest_boot(&g, 1, 32 * MiB, 256, 0, 0);
+    for (unsigned i = 0; i < times; i++) {
+        struct relay relay = {.to_dest = UINT64_MAX, .to_source = UINT64_MAX, .connection = i % 4};
+        struct cut_result result = {0};
+        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+        uint64_t at = (seed >> 20) % (i % 4 ? 150000 : 8192);
+        if (i % 5 == 4)
+            relay.to_source = (seed >> 20) % (i % 4 ? REC(struct wire_hello) : SAID_RUNNING);
+        else if (i % 3)
+            relay.to_dest = at;
+        else
+            relay.flip_to_dest = 1 + 8 * at + i % 8;
+        move_over(&g, i % 8 < 4 ? MIGRATE_PRECOPY : MIGRATE_HYBRID, &relay, &result);
+        ck_assert(relay.cut || relay.flips || !result.ret);
+        ck_assert_msg(!result.ret || result.report.owner == SOURCE_RUNNING, "%s", result.err.text);
+        follow(&g, &result);
+        moved += !result.ret;
+        broken += relay.cut || relay.flips;
+        arrival_free(&result.arrival);
+        guest_check(&g);
+    }
+    printf("one of four connections cut or spoilt: %u of %u, %u moved all the same\n", broken,
+           times, moved);
+    ck_assert_uint_gt(broken, times / 8);
+    guest_end(&g);
+}
+END_TEST
+
 // --- peers that want to do harm
 
 static void say(struct channel *c, enum wire_type type, const void *meta, size_t len)
@@ -760,7 +871,7 @@ static void say(struct channel *c, enum wire_type type, const void *meta, size_t
     wire_put(&c->wire, type, 0, meta, len, NULL, 0, NULL); // it may have hung up
 }
 
-static void say_machine(struct channel *c, struct guest *g, uint64_t ram_size)
+static void say_machine(struct channel *c, struct guest *g, uint64_t ram_size, unsigned streams)
 {
     struct machine machine;
     struct host host = {.guest = g};
@@ -769,6 +880,7 @@ static void say_machine(struct channel *c, struct guest *g, uint64_t ram_size)
     size_t len;
     OK(machine_describe(g->bare->vm, &hooks, &machine, &err));
     machine.regions[0].size = machine.ram_size = ram_size;
+    machine.streams = streams;
     OK(machine_encode(&machine, &meta, &len, &err));
     say(c, WIRE_MACHINE, meta, len);
     machine_free(&machine);
@@ -810,7 +922,8 @@ static void do_harm(struct channel *c, struct guest *g, enum harm harm)
                 harm == MACHINE_HUGE    ? PAGE_SIZE << 40
                 : harm == MACHINE_OTHER ? 2 * g->memory
                 : harm == MACHINE_LIMIT ? 128 * GiB
-                                        : g->memory);
+                                        : g->memory,
+                0);
     if (harm <= STOPS_AFTER_MACHINE)
         return;
     if (harm == PAGE_FAR)
@@ -866,6 +979,115 @@ START_TEST(test_hostile_source)
 }
 END_TEST
 
+enum stream_harm {
+    STREAMS_ONE,  // refused at once, by what MACHINE says
+    STREAMS_MANY, // one more than there may be
+    STREAMS_NO_LIMIT,
+    STREAMS_NEVER_COME,
+    STREAM_UNKNOWN, // from here on two are announced; not one of them
+    STREAM_TWICE,
+    STREAM_OF_ANOTHER,
+    STREAM_OTHERS_PAGE, // from here on it is let in: it sends pages of the other one
+    STREAM_ACROSS,      // and across the end of its own
+    STREAM_CHANGES,     // of a page that never came
+    STREAM_PASS,        // ends a pass that has not begun
+    STREAM_STATE,
+    STREAM_HANGS_UP,
+    PAGES_ON_MAIN,
+    PREPARES_WITHOUT,
+    PASS_NEVER_ENDS,
+    STREAM_HARMS,
+};
+
+// A page connection. Whether it is let in.
+static bool say_stream(struct channel *c, const char *address, const uint8_t *id, unsigned index)
+{
+    struct wire_hello hello;
+    struct wire_record record = {0};
+    OK(channel_connect(c, address, -1, 10000, &err));
+    wire_hello_fill(&hello, WIRE_STREAM, id);
+    hello.stream = (uint16_t)index;
+    say(c, WIRE_HELLO, &hello, sizeof(hello));
+    bool in = !wire_expect(&c->wire, &record, WIRE_HELLO, NULL);
+    wire_record_free(&record);
+    return in;
+}
+
+static void stream_harms(struct channel *main, struct channel *c, enum stream_harm harm)
+{
+    struct {
+        struct wire_pages head;
+        struct wire_run run;
+    } pages = {.head = {.nr_runs = 1}, .run = {.first = 0, .count = 16, .kind = WIRE_RUN_ZERO}};
+    struct {
+        struct wire_packed head;
+        struct wire_packed_page page;
+    } packed = {.head = {.nr = 1}, .page = {.page = 1, .len = 1, .kind = WIRE_PACKED_DELTA}};
+    struct iovec byte = {"x", 1};
+    struct wire_round round = {.pass = harm == STREAM_PASS ? 2 : UINT32_MAX};
+    struct wire_prepare prepare = {.pass = 1};
+    pages.run.first = harm == STREAM_OTHERS_PAGE ? SHARD_PAGES
+                      : harm == STREAM_ACROSS    ? SHARD_PAGES - 8
+                                                 : 0;
+    if (harm == STREAM_OTHERS_PAGE || harm == STREAM_ACROSS)
+        say(c, WIRE_PAGES, &pages, sizeof(pages));
+    else if (harm == STREAM_CHANGES)
+        wire_put(&c->wire, WIRE_PACKED, 0, &packed, sizeof(packed), &byte, 1, NULL);
+    else if (harm == STREAM_PASS)
+        say(c, WIRE_ROUND, &round, sizeof(round));
+    else if (harm == STREAM_STATE)
+        say(c, WIRE_READY, NULL, 0);
+    else if (harm == STREAM_HANGS_UP)
+        channel_shutdown(c);
+    else if (harm == PAGES_ON_MAIN)
+        say(main, WIRE_PAGES, &pages, sizeof(pages));
+    else if (harm == PREPARES_WITHOUT)
+        say(main, WIRE_PREPARE, &prepare, sizeof(prepare));
+    else if (harm == PASS_NEVER_ENDS)
+        say(main, WIRE_ROUND, &round, sizeof(round));
+}
+
+START_TEST(test_hostile_streams)
+{
+    struct guest g = {.timeout_ms = 300};
+    static const uint8_t id[WIRE_ID_LEN] = "harmful", other[WIRE_ID_LEN] = "another";
+    static const unsigned announced[STREAM_HARMS] = {1, WIRE_STREAMS_MAX + 1, UINT32_MAX};
+    guest_boot(&g, 1, 16 * MiB, 64, 0, 0);
+    for (enum stream_harm harm = 0; harm < STREAM_HARMS; harm++) {
+        struct arrival a;
+        struct wire_record record = {0};
+        struct wire_hello hello;
+        struct channel main, c[3] = {{.fd = -1}, {.fd = -1}, {.fd = -1}};
+        arrival_start(&a, &g);
+        OK(channel_connect(&main, a.address, -1, 10000, &err));
+        wire_hello_fill(&hello, WIRE_MAIN, id);
+        say(&main, WIRE_HELLO, &hello, sizeof(hello));
+        OK(wire_expect(&main.wire, &record, WIRE_HELLO, &err));
+        say_machine(&main, &g, g.memory, announced[harm] ? announced[harm] : 2);
+        int ready = wire_expect(&main.wire, &record, WIRE_READY, NULL);
+        ck_assert_int_eq(!ready, harm >= STREAMS_NEVER_COME);
+        if (harm == STREAM_UNKNOWN)
+            ck_assert(!say_stream(&c[0], a.address, id, 2));
+        else if (harm == STREAM_OF_ANOTHER)
+            ck_assert(!say_stream(&c[0], a.address, other, 0));
+        else if (harm > STREAMS_NEVER_COME)
+            ck_assert(say_stream(&c[0], a.address, id, 0));
+        if (harm == STREAM_TWICE)
+            ck_assert(!say_stream(&c[1], a.address, id, 0));
+        stream_harms(&main, &c[0], harm);
+        ck_assert_msg(arrival_join(&a) < 0, "harm %u", harm); // by itself: nobody cancels it
+        printf("streams, harm %u: %s\n", harm, a.err.text);
+        ck_assert_ptr_null(a.vm);
+        ck_assert_ptr_null(a.host.bare);
+        for (unsigned i = 0; i < ARRAY_SIZE(c); i++)
+            channel_close(&c[i]);
+        channel_close(&main);
+        wire_record_free(&record);
+    }
+    guest_end(&g);
+}
+END_TEST
+
 struct mute {
     int listen_fd;
     unsigned words; // 0: accepts only, 1: HELLO, 2: READY as well
@@ -895,7 +1117,7 @@ START_TEST(test_stalling_destination)
 {
     struct guest g = {.timeout_ms = 300};
     guest_boot(&g, 1, 32 * MiB, 256, 0, 0);
-    for (unsigned words = 0; words <= 2; words++) {
+    for (unsigned words = 0; words <= 3; words++) {
         struct mute mute = {.words = words, .c = {.fd = -1}};
         struct arrival a = {.host = {.guest = &g}};
         struct migration m;
@@ -906,6 +1128,7 @@ START_TEST(test_stalling_destination)
         OK(channel_listen("tcp:127.0.0.1:0", &mute.listen_fd, a.address, sizeof(a.address), &err));
         ck_assert_int_eq(pthread_create(&thread, NULL, mute_main, &mute), 0);
         struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
+        p.connections = words == 3 ? 4 : 1; // for which nobody opens the door
         OK(migration_init(&m, &err));
         ck_assert_int_eq(migrate_out(g.bare->vm, &p, &m, &report, &why), -ETIMEDOUT);
         migration_free(&m);
@@ -1159,18 +1382,23 @@ static void add_tests(TCase *tc)
     tcase_add_test(tc, test_ping_pong_tls);
     tcase_add_test(tc, test_ping_pong_2cpu);
     tcase_add_test(tc, test_ping_pong_memfd);
+    tcase_add_test(tc, test_ping_pong_dirty_ring);
+    tcase_add_test(tc, test_ping_pong_streams);
     tcase_add_test(tc, test_ping_pong_above_3g);
     tcase_add_test(tc, test_sweep);
     tcase_add_test(tc, test_local);
     tcase_add_test(tc, test_paused_guest);
     tcase_add_test(tc, test_abort_before_commit);
     tcase_add_test(tc, test_deltas);
+    tcase_add_test(tc, test_streams_limit);
     tcase_add_test(tc, test_not_converging);
     tcase_add_test(tc, test_stall_policy);
     tcase_add_test(tc, test_throttle);
     tcase_add_test(tc, test_cut_anywhere);
+    tcase_add_test(tc, test_streams_cut_anywhere);
     tcase_add_test(tc, test_flip_anywhere);
     tcase_add_test(tc, test_hostile_source);
+    tcase_add_test(tc, test_hostile_streams);
     tcase_add_test(tc, test_stalling_destination);
     tcase_add_test(tc, test_cut_at_the_switch);
     tcase_add_test(tc, test_doubt);

@@ -40,6 +40,7 @@ struct vm_like {
     unsigned nr;
     unsigned burn_us, sleep_us; // 0, 0: burns for ever
     bool ignores;               // its signals and turns
+    int broker;                 // 0: none
 };
 
 struct vm_told {
@@ -151,6 +152,7 @@ static void fake_main(const char *name, const struct vm_like *like, struct vm_to
                                          .nr = like->nr,
                                          .tids = tids,
                                          .signal = SIGRTMIN,
+                                         .broker = like->broker ? like->broker : -1,
                                          .changed = on_change,
                                          .arg = told};
     struct sched_client *c;

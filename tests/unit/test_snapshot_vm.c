@@ -144,9 +144,9 @@ END_TEST
 
 // Ten files, each of another form; some by the log of writes, some by comparing, one of an older
 // parent. The guest runs all the while.
-static void chain_run(unsigned cpus, uint64_t memory, uint64_t base)
+static void chain_run(unsigned cpus, uint64_t memory, uint64_t base, enum ram_log log)
 {
-    struct guest g = {0};
+    struct guest g = {.log = log};
     struct snapshot_track track = {0};
     struct snapshot_report report;
     char name[16];
@@ -197,13 +197,20 @@ static void chain_run(unsigned cpus, uint64_t memory, uint64_t base)
 
 START_TEST(test_chain)
 {
-    chain_run(1, 64 * MiB, 0);
+    chain_run(1, 64 * MiB, 0, RAM_LOG_BITMAP);
+}
+END_TEST
+
+START_TEST(test_chain_dirty_ring)
+{
+    if (bare_has_log(RAM_LOG_RING))
+        chain_run(2, 64 * MiB, 0, RAM_LOG_RING);
 }
 END_TEST
 
 START_TEST(test_chain_above_3g)
 {
-    chain_run(4, 3 * GiB + 64 * MiB, 0xc0000000 - 2 * MiB);
+    chain_run(4, 3 * GiB + 64 * MiB, 0xc0000000 - 2 * MiB, RAM_LOG_BITMAP);
 }
 END_TEST
 
@@ -448,6 +455,7 @@ static void add_tests(TCase *tc)
 {
     tcase_add_test(tc, test_snapshot);
     tcase_add_test(tc, test_chain);
+    tcase_add_test(tc, test_chain_dirty_ring);
     tcase_add_test(tc, test_chain_above_3g);
     tcase_add_test(tc, test_diff_is_exact);
     tcase_add_test(tc, test_damage);

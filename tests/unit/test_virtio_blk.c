@@ -417,6 +417,132 @@ START_TEST(moves_with_requests)
 }
 END_TEST
 
+static struct device *disk_arriving(struct rig *r, const char *path)
+{
+    struct virtio_blk_config config = {.attach.arrives = true, .queues = 1};
+    struct error err = {0};
+    const struct virtio_mmio_place place = {.base = BASE, .wiring = &wiring};
+    snprintf(config.path, sizeof(config.path), "%s", path);
+    config.attach.transport = &virtio_mmio_transport;
+    config.attach.place = &place;
+    ck_assert_msg(!device_add(&r->vm, &virtio_blk_class, &config, &r->dev, &err), "%s", err.text);
+    return r->dev;
+}
+
+static void disk_saved(struct rig *r, struct stream_mem *mem)
+{
+    struct error err = {0};
+    ck_assert_int_eq(virtio_blk_class.quiesce(r->dev, &err), 0);
+    stream_mem_writer(mem, "state", STATE_BLOB_MAX);
+    ck_assert_msg(!state_save(&r->vm.state, &mem->stream, &err), "%s", err.text);
+}
+
+static int disk_loaded(struct rig *r, const struct stream_mem *mem, struct error *err)
+{
+    struct stream_mem in;
+    stream_mem_reader(&in, "state", mem->data, mem->len);
+    return state_load(&r->vm.state, &in.stream, err);
+}
+
+// A VM that wants the image for itself, at any moment of a move.
+static bool stranger_gets(const char *path)
+{
+    struct rig *r = rig_new();
+    struct error err = {0};
+    bool gets = !rig_try(r, path, &err);
+    ck_assert(gets || err.code == -EBUSY);
+    rig_free(r);
+    return gets;
+}
+
+static bool writes(struct rig *r)
+{
+    FILE *quiet = fopen("/dev/null", "we"); // it says that the image was taken
+    r->vm.log.fd = fileno(quiet);
+    virtio_blk_class.resume(r->dev);
+    bool good = request(r, T_OUT, 0, DATA, 512) == S_OK;
+    r->vm.log.fd = STDERR_FILENO;
+    fclose(quiet);
+    return good;
+}
+
+// From VM to VM, and at no moment can a third have the image, or two write to it.
+START_TEST(image_is_lent)
+{
+    struct rig *a = rig_blk(""), *hosts[4] = {a};
+    char path[64];
+    struct stream_mem mem;
+    struct error err = {0};
+    snprintf(path, sizeof(path), "%s", a->path);
+    *a->path = 0; // ours to remove
+    start(a, false);
+    for (unsigned i = 1; i < ARRAY_SIZE(hosts); i++) {
+        struct rig *from = hosts[i - 1], *to = hosts[i] = rig_new();
+        disk_arriving(to, path);
+        ck_assert(!stranger_gets(path));
+        disk_saved(from, &mem);
+        ck_assert(!stranger_gets(path));
+        ck_assert_msg(!disk_loaded(to, &mem, &err), "%s", err.text);
+        stream_mem_free(&mem);
+        ck_assert(!stranger_gets(path));
+        memcpy(at(to, 0), at(from, 0), 16 * MiB);
+        to->d = from->d;
+        to->d.ram = &to->vm.ram;
+        ck_assert(writes(to));
+        if (i == 1) // ends; the others stay, as sources in doubt do
+            rig_free(from);
+        ck_assert(!stranger_gets(path));
+    }
+    ck_assert(!writes(hosts[1])); // a source that was told that its guest does not run elsewhere
+    ck_assert(writes(hosts[3]));
+    for (unsigned i = 3; i > 0; i--) {
+        ck_assert(!stranger_gets(path));
+        rig_free(hosts[i]);
+    }
+    ck_assert(stranger_gets(path));
+    unlink(path);
+}
+END_TEST
+
+// Wherever the destination gives up, the source takes the image back and writes.
+START_TEST(image_is_taken_back)
+{
+    struct rig *a = rig_blk("");
+    start(a, false);
+    for (unsigned where = 0; where < 4; where++) {
+        struct rig *b = rig_new(), *c = rig_new();
+        struct stream_mem mem;
+        struct error err = {0};
+        disk_arriving(b, a->path);
+        disk_arriving(c, a->path);
+        disk_saved(a, &mem);
+        if (where == 1) // it came to nothing before
+            rig_free(b);
+        else
+            ck_assert_msg(!disk_loaded(b, &mem, &err), "%s", err.text);
+        if (where == 2) { // another copy of the same state
+            ck_assert_int_eq(disk_loaded(c, &mem, &err), -EBUSY);
+            ck_assert_ptr_nonnull(strstr(err.text, "another VM"));
+        }
+        if (where == 0 || where == 2)
+            rig_free(b);
+        bool late = where == 3; // still there: the source must not write
+        ck_assert(writes(a) == !late);
+        ck_assert(!stranger_gets(a->path));
+        if (late) {
+            rig_free(b);
+            ck_assert(!stranger_gets(a->path));
+            ck_assert(writes(a));
+        } else { // while the source runs nobody loads what it saved
+            ck_assert_int_eq(disk_loaded(c, &mem, &err), -EBUSY);
+        }
+        stream_mem_free(&mem);
+        rig_free(c);
+    }
+    rig_free(a);
+}
+END_TEST
+
 START_TEST(image_is_locked)
 {
     struct rig *a = rig_blk(""), *b = rig_new();
@@ -577,6 +703,8 @@ int main(void)
     tcase_add_test(tc, reset_waits_for_io);
     tcase_add_test(tc, moves_with_requests);
     tcase_add_test(tc, image_is_locked);
+    tcase_add_test(tc, image_is_lent);
+    tcase_add_test(tc, image_is_taken_back);
     tcase_add_test(tc, hostile_state);
     tcase_add_test(tc, device_writes_are_logged);
     tcase_add_test(tc, option_text);

@@ -39,6 +39,7 @@ struct rig {
     struct driver d[DRIVERS]; // of the queues
     int irq, log;             // our copy of the interrupt; what was logged
     int host[2], peer[2];     // the device's ends of the host's side, and the others
+    uint8_t new_mac[6];       // of the config
 };
 
 static int rig_irqfd(struct vm *vm, unsigned gsi, int fd, int resample, struct error *err)
@@ -89,6 +90,7 @@ static void rig_add(struct rig *r, const char *options, bool arrives)
     config.kind = NET_PACKETS;
     *config.tap = 0;
     config.attach.arrives = arrives;
+    memcpy(config.new_mac, r->new_mac, sizeof(config.new_mac));
     for (unsigned i = 0; i < config.pairs; i++) {
         int ends[2];
         ck_assert(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends));
@@ -1046,6 +1048,44 @@ START_TEST(announces_on_request)
 }
 END_TEST
 
+// The driver reads it when it begins anew; what it announces itself would be the old one's.
+START_TEST(new_address)
+{
+    static const uint8_t new[] = {0x06, 1, 2, 3, 4, 5};
+    struct rig *a = rig_new(""), *b = rig_bare();
+    uint8_t data[200];
+    memcpy(b->new_mac, new, sizeof(new));
+    rig_add(b, "", true);
+    start(a, ALL, false);
+    turns(a);
+    uint32_t generation = get(a, 0xfc);
+    move_to(a, b);
+    ck_assert_uint_eq(get(b, 0x60) & 2, 0);
+    virtio_net_class.resume(b->dev);
+    ck_assert_uint_eq(get(b, 0x60) & 2, 2); // 4.2.2: the configuration has changed
+    ck_assert_uint_ne(get(b, 0xfc), generation);
+    ck_assert_uint_eq(get(b, 0x100), 0x03020106);
+    ck_assert_uint_eq(get(b, 0x104) & 0xffff, 0x0504);
+    for (unsigned frames = 0; frames < 5;) {
+        turn_wait(b);
+        for (ssize_t n; (n = recv(b->peer[0], data, sizeof(data), MSG_DONTWAIT)) > 0; frames++)
+            ck_assert(!memcmp(data + HEADER + 6, new, 6) && !memcmp(data + HEADER + 22, new, 6));
+    }
+    ck_assert_uint_eq(link_status(b), 1);
+    // Later states (the VM goes back to a checkpoint of its own) bring theirs.
+    struct error err;
+    ck_assert_int_eq(virtio_net_class.quiesce(b->dev, &err), 0);
+    const uint8_t change[] = {1, 1, 0x0a, 1, 1, 1, 1, 1};
+    virtio_net_class.resume(b->dev);
+    ck_assert_uint_eq(command(b, 2, change, sizeof(change)), 0);
+    ck_assert_int_eq(virtio_net_class.quiesce(b->dev, &err), 0);
+    save_load(b, b);
+    ck_assert_uint_eq(get(b, 0x100), 0x0101010a);
+    rig_free(b);
+    rig_free(a);
+}
+END_TEST
+
 START_TEST(hostile_state)
 {
     struct rig *r = rig_new(",queues=2");
@@ -1338,6 +1378,7 @@ int main(int argc, char **argv)
     tcase_add_test(tc, announces_itself);
     tcase_add_test(tc, announce_commands);
     tcase_add_test(tc, announces_on_request);
+    tcase_add_test(tc, new_address);
     tcase_add_test(tc, hostile_state);
     tcase_add_test(tc, user_frames);
     tcase_add_test(tc, user_is_slow);

@@ -301,7 +301,9 @@ START_TEST(test_machine_lies)
     LIE(head->json_len++);
     LIE(head->json_len = UINT32_MAX);
     LIE(head->flags = 0x80);
-    LIE(head->reserved = 1);
+    LIE(head->streams = 1);
+    LIE(head->streams = WIRE_STREAMS_MAX + 1);
+    LIE((head->streams = 2, head->flags = WIRE_MACHINE_SHARED));
     LIE(region->gpa = 1);
     LIE(region->size = MEMORY + PAGE_SIZE);
     LIE((region->size = head->ram_size = UINT64_MAX & ~0xfffull));
@@ -519,6 +521,67 @@ START_TEST(test_presence)
 }
 END_TEST
 
+// Every page belongs to one connection, finds its way there, and words of bitmaps are not shared.
+START_TEST(test_shards)
+{
+    enum { SHARDED = 7 * SHARD_PAGES + 100 };
+    uint64_t map[(SHARDED + 63) / 64];
+    for (unsigned count = 2; count <= WIRE_STREAMS_MAX; count++) {
+        unsigned owner[(SHARDED + 63) / 64] = {0}, seen = 0;
+        uint64_t seed = count;
+        for (unsigned i = 0; i < ARRAY_SIZE(map); i++)
+            map[i] = seed = seed * 6364136223846793005ull + 1442695040888963407ull;
+        for (unsigned index = 0; index < count; index++) {
+            const struct page_shard s = {index, count};
+            uint64_t before = 0;
+            for (uint64_t p = 0; (p = page_shard_find(&s, map, SHARDED, p)) < SHARDED; p++) {
+                ck_assert(bitmap_test(map, p) && page_shard_has(&s, p, 1));
+                ck_assert(!seen || p >= before);
+                ck_assert(!owner[p / 64] || owner[p / 64] == index + 1);
+                owner[p / 64] = index + 1;
+                before = p;
+                seen++;
+            }
+        }
+        ck_assert_uint_eq(seen, bitmap_count(map, SHARDED));
+    }
+    const struct page_shard one = {1, 3}, all = {0, 0};
+    ck_assert(page_shard_has(&one, SHARD_PAGES, SHARD_PAGES));
+    ck_assert(!page_shard_has(&one, SHARD_PAGES, SHARD_PAGES + 1));
+    ck_assert(!page_shard_has(&one, SHARD_PAGES - 1, 1));
+    ck_assert(!page_shard_has(&one, 2 * SHARD_PAGES, 1));
+    ck_assert(page_shard_has(&one, 4 * SHARD_PAGES + 5, UINT32_MAX) == false);
+    ck_assert(page_shard_has(&all, 0, 1ull << 40));
+}
+END_TEST
+
+// What was looked up before a pass says nothing about the next one: the page has been touched
+// since.
+START_TEST(test_presence_is_of_one_pass)
+{
+    const struct ram_config config = {.size = MEMORY};
+    struct ram ram;
+    struct page_presence presence;
+    struct page_batch *batch = malloc(sizeof(*batch));
+    ck_assert_int_eq(ram_create(&ram, &config, NULL), 0);
+    uint64_t *todo = calloc(ram_bitmap_words(&ram), 8), last = ram.pages - 1;
+    page_presence_init(&presence);
+    for (unsigned pass = 0; pass < 2; pass++) {
+        uint64_t cursor = 0;
+        bitmap_set(todo, last);
+        page_presence_begin(&presence);
+        page_batch_reset(batch, &ram);
+        page_batch_take(batch, todo, &cursor, WIRE_BATCH_PAGES, &presence);
+        ck_assert_uint_eq(batch->nr_data, pass);
+        memset(ram_page(&ram, last), 1, PAGE_SIZE);
+    }
+    page_presence_free(&presence);
+    free(todo);
+    free(batch);
+    ram_destroy(&ram);
+}
+END_TEST
+
 // --- checksums, bitmaps
 
 START_TEST(test_crc32c)
@@ -691,6 +754,8 @@ int main(void)
     tcase_add_test(tc, test_page_becomes_zero);
     tcase_add_test(tc, test_zero_page);
     tcase_add_test(tc, test_presence);
+    tcase_add_test(tc, test_presence_is_of_one_pass);
+    tcase_add_test(tc, test_shards);
     tcase_add_test(tc, test_crc32c);
     tcase_add_test(tc, test_bitmap);
     tcase_add_test(tc, test_switchover);

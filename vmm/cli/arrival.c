@@ -14,6 +14,7 @@
 #include "migrate/receive.h"
 #include "migrate/snapshot.h"
 #include "vmm/cli/cli.h"
+#include "vmm/cli/new_mac.h"
 #include "vmm/cli/session.h"
 #include "vmm/cli/supervise.h"
 
@@ -102,8 +103,8 @@ static int announce(struct errand *e)
     struct error err;
     log_write(&s->vm->log, LOG_INFO, "arrived, runs here");
     session_arrived(s);
-    // A guest that runs is worth more than its control socket.
-    if (session_listen(s, &err) || session_serve(s, &err))
+    // A guest that runs is worth more than its control socket. (One in a jail has it already.)
+    if (!s->outside.cwd && (session_listen(s, &err) || session_serve(s, &err)))
         log_write(&s->vm->log, LOG_ERROR, "no control socket: %s", err.text);
     return session_confine(s, e->err);
 }
@@ -211,6 +212,15 @@ static int arrival_start(struct arrival *a, int listen_fd, const struct migrate_
     return 0;
 }
 
+// Whoever is in a jail has its sockets before, and answers that it is starting.
+static int jailed_before(struct session *s, struct error *err)
+{
+    int ret = session_enter(s, err);
+    if (!ret)
+        ret = life_move(&s->life, LIFE_STARTING, err);
+    return ret ? ret : session_serve(s, err);
+}
+
 static int receive_session(struct session *s, struct arrival *a, struct error *err)
 {
     autoclose int listen_fd = -1;
@@ -230,7 +240,9 @@ static int receive_session(struct session *s, struct arrival *a, struct error *e
                                         .destroy_vm = destroy_vm,
                                         .arrived = arrived,
                                         .severed = severed};
-    ret = arrival_start(a, listen_fd, &hooks, err);
+    ret = *s->options->jail.dir ? jailed_before(s, err) : 0;
+    if (!ret)
+        ret = arrival_start(a, listen_fd, &hooks, err);
     if (ret)
         return ret;
     fprintf(stderr, "ferry: waiting for a guest on %s\n", bound);
@@ -253,18 +265,24 @@ int cli_receive(int argc, char **argv)
     struct session session;
     struct arrival arrival = {0};
     struct error err = {0};
+    int status;
     options_init(&options);
     int ret = options_parse(&options, FOR_RECEIVE, argc, argv, receive_usage, NULL, 0, &err);
     if (!ret && !options.listen)
         ret = error_set(&err, -EINVAL, "--listen ADDRESS is needed (ferry receive --help)");
     if (!ret)
-        ret = arrival_tls(&arrival, &options, &err);
-    if (!ret)
         ret = session_default_name(&options, &err);
     if (ret) {
-        tls_free(arrival.tls);
         options_free(&options);
         return ret > 0 ? EXIT_OK : cli_fail(&err);
+    }
+    ret = session_jail(&options, &status, &err);
+    if (!ret)
+        ret = arrival_tls(&arrival, &options, &err);
+    if (ret) { // outside a jail: its VM has ended
+        tls_free(arrival.tls);
+        options_free(&options);
+        return ret > 0 ? status : cli_fail(&err);
     }
     ret = session_init(&session, &options, &err);
     if (!ret)
@@ -322,8 +340,25 @@ static int disks_go_back(struct session *s, const char *path, struct error *err)
     return 0;
 }
 
+// Everything that a file says, and the file itself, is looked for inside.
+static int jailed_path(struct session *s, const char **path, char inside[PATH_MAX],
+                       struct error *err)
+{
+    autofree char *whole = realpath(*path, NULL);
+    if (!whole)
+        return error_errno(err, "%s", *path);
+    if (!jail_inside(&s->options->jail, whole, inside))
+        return error_set(err, -EINVAL, "%s: not in the jail %s", whole, s->options->jail.dir);
+    *path = inside;
+    return session_enter(s, err);
+}
+
 int arrival_restore(struct session *s, const char *path, bool continues, struct error *err)
 {
+    char inside[PATH_MAX];
+    int entered = *s->options->jail.dir ? jailed_path(s, &path, inside, err) : 0;
+    if (entered)
+        return entered;
     int before = continues ? disks_go_back(s, path, err) : 0;
     if (before)
         return before;
@@ -334,7 +369,7 @@ int arrival_restore(struct session *s, const char *path, bool continues, struct 
     int ret = restore_load(s, path, &report, err);
     if (!ret && s->board.vmgenid) // the file may be restored many times
         ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
-    if (!ret)
+    if (!ret && !s->outside.cwd)
         ret = session_listen(s, err);
     if (ret)
         return ret;
@@ -380,13 +415,33 @@ static int restore_run(void *context, const char *checkpoint, pid_t supervisor)
     struct session session;
     struct error err = {0};
     bool continues = checkpoint || r->options->newest;
+    int status;
     r->options->supervisor = supervisor;
-    int ret = session_init(&session, r->options, &err);
+    int ret = session_jail(r->options, &status, &err);
+    if (ret) { // outside a jail: its VM has ended
+        options_free(r->options);
+        return ret > 0 ? status : cli_fail(&err);
+    }
+    ret = session_init(&session, r->options, &err);
+    if (!ret && r->options->new_mac && !checkpoint) // which has the address that it got
+        ret = new_mac_apply(r->options, r->options->new_mac, &err);
     if (!ret)
         ret = arrival_restore(&session, checkpoint ? checkpoint : r->path, continues, &err);
     session_destroy(&session);
     options_free(r->options);
     return ret < 0 ? cli_fail(&err) : ret;
+}
+
+static int restore_shared(struct vm_options *o, struct error *err)
+{
+    char whole[PATH_MAX], inside[PATH_MAX];
+    if (o->checkpoints)
+        return outside_checkpoints(o, err);
+    if (!realpath(o->newest, whole))
+        return error_errno(err, "--newest %s", o->newest);
+    if (!jail_inside(&o->jail, whole, inside))
+        snprintf(o->jail.shared, sizeof(o->jail.shared), "%s", whole);
+    return 0;
 }
 
 int cli_restore(int argc, char **argv)
@@ -399,6 +454,8 @@ int cli_restore(int argc, char **argv)
     int ret = options_parse(&options, FOR_RESTORE, argc, argv, restore_usage, &path, 1, &err);
     if (!ret && !path == !options.newest)
         ret = error_set(&err, -EINVAL, "FILE or --newest DIR is needed (ferry restore --help)");
+    if (!ret && *options.jail.dir && (options.checkpoints || options.newest))
+        ret = restore_shared(&options, &err);
     if (!ret && options.newest)
         ret = newest(options.newest, found, &err);
     if (!ret)

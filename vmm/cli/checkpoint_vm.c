@@ -8,9 +8,10 @@
 #include <time.h>
 
 #include "migrate/checkpoint_dir.h"
-#include "migrate/snapshot.h"
 #include "vmm/cli/checkpoint.h"
 #include "vmm/cli/cli.h"
+#include "vmm/cli/jail.h"
+#include "vmm/cli/registry.h"
 #include "vmm/control.h"
 #include "vmm/util.h"
 
@@ -30,6 +31,11 @@ static int call(const char *name, const char *method, const char *route, json_t 
 // Where a VM's checkpoints go unless it is said.
 static int default_dir(const char *name, char path[PATH_MAX], struct error *err)
 {
+    struct jail_config jail;
+    if (registry_jail(name, &jail, NULL, NULL)) {
+        jail_outside(&jail, JAIL_SHARED, path);
+        return 0;
+    }
     const char *state = getenv("FERRY_STATE_DIR"), *xdg = getenv("XDG_STATE_HOME"),
                *home = getenv("HOME");
     int len;
@@ -53,9 +59,10 @@ static void absolute(const char *path, char whole[PATH_MAX])
 
 static json_t *body_of(const struct checkpoint_args *a, const char *dir)
 {
-    json_t *body = json_pack("{s:s, s:i, s:i, s:i}", "dir", dir, "keep", (int)a->settings.keep,
-                             "hourly", (int)a->settings.hourly, "chain", (int)a->settings.chain);
     char log[PATH_MAX];
+    registry_path(a->vm, dir, log);
+    json_t *body = json_pack("{s:s, s:i, s:i, s:i}", "dir", log, "keep", (int)a->settings.keep,
+                             "hourly", (int)a->settings.hourly, "chain", (int)a->settings.chain);
     if (a->interval)
         json_object_set_new(body, "interval", json_string(a->interval));
     if (a->mtbf)
@@ -65,7 +72,7 @@ static json_t *body_of(const struct checkpoint_args *a, const char *dir)
     if (a->settings.form == YOUNG_DALY)
         json_object_set_new(body, "daly", json_true());
     if (a->failure_log) {
-        absolute(a->failure_log, log);
+        registry_path(a->vm, a->failure_log, log);
         json_object_set_new(body, "failure_log", json_string(log));
     }
     return body;
@@ -163,7 +170,12 @@ static int dir_of(const char *what, char dir[PATH_MAX], struct error *err)
     struct error why;
     if (call(what, "GET", "/checkpoint", NULL, &status, &why)) // ended, or takes none now
         return default_dir(what, dir, err);
-    snprintf(dir, PATH_MAX, "%s", json_string_value(json_object_get(status, "dir")) ?: "");
+    struct jail_config jail;
+    const char *said = json_string_value(json_object_get(status, "dir")) ?: "";
+    if (registry_jail(what, &jail, NULL, NULL))
+        jail_outside(&jail, said, dir);
+    else
+        snprintf(dir, PATH_MAX, "%s", said);
     json_decref(status);
     return 0;
 }
@@ -262,13 +274,12 @@ static int rollback_find(const char *vm, const char *which, char path[PATH_MAX],
 
 static int rollback(const char *vm, const char *which, bool json, struct error *err)
 {
-    struct snapshot_report report;
-    char path[PATH_MAX];
+    char path[PATH_MAX], inside[PATH_MAX];
     int ret = rollback_find(vm, which, path, err);
-    if (!ret)
-        ret = snapshot_verify(path, &report, err);
-    if (!ret)
-        ret = call(vm, "PUT", "/rollback", json_pack("{s:s}", "path", path), NULL, err);
+    if (ret)
+        return ret;
+    registry_path(vm, path, inside);
+    ret = call(vm, "PUT", "/rollback", json_pack("{s:s}", "path", inside), NULL, err);
     if (!ret && json)
         printf("{\"path\": \"%s\"}\n", path);
     else if (!ret)

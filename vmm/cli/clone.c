@@ -15,20 +15,27 @@
 #include <sys/wait.h>
 
 #include "vmm/cli/cli.h"
+#include "vmm/cli/jail.h"
+#include "vmm/cli/registry.h"
 #include "vmm/control.h"
 #include "vmm/util.h"
 
-enum { CLONES_MAX = 256, CLONE_WAIT_S = 60, EXTRA_MAX = 64 };
+enum { CLONES_MAX = 256, CLONE_WAIT_S = 60, EXTRA_MAX = 64, BASES_MAX = 32 };
 
 static const char usage[] =
-    "ferry clone NAME [--count N] [--name PREFIX] [--dir DIR] [--json] [-- RESTORE OPTIONS]\n"
-    "       ferry clone --from FILE [--count N] --name PREFIX [--json] [-- RESTORE OPTIONS]\n\n"
+    "ferry clone NAME [--count N] [--name PREFIX] [--dir DIR] [--new-mac] [--json]\n"
+    "            [-- RESTORE OPTIONS]\n"
+    "       ferry clone --from FILE [--count N] --name PREFIX [--new-mac] [--json]\n"
+    "            [-- RESTORE OPTIONS]\n\n"
     "Makes N (default 1) VMs as NAME is at this moment, which goes on: PREFIX1, PREFIX2, ...\n"
     "(default NAME-). They share its memory, as it was, until they write to it; each has a copy "
     "of\n"
     "its disks' overlays, which are all it may write, and a new VM generation id.\n\n"
     "      --dir DIR    where memory and overlays are put (default /dev/shm)\n"
     "      --from FILE  clones of a snapshot (of the mapped layout), whose name stays\n"
+    "      --new-mac    each network device of each clone has a new address, for its driver's "
+    "next\n"
+    "                   begin (`restore --new-mac auto`)\n"
     "  -j, --json       what was made, as JSON\n\n"
     "What follows -- goes to each `ferry restore`, with {} for the child's number: the network, "
     "say,\n"
@@ -38,9 +45,13 @@ static const char usage[] =
 struct clone {
     unsigned count;
     const char *prefix, *dir, *from, *parent;
-    bool json;
+    bool json, new_mac;
     char **extra;
     int nr_extra;
+    struct jail_config jail; // the parent's; dir empty: none
+    char *jail_text;
+    json_t *bases;
+    int folder_fd;                         // of a folder that others may write to
     char folder[PATH_MAX], file[PATH_MAX]; // file: what the children map
     json_t *saved;                         // the parent's report
     char default_prefix[80];
@@ -75,6 +86,9 @@ static int clone_option(struct clone *c, int option, struct error *err)
     case 'j':
         c->json = true;
         return 0;
+    case 'm':
+        c->new_mac = true;
+        return 0;
     case ':':
         return error_set(err, -EINVAL, "an option lacks its value (ferry clone --help)");
     default:
@@ -84,13 +98,11 @@ static int clone_option(struct clone *c, int option, struct error *err)
 
 static int clone_parse(struct clone *c, int argc, char **argv, struct error *err)
 {
-    static const struct option longs[] = {{"count", required_argument, NULL, 'c'},
-                                          {"name", required_argument, NULL, 'n'},
-                                          {"dir", required_argument, NULL, 'd'},
-                                          {"from", required_argument, NULL, 'f'},
-                                          {"json", no_argument, NULL, 'j'},
-                                          {"help", no_argument, NULL, 'h'},
-                                          {0}};
+    static const struct option longs[] = {
+        {"count", required_argument, NULL, 'c'}, {"name", required_argument, NULL, 'n'},
+        {"dir", required_argument, NULL, 'd'},   {"from", required_argument, NULL, 'f'},
+        {"json", no_argument, NULL, 'j'},        {"new-mac", no_argument, NULL, 'm'},
+        {"help", no_argument, NULL, 'h'},        {0}};
     int words = 0, option;
     while (words < argc && strcmp(argv[words], "--"))
         words++;
@@ -112,6 +124,14 @@ static int clone_parse(struct clone *c, int argc, char **argv, struct error *err
                          "expected NAME, or --from FILE and --name (ferry clone "
                          "--help)");
     c->parent = c->from ? NULL : argv[optind];
+    if (c->parent && registry_jail(c->parent, &c->jail, &c->jail_text, &c->bases)) {
+        if (!c->jail_text)
+            return error_set(err, -ENOMEM, "no memory");
+        if (json_array_size(c->bases) > BASES_MAX)
+            return error_set(err, -E2BIG, "%s has more than %d images", c->parent, BASES_MAX);
+    } else if (!c->dir) {
+        c->dir = "/dev/shm";
+    }
     if (!c->prefix) {
         snprintf(c->default_prefix, sizeof(c->default_prefix), "%.60s-", c->parent);
         c->prefix = c->default_prefix;
@@ -140,17 +160,42 @@ static int parent_save(struct clone *c, struct error *err)
     return ret;
 }
 
+// A parent in a jail saves itself there, and its children are in the same one.
+static int jailed_save(struct clone *c, struct error *err)
+{
+    char path[108], inside[PATH_MAX];
+    const char *dir = c->dir ? c->dir : c->jail.dir;
+    if (!jail_inside(&c->jail, dir, inside))
+        return error_set(err, -EINVAL, "--dir %s: %s is in the jail %s: expected a folder there",
+                         dir, c->parent, c->jail.dir);
+    int ret = control_path(c->parent, path, sizeof(path), err);
+    if (!ret)
+        ret = jail_folder(&c->jail, dir, "ferry-clone", &c->folder_fd, c->folder, err);
+    if (ret)
+        return ret;
+    snprintf(c->file, sizeof(c->file), "%.*s/memory", PATH_MAX - 16, c->folder);
+    jail_inside(&c->jail, c->file, inside);
+    json_t *request = json_pack("{s:s, s:s, s:b}", "path", inside, "layout", "mapped", "disks", 1);
+    ret = control_call(path, "PUT", "/snapshot/file", request, &c->saved, NULL, NULL, err);
+    json_decref(request);
+    if (ret)
+        rmdir(c->folder);
+    return ret;
+}
+
 // The children have it open. The folder stays if their overlays are in it.
 static void parent_forget(struct clone *c)
 {
     char name[PATH_MAX + 16];
     if (!*c->folder)
         return;
-    unlink(c->file);
+    int at = c->folder_fd > 0 ? c->folder_fd : open(c->folder, O_PATH | O_DIRECTORY | O_CLOEXEC);
+    unlinkat(at, "memory", 0);
     for (unsigned i = 0; i < 32; i++) { // the frozen overlays, which every child has copied
-        snprintf(name, sizeof(name), "%s.disk%u", c->file, i);
-        unlink(name);
+        snprintf(name, sizeof(name), "memory.disk%u", i);
+        unlinkat(at, name, 0);
     }
+    close(at);
     rmdir(c->folder);
 }
 
@@ -167,10 +212,26 @@ static char *numbered(char *text, unsigned number)
 
 static int child_spawn(struct clone *c, struct child *child, struct error *err)
 {
-    static char program[] = "/proc/self/exe";
-    char *argv[EXTRA_MAX + 16] = {"ferry",  "restore",   c->file,     "--map", "--disks",
-                                  "--name", child->name, "--console", "null"};
+    static char program[] = "/proc/self/exe", new_mac[] = "--new-mac", drawn[] = "auto";
+    char *argv[EXTRA_MAX + 2 * BASES_MAX + 16] = {"ferry",     "restore",   c->file,
+                                                  "--map",     "--disks",   "--name",
+                                                  child->name, "--console", "null"};
     unsigned n = 9;
+    if (c->new_mac) {
+        argv[n++] = new_mac;
+        argv[n++] = drawn;
+    }
+    if (c->jail_text) {
+        size_t k;
+        json_t *base;
+        argv[n++] = "--jail";
+        argv[n++] = c->jail_text;
+        json_array_foreach(c->bases, k, base)
+        {
+            argv[n++] = "--base";
+            argv[n++] = (char *)(uintptr_t)json_string_value(base);
+        }
+    }
     for (int i = 0; i < c->nr_extra; i++)
         argv[n++] = numbered(c->extra[i], child->number);
     posix_spawn_file_actions_t files;
@@ -254,7 +315,7 @@ static int clone_run(struct clone *c, struct child *children, struct error *err)
     for (unsigned i = 0; i < c->count && !ret; i++)
         ret = child_name(c, &children[i], i, err);
     if (!ret && c->parent)
-        ret = parent_save(c, err);
+        ret = *c->jail.dir ? jailed_save(c, err) : parent_save(c, err);
     else if (!ret && !realpath(c->from, c->file))
         ret = error_errno(err, "%s", c->from);
     if (ret)
@@ -284,7 +345,7 @@ static int clone_run(struct clone *c, struct child *children, struct error *err)
 
 int cli_clone(int argc, char **argv)
 {
-    struct clone c = {.count = 1, .dir = "/dev/shm"};
+    struct clone c = {.count = 1};
     struct error err = {0};
     int ret = clone_parse(&c, argc, argv, &err);
     if (ret)
@@ -292,5 +353,7 @@ int cli_clone(int argc, char **argv)
     autofree struct child *children = calloc(c.count, sizeof(*children));
     ret = children ? clone_run(&c, children, &err) : error_set(&err, -ENOMEM, "no memory");
     json_decref(c.saved);
+    json_decref(c.bases);
+    free(c.jail_text);
     return ret ? cli_fail(&err) : EXIT_OK;
 }

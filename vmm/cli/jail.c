@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/prctl.h>
+#include <sys/random.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -97,7 +98,10 @@ int jail_parse(const char *text, struct jail_config *config, struct error *err)
     const char *dir = strtok_r(copy, ",", &save);
     if (!dir || *dir != '/' || *text == ',')
         return error_set(err, -EINVAL, "'%.80s': expected an absolute path first", text);
-    strcpy(c.dir, dir);
+    size_t len = strlen(dir);
+    while (len > 1 && dir[len - 1] == '/')
+        len--;
+    memcpy(c.dir, dir, len);
     for (char *part; (part = strtok_r(NULL, ",", &save));) {
         int ret = part_parse(part, &c, err);
         if (ret)
@@ -119,6 +123,63 @@ static int open_straight(int at, const char *path, uint64_t flags, int *fd, stru
     if (*fd < 0 && errno == ELOOP)
         return error_set(err, -ELOOP, "jail: %s: a symbolic link is on the way", path);
     return *fd < 0 ? error_errno(err, "jail: %s", path) : 0;
+}
+
+// What follows `dir` in `path`: "" or "/..."; NULL: it is not there.
+static const char *name_beneath(const char *dir, const char *path)
+{
+    size_t len = strcmp(dir, "/") ? strlen(dir) : 0;
+    return *dir && !strncmp(dir, path, len) && (!path[len] || path[len] == '/') ? path + len : NULL;
+}
+
+bool jail_inside(const struct jail_config *c, const char *path, char inside[PATH_MAX])
+{
+    const char *rest = name_beneath(c->dir, path), *shared = name_beneath(c->shared, path);
+    if (!c->have_uid)
+        snprintf(inside, PATH_MAX, "%s", path);
+    else if (rest)
+        snprintf(inside, PATH_MAX, "%s", *rest ? rest : "/");
+    else
+        snprintf(inside, PATH_MAX, "%s%s", shared ? JAIL_SHARED : "", shared ? shared : path);
+    return rest || shared;
+}
+
+void jail_outside(const struct jail_config *c, const char *path, char outside[PATH_MAX])
+{
+    const char *rest = *c->shared ? name_beneath(JAIL_SHARED, path) : NULL;
+    if (!c->have_uid)
+        snprintf(outside, PATH_MAX, "%s", path);
+    else
+        snprintf(outside, PATH_MAX, "%s%s", rest ? c->shared : c->dir, rest ? rest : path);
+}
+
+int jail_folder(const struct jail_config *c, const char *where, const char *name, int *fd,
+                char outside[PATH_MAX], struct error *err)
+{
+    autoclose int dir = -1;
+    char leaf[64];
+    int ret = open_straight(AT_FDCWD, where, O_PATH | O_DIRECTORY, &dir, err);
+    if (ret)
+        return ret;
+    for (unsigned tries = 0;; tries++) {
+        uint32_t number = 0;
+        if (getrandom(&number, sizeof(number), 0) < 0)
+            return error_errno(err, "getrandom");
+        snprintf(leaf, sizeof(leaf), "%.40s-%06x", name, number & 0xffffff);
+        if (!mkdirat(dir, leaf, 0700))
+            break;
+        if (errno != EEXIST || tries > 100)
+            return error_errno(err, "jail: a folder in %s", where);
+    }
+    if ((size_t)snprintf(outside, PATH_MAX, "%s/%s", where, leaf) >= PATH_MAX)
+        ret = error_set(err, -ENAMETOOLONG, "jail: %s: name too long", where);
+    if (!ret)
+        ret = open_straight(dir, leaf, O_RDONLY | O_DIRECTORY | O_NOFOLLOW, fd, err);
+    if (!ret && c->have_uid && fchown(*fd, c->uid, c->gid))
+        ret = error_errno(err, "jail: %s", outside);
+    if (ret)
+        unlinkat(dir, leaf, AT_REMOVEDIR);
+    return ret;
 }
 
 // --- control groups
@@ -284,6 +345,9 @@ static void leftovers_remove(const struct vm_options *o)
     }
     if (o->api_sock && !lstat(o->api_sock, &st) && S_ISSOCK(st.st_mode))
         unlink(o->api_sock);
+    const char *unix_path = o->listen && !strncmp(o->listen, "unix:", 5) ? o->listen + 5 : NULL;
+    if (unix_path && !lstat(unix_path, &st) && S_ISSOCK(st.st_mode))
+        unlink(unix_path);
 }
 
 // Whoever started us sees the end of the VM's process, as without a jail.
@@ -434,11 +498,42 @@ static int dev_mount(int root, const struct jail_config *c, struct error *err)
     return ret ? ret : mount_at(dev, at, "/dev", err);
 }
 
+// The folder outside, opened before the root changes, at JAIL_SHARED.
+static int shared_mount(int root, int shared, const struct jail_config *c, struct error *err)
+{
+    struct open_how how = {.flags = O_PATH | O_DIRECTORY | O_CLOEXEC,
+                           .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS};
+    struct mount_attr attr = {.attr_set = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC};
+    if (mkdirat(root, JAIL_SHARED + 1, 0755) && errno != EEXIST)
+        return error_errno(err, "jail: %s%s", c->dir, JAIL_SHARED);
+    autoclose int at = (int)syscall(SYS_openat2, root, JAIL_SHARED + 1, &how, sizeof(how));
+    autoclose int tree = (int)syscall(SYS_open_tree, shared, "",
+                                      AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
+    if (at < 0 || tree < 0 ||
+        syscall(SYS_mount_setattr, tree, "", AT_EMPTY_PATH, &attr, sizeof(attr)))
+        return error_errno(err, "jail: %s at %s%s", c->shared, c->dir, JAIL_SHARED);
+    return mount_at(tree, at, c->shared, err);
+}
+
+// It is made if need be, and the VM's user may write to it if it was.
+static int shared_open(const struct jail_config *c, int *fd, struct error *err)
+{
+    bool made = !mkdir(c->shared, 0700);
+    if (!made && errno != EEXIST)
+        return error_errno(err, "jail: %s", c->shared);
+    int ret = open_straight(AT_FDCWD, c->shared, O_RDONLY | O_DIRECTORY, fd, err);
+    if (!ret && made && c->have_uid && fchown(*fd, c->uid, c->gid))
+        ret = error_errno(err, "jail: %s", c->shared);
+    return ret;
+}
+
 // DIR becomes a mount of its own, then the root; the old one is gone from this process.
 static int root_change(const struct jail_config *c, struct error *err)
 {
-    autoclose int dir = -1;
+    autoclose int dir = -1, shared = -1;
     int ret = dir_open(c, &dir, err);
+    if (!ret && *c->shared)
+        ret = shared_open(c, &shared, err);
     if (ret)
         return ret;
     autoclose int root =
@@ -449,6 +544,8 @@ static int root_change(const struct jail_config *c, struct error *err)
     ret = mount_at(root, dir, c->dir, err);
     if (!ret)
         ret = dev_mount(root, c, err);
+    if (!ret && *c->shared)
+        ret = shared_mount(root, shared, c, err);
     if (ret)
         return ret;
     if (fchdir(root) || syscall(SYS_pivot_root, ".", ".") || umount2(".", MNT_DETACH) || chdir("/"))
@@ -504,7 +601,7 @@ static int landlock_allow(int rules, const char *path, uint64_t access, bool nee
 }
 
 // Nothing is executed, no device node is made; outside `dir` and these devices nothing is opened.
-static int landlock_enter(const char *dir, struct error *err)
+static int landlock_enter(const char *dir, const char *shared, struct error *err)
 {
     static const char *const devices[] = {"/dev/kvm", "/dev/net/tun", "/dev/userfaultfd",
                                           "/dev/urandom", "/dev/null"};
@@ -517,6 +614,8 @@ static int landlock_enter(const char *dir, struct error *err)
     if (rules < 0)
         return error_errno(err, "jail: Landlock");
     int ret = landlock_allow(rules, dir, LANDLOCK_FILES, true, err);
+    if (!ret && *shared)
+        ret = landlock_allow(rules, shared, LANDLOCK_FILES, true, err);
     for (size_t i = 0; i < ARRAY_SIZE(devices) && !ret; i++)
         ret = landlock_allow(rules, devices[i],
                              LANDLOCK_ACCESS_FS_READ_FILE | LANDLOCK_ACCESS_FS_WRITE_FILE, false,
@@ -529,12 +628,14 @@ static int landlock_enter(const char *dir, struct error *err)
 int jail_enter(const struct jail_config *c, struct error *err)
 {
     bool root = !geteuid();
-    autoclose int dir = -1;
+    autoclose int dir = -1, shared = -1;
     int ret = groups_join(c, err);
     if (!ret)
         ret = limits_set(err);
     if (!ret)
         ret = root ? namespaces_enter(c, err) : dir_open(c, &dir, err);
+    if (!ret && !root && *c->shared)
+        ret = shared_open(c, &shared, err);
     if (!ret && root)
         ret = user_drop(c, err);
     if (ret)
@@ -542,5 +643,5 @@ int jail_enter(const struct jail_config *c, struct error *err)
     // After the change of user, which would clear the wish to die with the process outside.
     if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_PDEATHSIG, SIGKILL))
         return error_errno(err, "jail: prctl");
-    return landlock_enter(root ? "/" : c->dir, err);
+    return landlock_enter(root ? "/" : c->dir, root ? "" : c->shared, err);
 }

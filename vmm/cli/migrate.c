@@ -28,7 +28,9 @@ static const char migrate_usage[] =
     "      --balloon WHAT     what the guest need not keep is taken from it before and while it "
     "moves,\n"
     "                         and given back there: auto, at most SIZE, off (default)\n"
+    "      --connections N    pre-copy: over so many connections, 1 (default) to 16\n"
     "      --prepaging HOW    post-copy: none, push, forward, bubble, multi-bubble (default)\n"
+    "      --disk             disks that are files of this host go with the guest\n"
     "      --tls DIR          over TLS: DIR has ca.pem, cert.pem and key.pem (or by themselves:\n"
     "                         --tls-ca, --tls-cert, --tls-key FILE)\n"
     "      --tls-name NAME    whom the other side's certificate must name (default HOST)\n"
@@ -72,7 +74,7 @@ struct migrate_args {
 };
 
 enum { OPTION_TLS = 0x100, OPTION_TLS_PART, OPTION_TLS_NAME = OPTION_TLS_PART + TLS_PARTS };
-enum { OPTION_INSECURE = OPTION_TLS_NAME + 1 };
+enum { OPTION_INSECURE = OPTION_TLS_NAME + 1, OPTION_DISK };
 
 static int put_number(json_t *request, const char *key, const char *text, uint64_t unit,
                       struct error *err)
@@ -105,6 +107,8 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
     case 'B':
         json_object_set_new(a->request, "balloon", json_string(optarg));
         return 0;
+    case 'n':
+        return put_number(a->request, "connections", optarg, 1, err);
     case 'R':
         a->report = optarg;
         json_object_set_new(a->request, "history", json_true());
@@ -132,6 +136,9 @@ static int migrate_option(struct migrate_args *a, int c, struct error *err)
         return 0;
     case OPTION_INSECURE:
         json_object_set_new(a->request, "insecure", json_true());
+        return 0;
+    case OPTION_DISK:
+        json_object_set_new(a->request, "disk", json_true());
         return 0;
     case 'j':
         a->json = true;
@@ -162,6 +169,7 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
         {"compress", required_argument, NULL, 'c'},
         {"delta-cache", required_argument, NULL, 'D'},
         {"balloon", required_argument, NULL, 'B'},
+        {"connections", required_argument, NULL, 'n'},
         {"report", required_argument, NULL, 'R'},
         {"prepaging", required_argument, NULL, 'p'},
         {"tls", required_argument, NULL, OPTION_TLS},
@@ -171,6 +179,7 @@ static int migrate_parse(struct migrate_args *a, int argc, char **argv, struct e
         {"psk", required_argument, NULL, OPTION_TLS_PART + TLS_PSK},
         {"tls-name", required_argument, NULL, OPTION_TLS_NAME},
         {"insecure", no_argument, NULL, OPTION_INSECURE},
+        {"disk", no_argument, NULL, OPTION_DISK},
         {"json", no_argument, NULL, 'j'},
         {"quiet", no_argument, NULL, 'q'},
         {"help", no_argument, NULL, 'h'},
@@ -244,6 +253,10 @@ static void show_progress(json_t *event, void *arg)
             (long long)(all > 0 && left <= all ? (all - left) * 100 / all : 0),
             (long long)(left >> 20), (double)event_number(event, "bandwidth") / (1 << 20),
             (double)event_number(event, "dirty_rate") / (1 << 20));
+    if (event_number(event, "disk_bytes"))
+        fprintf(stderr, "  disks %lld of %lld MiB",
+                (long long)(event_number(event, "disk_sent_bytes") >> 20),
+                (long long)(event_number(event, "disk_bytes") >> 20));
     if (event_number(event, "throttle_percent"))
         fprintf(stderr, "  held %lld %%", (long long)event_number(event, "throttle_percent"));
     if (event_number(event, "balloon_bytes"))

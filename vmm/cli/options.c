@@ -9,7 +9,7 @@
 #include "devices/virtio_console.h"
 #include "sched/client.h"
 
-enum { OPTIONS_MAX = 64, CONFIG_FILE_MAX = 1024 * 1024 };
+enum { OPTIONS_MAX = 72, CONFIG_FILE_MAX = 1024 * 1024 };
 
 struct option_row {
     const char *name;
@@ -49,6 +49,11 @@ static int set_nothing(struct vm_options *o, const char *value, struct error *er
 static int set_insecure(struct vm_options *o, const char *value, struct error *err)
 {
     return set_bool(&o->insecure, value, err);
+}
+
+static int set_disk_overwrite(struct vm_options *o, const char *value, struct error *err)
+{
+    return set_bool(&o->disk_overwrite, value, err);
 }
 
 static int set_cpus(struct vm_options *o, const char *value, struct error *err)
@@ -95,6 +100,14 @@ static int set_backing(struct vm_options *o, const char *value, struct error *er
         return 0;
     }
     return error_set(err, -EINVAL, "'%s': expected anonymous, thp, memfd or hugetlb", value);
+}
+
+static int set_dirty_log(struct vm_options *o, const char *value, struct error *err)
+{
+    if (strcmp(value, "bitmap") && strcmp(value, "ring"))
+        return error_set(err, -EINVAL, "'%s': expected bitmap or ring", value);
+    o->vm.ram.log = strcmp(value, "ring") ? RAM_LOG_BITMAP : RAM_LOG_RING;
+    return 0;
 }
 
 static int set_cpu(struct vm_options *o, const char *value, struct error *err)
@@ -295,6 +308,18 @@ static int set_jail(struct vm_options *o, const char *value, struct error *err)
     return jail_parse(value, &o->jail, err);
 }
 
+static int set_base(struct vm_options *o, const char *value, struct error *err)
+{
+    char *lines;
+    if (value[0] != '/' || strchr(value, '\n'))
+        return error_set(err, -EINVAL, "'%.80s': expected a path from the root", value);
+    if (asprintf(&lines, "%s%s\n", o->bases ? o->bases : "", value) < 0)
+        return error_set(err, -ENOMEM, "no memory for the name of an image");
+    free(o->bases);
+    o->bases = lines;
+    return 0;
+}
+
 static int set_config(struct vm_options *o, const char *value, struct error *err)
 {
     return options_load(o, FOR_RUN, value, err);
@@ -317,6 +342,10 @@ static const struct option_row rows[] = {
      TEXT(cpu)},
     {"backing", 'B', FOR_ALL, false, "KIND",
      "guest memory from: anonymous (default), thp, memfd, hugetlb", set_backing, 0},
+    {"dirty-log", 0, FOR_ALL, false, "KIND",
+     "how KVM notes what the guest writes, for migration and diff snapshots: bitmap (default), "
+     "ring",
+     set_dirty_log, 0},
     {"numa", 'N', FOR_ALL, false, "POLICY", "bind:NODES, interleave:NODES or preferred:NODE",
      set_nothing, TEXT(numa)},
     {"console", 'o', FOR_ALL, false, "WHERE",
@@ -343,6 +372,8 @@ static const struct option_row rows[] = {
      TEXT(psk)},
     {"insecure", 0, FOR_RECEIVE, false, NULL,
      "take guests in clear from other hosts, whoever sends them", set_insecure, 0},
+    {"disk-overwrite", 0, FOR_RECEIVE, false, NULL,
+     "a disk that comes with the guest may replace what is in its file", set_disk_overwrite, 0},
     {"api-sock", 0, FOR_ALL, false, "PATH",
      "a further socket for the API; a run without kernel waits there to be configured", set_nothing,
      TEXT(api_sock)},
@@ -371,6 +402,11 @@ static const struct option_row rows[] = {
      "(FILE.diskN."
      "NAME); it is trusted to name the right files",
      set_disks, 0},
+    {"new-mac", 0, FOR_RESTORE, false, "[DEV=]MAC",
+     "give network devices other addresses than they had: auto (one is drawn for each), or MAC, "
+     "for "
+     "net0, or DEVICE=MAC,... ; the guest takes it when its driver begins anew",
+     set_nothing, TEXT(new_mac)},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
      set_control, 0},
     {"stop-timeout", 0, FOR_ALL, false, "SECONDS",
@@ -394,9 +430,12 @@ static const struct option_row rows[] = {
     {"affinity", 0, FOR_ALL, false, "PCPUS",
      "run only on these, e.g. 0-3,8; soft:0-3 for rather there; or both, with a /", set_affinity,
      0},
-    {"jail", 0, FOR_RUN, false, "DIR[,...]",
+    {"jail", 0, FOR_ALL, false, "DIR[,...]",
      "see only the folder DIR: DIR[,uid=N,gid=N][,net=keep|own][,cgroup=PATH[,FILE=VALUE]...]",
-     set_jail, 0},
+     set_jail, TEXT(jail_text)},
+    {"base", 0, FOR_RESTORE | FOR_RECEIVE, false, "FILE",
+     "with --jail: an image outside it, which the guest's disks may read (again for more)",
+     set_base, 0},
     {"seccomp", 0, FOR_ALL, false, "MODE",
      "filter the system calls of each thread: on (default), off, or log what a filter would stop",
      set_seccomp, 0},
@@ -414,7 +453,8 @@ static const struct option_row rows[] = {
 
 void options_init(struct vm_options *o)
 {
-    *o = (struct vm_options) {.control = true, .vmgenid = true, .stop_timeout_s = STOP_TIMEOUT_S};
+    *o = (struct vm_options) {
+        .control = true, .vmgenid = true, .stop_timeout_s = STOP_TIMEOUT_S, .sched_broker = -1};
     o->vm.cpus = 1;
     o->vm.ram.size = 128 * MiB;
     o->vm.log_level = LOG_INFO;
@@ -433,6 +473,7 @@ void options_free(struct vm_options *o)
     }
     while (o->nr_devices)
         options_remove_device(o, o->nr_devices - 1);
+    free(o->bases);
     *o = (struct vm_options) {0};
 }
 

@@ -33,13 +33,17 @@ struct vm_options {
     struct console_config console;
     char *name, *cpu, *memory; // as given; memory and cpu also go into the machine description
     char *kernel, *initrd, *append, *numa, *listen, *api_sock, *config_file, *metrics_listen;
-    char *checkpoints, *newest;
+    char *checkpoints, *newest, *new_mac;
+    char *jail_text;  // as given
+    char *bases;      // images that disks may name though they lie outside the jail, a line each
     pid_t supervisor; // vmm/cli/supervise.h; 0: nobody starts this VM again
     char *tls, *tls_ca, *tls_cert, *tls_key, *psk;    // files, of `receive`
     struct device_option devices[VIRTIO_DEVICES_MAX]; // in the order of the kinds
     unsigned nr_devices;
+    bool disk_overwrite; // receive: by a disk that comes with the guest
     struct jail_config jail;
     char *sched;              // socket of the scheduler, "auto" or "off"; NULL: auto
+    int sched_broker;         // sched/broker.h, of a jail; -1: none
     struct sched_share share; // asked of it
     unsigned stop_timeout_s;  // for a guest that was asked to end; 0: it is not asked
     bool pci;                 // transport of the virtio devices

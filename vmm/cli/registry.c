@@ -10,6 +10,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include "devices/virtio_vsock.h"
 #include "vmm/cli/session.h"
@@ -68,6 +69,11 @@ static json_t *record_of(const struct session *s)
         json_pack("{s:s, s:i, s:I, s:i, s:I, s:o}", "name", o->name, "pid", (int)getpid(),
                   "start_ticks", (json_int_t)start_ticks(getpid()), "cpus", (int)o->vm.cpus,
                   "memory_bytes", (json_int_t)o->vm.ram.size, "files", files);
+    if (o->jail_text) {
+        json_object_set_new(record, "jail", json_string(o->jail_text));
+        json_object_set_new(record, "shared", json_string(o->jail.shared));
+        json_object_set_new(record, "bases", outside_bases(o));
+    }
     if (o->supervisor)
         json_object_set_new(record, "supervisor",
                             json_pack("{s:i, s:I}", "pid", (int)o->supervisor, "start_ticks",
@@ -201,6 +207,35 @@ int registry_scan(struct registry *r, struct error *err)
     if (r->nr)
         qsort(r->entries, r->nr, sizeof(*r->entries), by_name);
     return 0;
+}
+
+bool registry_jail(const char *name, struct jail_config *config, char **text, json_t **bases)
+{
+    char path[PATH_SIZE];
+    json_t *record = record_path(name, path, NULL) ? json_object() : record_read(path);
+    const char *jail = json_string_value(json_object_get(record, "jail"));
+    const char *shared = json_string_value(json_object_get(record, "shared"));
+    bool is = jail && !jail_parse(jail, config, NULL);
+    if (is)
+        snprintf(config->shared, sizeof(config->shared), "%s", shared ? shared : "");
+    if (is && text)
+        *text = strdup(jail);
+    if (is && bases)
+        *bases = json_incref(json_object_get(record, "bases"));
+    json_decref(record);
+    return is;
+}
+
+void registry_path(const char *name, const char *path, char whole[PATH_MAX])
+{
+    struct jail_config jail;
+    autofree char *cwd = *path == '/' ? NULL : getcwd(NULL, 0);
+    char named[PATH_MAX];
+    snprintf(named, sizeof(named), "%s%s%s", cwd ? cwd : "", cwd ? "/" : "", path);
+    if (registry_jail(name, &jail, NULL, NULL))
+        jail_inside(&jail, named, whole);
+    else
+        memcpy(whole, named, sizeof(named));
 }
 
 void registry_free(struct registry *r)

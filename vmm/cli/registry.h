@@ -4,11 +4,13 @@
 #pragma once
 
 #include <jansson.h>
+#include <limits.h>
 #include <stdbool.h>
 #include <sys/types.h>
 
 #include "vmm/error.h"
 
+struct jail_config;
 struct session;
 
 enum registry_fate {
@@ -36,6 +38,13 @@ void registry_remove(const char *name); // of this process, when its VM ends
 int registry_scan(struct registry *registry, struct error *err);
 void registry_free(struct registry *registry);
 const struct registry_entry *registry_find(const struct registry *registry, const char *name);
+
+// Whether VM `name` is in a jail, and in which. May be NULL: `text`, as --jail takes it; `bases`,
+// the images it reads, an array of names outside. To be freed.
+bool registry_jail(const char *name, struct jail_config *config, char **text, json_t **bases);
+
+// `path`, named here, as VM `name` knows it: from the root, or from its jail's.
+void registry_path(const char *name, const char *path, char whole[PATH_MAX]);
 
 // What a dead VM left behind: files that belong to nobody any more, with their sizes:
 // [{"path", "bytes"}]. Never a disk or overlay.

@@ -294,8 +294,8 @@ int cli_sched_daemon(int argc, char **argv)
         "  -s, --socket PATH      where VMs find it (default " SCHED_SOCKET ")\n"
         "      --mode OCTAL       of the socket (default 0600: VMs of its own user)\n"
         "  -p, --pcpus LIST       the pCPUs to schedule, e.g. 2-7 (default: all it may use)\n"
-        "      --slice TIME       a vCPU's turn, 1 to 1000 ms (default 30ms)\n"
-        "      --tick TIME        credit used up is noticed by then (default 10ms)\n"
+        "      --slice TIME       a vCPU's turn, 1 to 1000 ms (default 10ms)\n"
+        "      --tick TIME        a BOOST lasts that long in a slice (default 10ms, or half a slice)\n"
         "      --ratelimit TIME   nobody is preempted sooner; = slice: not preemptive (default "
         "1ms)\n"
         "      --placement KIND   a vCPU that wakes goes to the shortest queue: by length "
@@ -308,7 +308,7 @@ int cli_sched_daemon(int argc, char **argv)
         "      --notice HOW       of sleeping vCPUs: auto (default: the kernel's records where "
         "they\n"
         "                         can be had) or poll\n"
-        "example: ferry sched daemon --pcpus 2-7 --slice 10ms";
+        "example: ferry sched daemon --pcpus 2-7 --slice 30ms";
     struct args a;
     struct error err;
     int ret = parse(argc, argv, FOR_DAEMON, 0, 0, usage, &a, &err);

@@ -10,8 +10,10 @@
 
 #include "devices/platform.h"
 #include "devices/ucall.h"
+#include "devices/virtio_blk.h"
 #include "devices/virtio_pci.h"
 #include "migrate/snapshot.h"
+#include "sched/broker.h"
 #include "vmm/cli/api.h"
 #include "vmm/cli/arrival.h"
 #include "vmm/cli/cli.h"
@@ -179,6 +181,12 @@ static int virtio_add(struct session *s, unsigned i, struct error *err)
     d->config->transport = s->options->pci ? &virtio_pci_transport : &virtio_mmio_transport;
     d->config->place = s->options->pci ? (const void *)&slot : &window;
     d->config->arrives = s->restored || !s->options->kernel;
+    if (d->kind->class == &virtio_blk_class) {
+        struct virtio_blk_config *disk = (void *)d->config;
+        disk->comes = s->arrival;
+        disk->overwrite = s->options->disk_overwrite;
+        disk->fd = outside_fd(&s->outside, disk->path);
+    }
     return device_add(s->vm, d->kind->class, d->config, &s->devices[i], err);
 }
 
@@ -355,8 +363,14 @@ static void destroy_vm(void *context, struct vm *vm)
 static int disks(void *context, struct vm *vm, char **texts, struct error *err)
 {
     struct session *s = context;
-    json_t *all = options_json(s->options), *list = json_object_get(all, "disk");
+    json_t *all = options_json(s->options), *list = json_incref(json_object_get(all, "disk"));
+    if (s->outside.cwd) {
+        json_t *whole = outside_disks(&s->outside, list);
+        json_decref(list);
+        list = whole;
+    }
     *texts = list ? json_dumps(list, JSON_COMPACT) : strdup("[]");
+    json_decref(list);
     json_decref(all);
     return *texts ? 0 : error_set(err, -ENOMEM, "no memory for the list of disks");
 }
@@ -421,7 +435,14 @@ static int jail(struct session *s, struct error *err)
     const struct jail_config *config = &s->options->jail;
     if (!*config->dir)
         return 0;
-    return jail_enter(config, err);
+    int ret = outside_open(&s->outside, s->options, err);
+    return ret ? ret : jail_enter(config, err);
+}
+
+int session_enter(struct session *s, struct error *err)
+{
+    int ret = s->console ? 0 : console_open(&s->console, &s->options->console, s->loop, err);
+    return ret ? ret : session_listen(s, err);
 }
 
 static int socket_open(struct session *s, const char *path, struct error *err)
@@ -508,16 +529,61 @@ int session_confine(struct session *s, struct error *err)
     return ret;
 }
 
+// The scheduler's socket that the options name, or that is there; NULL: none is looked for.
+// *asked: they do name it, or a share.
+static const char *scheduler_socket(const struct vm_options *o, bool *asked)
+{
+    const char *socket = o->sched && strcmp(o->sched, "auto") ? o->sched : SCHED_SOCKET;
+    *asked = socket == o->sched || o->share.has;
+    bool seen = *asked || o->sched_broker >= 0 || !access(SCHED_SOCKET, F_OK);
+    return !strcmp(socket, "off") || !seen ? NULL : socket;
+}
+
+int session_jail(struct vm_options *o, int *status, struct error *err)
+{
+    bool asked;
+    int ret = *o->jail.dir ? jail_begin(o, status, err) : 0;
+    const char *socket = ret || !*o->jail.dir ? NULL : scheduler_socket(o, &asked);
+    return socket ? sched_broker_start(socket, &o->sched_broker, err) : ret;
+}
+
 // What was asked for must be had; "auto" takes what there is. `arrived`: it runs, and is not ended
 // for that.
 static int schedule(struct session *s, bool arrived, struct error *err)
 {
     const struct vm_options *o = s->options;
-    const char *socket = o->sched && strcmp(o->sched, "auto") ? o->sched : SCHED_SOCKET;
-    bool asked = socket == o->sched || o->share.has;
-    if (!strcmp(socket, "off") || (!asked && access(SCHED_SOCKET, F_OK)))
+    bool asked;
+    const char *socket = scheduler_socket(o, &asked);
+    if (!socket || (*o->jail.dir && o->sched_broker < 0))
         return 0;
-    return sched_tie(&s->tie, s->vm, socket, &o->share, asked && !arrived, err);
+    return sched_tie(&s->tie, s->vm, socket, o->sched_broker, &o->share, asked && !arrived, err);
+}
+
+// From here on there is no way back to the guest that was there.
+static int rollback_load(struct session *s, struct snapshot_back *back, struct error *err)
+{
+    lazy_free(s->lazy); // what it would still fetch is of the guest that was
+    s->lazy = NULL;
+    int ret = snapshot_back_load(back, err);
+    if (!ret && s->board.vmgenid)
+        ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
+    if (ret) {
+        error_prefix(err, "the guest is lost");
+        vm_request_stop(s->vm, VM_STOP_ERROR, 0, "%s", err->text);
+    }
+    return ret;
+}
+
+static int start_from(struct session *s, const char *path, struct error *err)
+{
+    struct snapshot_back *back;
+    session_hooks(s, &s->hooks);
+    int ret = snapshot_back_open(&back, path, s->vm, &s->hooks, err);
+    if (ret)
+        return ret;
+    ret = rollback_load(s, back, err);
+    snapshot_back_close(back);
+    return ret;
 }
 
 int session_start(struct session *s, struct error *err)
@@ -531,6 +597,8 @@ int session_start(struct session *s, struct error *err)
         ret = vm_start(s->vm, err);
     if (!ret)
         ret = schedule(s, false, err);
+    if (!ret && s->from)
+        ret = start_from(s, s->from, err);
     if (ret) { // back to where it can be configured anew
         session_vm_drop(s);
         life_move(&s->life, LIFE_CREATED, NULL);
@@ -591,21 +659,6 @@ void session_disks_forget(struct session *s, const struct snapfile *file)
             options_remove_device(o, i - 1);
 }
 
-// From here on there is no way back to the guest that was there.
-static int rollback_load(struct session *s, struct snapshot_back *back, struct error *err)
-{
-    lazy_free(s->lazy); // what it would still fetch is of the guest that was
-    s->lazy = NULL;
-    int ret = snapshot_back_load(back, err);
-    if (!ret && s->board.vmgenid)
-        ret = vmgenid_renew(s->board.vmgenid, s->board.power, err);
-    if (ret) {
-        error_prefix(err, "the guest is lost");
-        vm_request_stop(s->vm, VM_STOP_ERROR, 0, "%s", err->text);
-    }
-    return ret;
-}
-
 static int rollback(struct session *s, struct snapshot_back *back, struct error *err)
 {
     enum life_state before = life_get(&s->life);
@@ -654,6 +707,11 @@ int session_checkpoints(struct session *s, const char *from, struct error *err)
     }
     if (!body)
         return 0;
+    if (s->outside.cwd) {
+        char inside[PATH_MAX];
+        jail_inside(&s->options->jail, json_string_value(json_object_get(body, "dir")), inside);
+        json_object_set_new(body, "dir", json_string(inside));
+    }
     int ret = s->checkpoints ? checkpoint_commands_start(s->checkpoints, body, err)
                              : error_set(err, -EINVAL, "checkpoints need --control true");
     json_decref(body);
@@ -733,6 +791,7 @@ void session_destroy(struct session *s)
     if (s->signal_fd >= 0)
         close(s->signal_fd);
     loop_destroy(s->loop);
+    outside_close(&s->outside);
     console_close(s->console); // after the loop, which may still hold its polls
     api_destroy(s->api);
     usage_close(&s->usage);

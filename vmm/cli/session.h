@@ -10,6 +10,7 @@
 #include "migrate/lazy.h"
 #include "sched/vm.h"
 #include "vmm/cli/options.h"
+#include "vmm/cli/outside.h"
 #include "vmm/cli/usage.h"
 #include "vmm/control.h"
 #include "vmm/life.h"
@@ -36,7 +37,9 @@ struct session {
     struct api *api;
     struct migrate_commands *migrate;
     struct checkpoint_commands *checkpoints;
-    bool restored; // the guest came from a file, though options->kernel may be set
+    struct outside outside; // files of a VM in a jail
+    const char *from; // a checkpoint in the jail, which the guest is when it starts; NULL: none
+    bool restored;    // the guest came from a file, though options->kernel may be set
     struct migrate_hooks hooks;
     struct lazy *lazy;       // a guest that was restored before its memory was there
     struct arrival *arrival; // `ferry receive`: the guest that comes in, NULL otherwise
@@ -64,6 +67,9 @@ int session_init(struct session *s, struct vm_options *options, struct error *er
 int session_build(struct session *s, struct error *err);
 // How migrate/ describes, builds and drops this session's VM.
 void session_hooks(struct session *s, struct migrate_hooks *hooks);
+// A VM in a jail that comes from a stream or a file: console, sockets, and the jail, before it is
+// there.
+int session_enter(struct session *s, struct error *err);
 // Opens the API's sockets: clients can connect, and wait. With or without a VM.
 int session_listen(struct session *s, struct error *err);
 // Answers them, with every route this program has. Apart, since a guest need not wait for it.
@@ -75,6 +81,9 @@ void session_arrived(struct session *s);
 // From here on the loop's thread makes only the calls of vmm/seccomp.c. After every thread that is
 // not a worker's has been created; once more does nothing.
 int session_confine(struct session *s, struct error *err);
+
+// --jail, if it is asked for: as jail_begin, with somebody outside who connects to the scheduler.
+int session_jail(struct vm_options *o, int *status, struct error *err);
 // Asks the guest to end, by its power button: LIFE_STOPPING. One that has not after `timeout_s` is
 // ended. -ENOTCONN: it does not listen for the button; -EPERM: it does not run.
 int session_ask(struct session *s, unsigned timeout_s, struct error *err);

@@ -11,6 +11,7 @@
 
 #include "migrate/snapshot.h"
 #include "vmm/cli/cli.h"
+#include "vmm/cli/registry.h"
 #include "vmm/control.h"
 #include "vmm/util.h"
 
@@ -110,11 +111,12 @@ static int finish(json_t *result, bool json)
 
 // --- create
 
-// The VM's working directory is not ours.
-static json_t *whole_path(const char *path)
+// The VM's working directory is not ours, nor may its root be.
+static json_t *whole_path(const char *name, const char *path)
 {
-    autofree char *cwd = path[0] == '/' ? NULL : getcwd(NULL, 0);
-    return json_sprintf("%s%s%s", cwd ? cwd : "", cwd ? "/" : "", path);
+    char whole[PATH_MAX];
+    registry_path(name, path, whole);
+    return json_string(whole);
 }
 
 static int create(int argc, char **argv, struct error *err)
@@ -131,13 +133,13 @@ static int create(int argc, char **argv, struct error *err)
         ret = control_path(args.word[0], path, sizeof(path), err);
     if (ret)
         return ret;
-    json_t *request = json_pack("{s:o}", "path", whole_path(args.word[1]));
+    json_t *request = json_pack("{s:o}", "path", whole_path(args.word[0], args.word[1]));
     if (args.diff)
         json_object_set_new(request, "diff", json_true());
     if (args.disks)
         json_object_set_new(request, "disks", json_true());
     if (args.parent)
-        json_object_set_new(request, "parent", whole_path(args.parent));
+        json_object_set_new(request, "parent", whole_path(args.word[0], args.parent));
     if (args.layout)
         json_object_set_new(request, "layout", json_string(args.layout));
     if (args.compress)
