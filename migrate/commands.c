@@ -228,10 +228,10 @@ static const struct schema_field migrate_fields[] = {
     {"prepaging", SCHEMA_STRING, .choices = prepagings},
     {"compress", SCHEMA_STRING, .choices = packings},
     {"delta_cache", SCHEMA_INTEGER},                                    // bytes
+    {"balloon", SCHEMA_STRING, .min = 1},                               // auto, off, or a size
     {"connections", SCHEMA_INTEGER, .min = 1, .max = WIRE_STREAMS_MAX}, // of pre-copy
-    {"disk", SCHEMA_BOOL},                // images of this host go with the guest
-    {"balloon", SCHEMA_STRING, .min = 1}, // auto, off, or a size
-    {"history", SCHEMA_BOOL},             // what happened when, in the reply
+    {"disk", SCHEMA_BOOL},    // images of this host go with the guest
+    {"history", SCHEMA_BOOL}, // what happened when, in the reply
     {"downtime_ms", SCHEMA_INTEGER, .max = DOWNTIME_MAX_MS},
     {"bandwidth", SCHEMA_INTEGER}, // bytes/s, 0 = as fast as it goes
     {"max_rounds", SCHEMA_INTEGER, .max = ROUNDS_MAX},

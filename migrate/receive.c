@@ -61,7 +61,9 @@ struct receive {
     bool was_prepared, stay_paused;
     bool halted; // we paused the guest because pages cannot come, in a thread of its own:
     pthread_t pauser;
-    bool pausing; // to be joined
+    bool pausing;     // to be joined
+    pthread_t herald; // of post-copy: calls hooks->arrived
+    bool heralding;   // to be joined
 };
 
 void receive_params_default(struct receive_params *params)
@@ -633,6 +635,21 @@ static int take_commit(struct receive *r, struct error *err)
     return 0;
 }
 
+static void *herald_main(void *arg)
+{
+    struct receive *r = arg;
+    if (r->hooks->arrived)
+        r->hooks->arrived(r->hooks->context, r->vm);
+    return NULL;
+}
+
+static void herald_end(struct receive *r)
+{
+    if (r->heralding)
+        pthread_join(r->herald, NULL);
+    r->heralding = false;
+}
+
 // The guest is ours: nothing from here on may undo it.
 static int run(struct receive *r, struct error *err)
 {
@@ -645,8 +662,11 @@ static int run(struct receive *r, struct error *err)
     r->main.timeout_ms = r->params.idle_ms;
     struct wire_times times = {.load_ns = r->report->load_ns, .resume_ns = r->report->resume_ns};
     int ret = wire_put(&r->main.wire, WIRE_RUNNING, 0, &times, sizeof(times), NULL, 0, err);
-    if (r->hooks->arrived)
-        r->hooks->arrived(r->hooks->context, r->vm);
+    // In post-copy the loop's thread, which the hook may wait for, may itself wait for a page that
+    // is pushed: only we take that from the link.
+    r->heralding = r->postcopy && !pthread_create(&r->herald, NULL, herald_main, r);
+    if (!r->heralding)
+        herald_main(r);
     return ret;
 }
 
@@ -670,6 +690,7 @@ static int take_pushed(struct receive *r, struct error *err)
     int ret = postcopy_dest_wait(r->postcopy, r->params.idle_ms, err);
     if (ret)
         return ret;
+    herald_end(r); // whoever hears that it is complete finds it listening
     postcopy_dest_counts(r->postcopy, &r->report->faults, &r->report->requested);
     if (r->version >= 2) {
         struct wire_faults latency;
@@ -819,8 +840,11 @@ static int postcopy_settle(struct receive *r, int ret, struct error *err)
 static int settle(struct receive *r, int ret, struct error *err)
 {
     enum owner_action action;
-    if (r->postcopy)
-        return postcopy_settle(r, ret, err);
+    if (r->postcopy) {
+        ret = postcopy_settle(r, ret, err);
+        herald_end(r);
+        return ret;
+    }
     owner_step(r, DEST_EV_WHOLE, &action);
     see_off(r, ret);
     return 0;
