@@ -11,6 +11,7 @@
 #include <time.h>
 
 #include "migrate/checkpoint_dir.h"
+#include "migrate/snapshot.h"
 #include "vmm/util.h"
 
 enum { AGAIN_NS = 500 * 1000 * 1000 }; // how soon to ask a guest again that could not be saved
@@ -21,8 +22,16 @@ struct checkpointer {
     int lock_fd;
     const struct checkpoint_saver *saver;
     pthread_t thread;
+    // Merges old files while the guest runs and newer ones are made. The checkpointer's thread
+    // starts and joins it.
+    pthread_t merger;
+    bool merger_started;
+    struct checkpoint_merge merge; // what it does
+    atomic_bool give_up;
+    bool merge_failed; // the last one
 
     pthread_mutex_t lock; // guards what follows
+    bool merging;
     pthread_cond_t changed;
     bool quit;
     struct checkpoint_policy policy;
@@ -141,16 +150,83 @@ static void failed_one(struct checkpointer *c, const struct error *err)
         log_write(c->saver->log, LOG_ERROR, "checkpoint: %s; trying again", err->text);
 }
 
+// --- merging
+
+static void merged(struct checkpointer *c, const struct snapshot_report *report)
+{
+    pthread_mutex_lock(&c->lock);
+    c->status.merged += c->merge.files - 1;
+    if (c->merge.current)
+        checkpoint_policy_merged(&c->policy, c->merge.files, c->merge.diff_bytes,
+                                 report->stored_bytes);
+    pthread_mutex_unlock(&c->lock);
+    log_write(c->saver->log, LOG_DEBUG, "%s: %u checkpoints merged in %llu ms", c->merge.path,
+              c->merge.files, (unsigned long long)report->total_ns / 1000000);
+}
+
+static void *merger_main(void *arg)
+{
+    struct checkpointer *c = arg;
+    struct snapshot_report report;
+    struct error err = {0};
+    seccomp_enter_or_abort(SECCOMP_WORKER, c->saver->seccomp);
+    int ret = snapshot_settle(c->merge.path, &c->give_up, &report, &err);
+    if (!ret)
+        merged(c, &report);
+    else if (ret != -ECANCELED && !c->merge_failed)
+        log_write(c->saver->log, LOG_WARN, "merging checkpoints: %s; trying again", err.text);
+    c->merge_failed = ret;
+    pthread_mutex_lock(&c->lock);
+    c->merging = false;
+    pthread_mutex_unlock(&c->lock);
+    return NULL;
+}
+
+static void merger_join(struct checkpointer *c)
+{
+    if (c->merger_started)
+        pthread_join(c->merger, NULL);
+    c->merger_started = false;
+}
+
+static bool merger_works(struct checkpointer *c)
+{
+    pthread_mutex_lock(&c->lock);
+    bool works = c->merging;
+    pthread_mutex_unlock(&c->lock);
+    return works;
+}
+
+static void merge_begin(struct checkpointer *c, const struct checkpoint_dir *dir)
+{
+    if (merger_works(c))
+        return;
+    merger_join(c);
+    if (!checkpoint_dir_merge(dir, &c->policy.settings, time(NULL), &c->merge))
+        return;
+    pthread_mutex_lock(&c->lock);
+    c->merging = true;
+    pthread_mutex_unlock(&c->lock);
+    c->merger_started = !pthread_create(&c->merger, NULL, merger_main, c);
+    if (c->merger_started)
+        return;
+    pthread_mutex_lock(&c->lock);
+    c->merging = false;
+    pthread_mutex_unlock(&c->lock);
+}
+
+// What is not kept goes; what is kept only for others becomes less.
 static void prune(struct checkpointer *c)
 {
     struct checkpoint_dir dir;
     if (checkpoint_dir_read(&dir, c->dir, NULL))
         return;
     unsigned removed = checkpoint_dir_prune(&dir, &c->policy.settings, time(NULL));
-    checkpoint_dir_free(&dir);
     pthread_mutex_lock(&c->lock);
     c->status.removed += removed;
     pthread_mutex_unlock(&c->lock);
+    merge_begin(c, &dir);
+    checkpoint_dir_free(&dir);
 }
 
 static void take_one(struct checkpointer *c)
@@ -197,6 +273,8 @@ static void *checkpointer_main(void *arg)
     seccomp_enter_or_abort(SECCOMP_WORKER, c->saver->seccomp);
     while (wait_until_due(c))
         take_one(c);
+    atomic_store(&c->give_up, true);
+    merger_join(c);
     return NULL;
 }
 

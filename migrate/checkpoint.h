@@ -44,8 +44,8 @@ struct checkpoint_status {
     struct young_model model;       // measured, once measured
     struct checkpoint_settings settings;
     bool measured;
-    double interval, next; // seconds; next: until the next is due
-    uint64_t made, failed, removed, bytes;
+    double interval, next;                         // seconds; next: until the next is due
+    uint64_t made, failed, removed, merged, bytes; // merged: those that became part of another one
     struct checkpoint_measure last;
     struct error error; // of the last that failed, until one is made
 };

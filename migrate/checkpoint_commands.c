@@ -258,12 +258,12 @@ static json_t *model_json(const struct checkpoint_status *s)
 
 static json_t *status_json(const struct checkpoint_status *s)
 {
-    json_t *json = json_pack("{s:s, s:o, s:b, s:f, s:I, s:I, s:I, s:I, s:i, s:i, s:i}", "dir",
-                             s->dir, "model", model_json(s), "fixed", s->settings.interval > 0,
-                             "next_s", s->next, "made", (json_int_t)s->made, "failed",
-                             (json_int_t)s->failed, "removed", (json_int_t)s->removed, "bytes",
-                             (json_int_t)s->bytes, "keep", (int)s->settings.keep, "hourly",
-                             (int)s->settings.hourly, "chain", (int)s->settings.chain);
+    json_t *json = json_pack(
+        "{s:s, s:o, s:b, s:f, s:I, s:I, s:I, s:I, s:I, s:i, s:i, s:i}", "dir", s->dir, "model",
+        model_json(s), "fixed", s->settings.interval > 0, "next_s", s->next, "made",
+        (json_int_t)s->made, "failed", (json_int_t)s->failed, "removed", (json_int_t)s->removed,
+        "merged", (json_int_t)s->merged, "bytes", (json_int_t)s->bytes, "keep",
+        (int)s->settings.keep, "hourly", (int)s->settings.hourly, "chain", (int)s->settings.chain);
     if (s->made)
         json_object_set_new(
             json, "last",

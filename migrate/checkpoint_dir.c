@@ -167,31 +167,49 @@ static void orphans_remove(const struct checkpoint_dir *dir)
     char path[PATH_MAX];
     struct dirent *entry;
     DIR *stream = opendir(dir->path);
-    while (stream && (entry = readdir(stream)))
+    while (stream && (entry = readdir(stream))) {
+        char *tail = strstr(entry->d_name, ".snap.tmp-"); // of a merge
         if (is_orphan(dir, entry->d_name) && !path_make(dir, entry->d_name, path, NULL))
             unlink(path);
+        if (tail && !strncmp(entry->d_name, "checkpoint-", 11)) {
+            tail[5] = 0;
+            if (!path_make(dir, entry->d_name, path, NULL))
+                snapfile_clean(path);
+        }
+    }
     if (stream)
         closedir(stream);
+}
+
+// What is damaged is left for somebody to look at. To be freed; NULL: no memory.
+static struct checkpoint_item *items_judge(const struct checkpoint_dir *dir,
+                                           const struct checkpoint_settings *settings, int64_t now,
+                                           unsigned *nr)
+{
+    struct checkpoint_item *items = calloc(dir->nr + 1, sizeof(*items));
+    *nr = 0;
+    for (unsigned i = 0; items && i < dir->nr; i++) {
+        const struct checkpoint_file *file = &dir->files[i];
+        if (!file->readable)
+            continue;
+        items[*nr] = (struct checkpoint_item) {.number = file->number,
+                                               .created = file->info.created_s,
+                                               .parent = parent_find(items, dir, *nr, file)};
+        ++*nr;
+    }
+    if (items)
+        checkpoint_policy_keep(settings, items, *nr, now);
+    return items;
 }
 
 unsigned checkpoint_dir_prune(const struct checkpoint_dir *dir,
                               const struct checkpoint_settings *settings, int64_t now)
 {
-    autofree struct checkpoint_item *items = calloc(dir->nr + 1, sizeof(*items));
-    unsigned nr = 0, removed = 0;
+    unsigned nr, removed = 0;
+    autofree struct checkpoint_item *items = items_judge(dir, settings, now, &nr);
     if (!items)
         return 0;
     orphans_remove(dir);
-    for (unsigned i = 0; i < dir->nr; i++) { // what is damaged is left for somebody to look at
-        const struct checkpoint_file *file = &dir->files[i];
-        if (!file->readable)
-            continue;
-        items[nr] = (struct checkpoint_item) {.number = file->number,
-                                              .created = file->info.created_s,
-                                              .parent = parent_find(items, dir, nr, file)};
-        nr++;
-    }
-    checkpoint_policy_keep(settings, items, nr, now);
     for (unsigned i = nr; i > 0; i--) { // a diff before what it needs
         char name[CHECKPOINT_NAME_MAX], path[PATH_MAX];
         name_make(items[i - 1].number, name);
@@ -199,6 +217,34 @@ unsigned checkpoint_dir_prune(const struct checkpoint_dir *dir,
             removed += file_remove(path);
     }
     return removed;
+}
+
+static const struct checkpoint_file *file_of(const struct checkpoint_dir *dir, uint32_t number)
+{
+    for (unsigned i = 0; i < dir->nr; i++)
+        if (dir->files[i].number == number)
+            return &dir->files[i];
+    return NULL;
+}
+
+bool checkpoint_dir_merge(const struct checkpoint_dir *dir,
+                          const struct checkpoint_settings *settings, int64_t now,
+                          struct checkpoint_merge *merge)
+{
+    unsigned nr;
+    autofree struct checkpoint_item *items = items_judge(dir, settings, now, &nr);
+    *merge = (struct checkpoint_merge) {0};
+    int32_t i = items ? checkpoint_policy_merge(settings, items, nr, &merge->files) : -1;
+    if (i < 0)
+        return false;
+    for (int32_t newest = (int32_t)nr - 1; newest >= 0; newest = items[newest].parent)
+        merge->current |= newest == i;
+    for (int32_t of = i; of >= 0; of = items[of].parent)
+        if (items[of].parent >= 0)
+            merge->diff_bytes += file_of(dir, items[of].number)->info.file_bytes;
+        else if (file_of(dir, items[of].number)->info.kind != SNAPFILE_FULL)
+            return false; // what it needs is not there
+    return !checkpoint_dir_file(dir, file_of(dir, items[i].number), merge->path, NULL);
 }
 
 // --- finding one

@@ -46,6 +46,17 @@ int checkpoint_dir_next(const struct checkpoint_dir *dir, char *path, struct err
 unsigned checkpoint_dir_prune(const struct checkpoint_dir *dir,
                               const struct checkpoint_settings *settings, int64_t now);
 
+// What should be merged (snapshot_settle), so that a later prune can remove the rest of its chain.
+struct checkpoint_merge {
+    char path[PATH_MAX];
+    unsigned files;      // that become one
+    uint64_t diff_bytes; // of those that are diffs
+    bool current;        // it is part of the newest one's chain
+};
+bool checkpoint_dir_merge(const struct checkpoint_dir *dir,
+                          const struct checkpoint_settings *settings, int64_t now,
+                          struct checkpoint_merge *merge);
+
 // "newest", a number, or a file's name -> its path (PATH_MAX bytes). -ENOENT: there is none.
 int checkpoint_dir_find(const struct checkpoint_dir *dir, const char *which, char *path,
                         struct error *err);

@@ -127,7 +127,40 @@ void checkpoint_policy_keep(const struct checkpoint_settings *settings,
             item->keep = true;
         }
     }
+    for (unsigned i = 0; i < nr; i++)
+        items[i].wanted = items[i].keep;
     for (unsigned i = nr; i > 0; i--)
         if (items[i - 1].keep && items[i - 1].parent >= 0)
             items[items[i - 1].parent].keep = true;
+}
+
+// Files from `i` down to the full one that nobody wants for themselves; 0: somebody wants one.
+static unsigned unwanted_chain(const struct checkpoint_item *items, int32_t i)
+{
+    unsigned files = 0;
+    for (; i >= 0 && !items[i].wanted; i = items[i].parent)
+        files++;
+    return i < 0 ? files : 0;
+}
+
+int32_t checkpoint_policy_merge(const struct checkpoint_settings *settings,
+                                const struct checkpoint_item *items, unsigned nr, unsigned *files)
+{
+    unsigned least = settings->keep > CHECKPOINT_MERGE ? settings->keep : CHECKPOINT_MERGE;
+    for (unsigned i = nr; i > 0; i--) {
+        *files = items[i - 1].keep ? unwanted_chain(items, (int32_t)i - 1) : 0;
+        if (*files >= least)
+            return (int32_t)i - 1;
+    }
+    return -1;
+}
+
+void checkpoint_policy_merged(struct checkpoint_policy *p, unsigned files, uint64_t diff_bytes,
+                              uint64_t full_bytes)
+{
+    if (p->chain < files)
+        return; // an error has ended that chain meanwhile
+    p->chain -= files - 1;
+    p->diff_bytes -= diff_bytes < p->diff_bytes ? diff_bytes : p->diff_bytes;
+    p->full_bytes = full_bytes;
 }

@@ -15,6 +15,7 @@ enum {
     CHECKPOINT_CHAIN_MAX = 64, // what can be read: SNAPFILE_DEPTH_MAX
     CHECKPOINT_KEEP = 5,
     CHECKPOINT_KEEP_MAX = 1000,
+    CHECKPOINT_MERGE = 4,  // files at least that are merged: each time all pages are written anew
     CHECKPOINT_MAX = 4096, // files in one directory that a policy looks at
 };
 
@@ -69,9 +70,18 @@ struct checkpoint_item {
     int64_t created; // seconds since 1970
     int32_t parent;  // index of the item it continues, below its own; -1: a full one
     bool keep;       // out
+    bool wanted;     // out: for itself, not as something that another one continues
 };
 
 // Marks what is kept of `items`, sorted by number: the newest `keep`, the newest of each hour, and
 // everything that these continue.
 void checkpoint_policy_keep(const struct checkpoint_settings *settings,
                             struct checkpoint_item *items, unsigned nr, int64_t now);
+// Of items so marked: the diff that should become a full one, since nobody wants it or what it
+// continues, down to the full one (`*files` in all), for themselves. -1: none; few are left alone.
+int32_t checkpoint_policy_merge(const struct checkpoint_settings *settings,
+                                const struct checkpoint_item *items, unsigned nr, unsigned *files);
+// The chain that goes on has become `files` - 1 files shorter, by `diff_bytes` of diffs; it begins
+// with `full_bytes`.
+void checkpoint_policy_merged(struct checkpoint_policy *p, unsigned files, uint64_t diff_bytes,
+                              uint64_t full_bytes);

@@ -224,6 +224,12 @@ int snapfile_open(struct snapfile **out, const char *path, struct error *err)
     if (!f)
         return error_set(err, -ENOMEM, "no memory for a snapshot");
     int ret = chain_open(f, path, err);
+    // A parent may just have been merged into its child: the child is another file now.
+    for (unsigned again = 0; ret == -ENOENT && f->depth && again < 3; again++) {
+        while (f->depth)
+            level_close(&f->levels[--f->depth]);
+        ret = chain_open(f, path, err);
+    }
     if (ret)
         snapfile_close(f);
     else

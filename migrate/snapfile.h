@@ -58,6 +58,9 @@ struct snapfile_params {
     const char *parent;
     uint64_t pages;   // of guest memory
     unsigned workers; // threads that compress and write; 0 = as many as CPUs, at most 4
+    // The same guest once more, in place of the file of this id: the new one has its id and time,
+    // and may be needed as a parent. NULL: a snapshot of its own.
+    const struct snapfile_info *again;
 };
 
 struct snapfile_report {
@@ -92,6 +95,8 @@ int snapfile_set_section(struct snapfile_writer *w, enum snapfile_section sectio
 // after an error the temporary file is gone and an older file of that name is untouched.
 int snapfile_commit(struct snapfile_writer *w, struct snapfile_report *report, struct error *err);
 void snapfile_abort(struct snapfile_writer *w); // NULL is fine
+// Removes what writers of this file that were killed left behind (snapfile_create does, too).
+void snapfile_clean(const char *path);
 
 // --- what a file says about itself
 

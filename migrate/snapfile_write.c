@@ -356,7 +356,7 @@ static bool temp_name(const char *tail)
     return !strncmp(tail, ".tmp-", 5) && strspn(tail + 5, "0123456789abcdef") == 6 && !tail[11];
 }
 
-// What writers that were killed left behind. One that still lives holds a lock on its file.
+// One that still lives holds a lock on its file.
 static void stale_remove(const struct snapfile_path *place)
 {
     size_t len = strlen(place->name);
@@ -377,7 +377,17 @@ static void stale_remove(const struct snapfile_path *place)
         close(dup_fd);
 }
 
-static int target_check(const struct snapfile_writer *w, struct error *err)
+void snapfile_clean(const char *path)
+{
+    struct snapfile_path place;
+    if (snapfile_path_open(&place, path, NULL))
+        return;
+    stale_remove(&place);
+    snapfile_path_close(&place);
+}
+
+static int target_check(const struct snapfile_writer *w, const struct snapfile_info *again,
+                        struct error *err)
 {
     struct stat st;
     char by[SNAPFILE_NAME_MAX];
@@ -387,6 +397,8 @@ static int target_check(const struct snapfile_writer *w, struct error *err)
     if (!S_ISREG(st.st_mode))
         return error_set(err, -EINVAL, "snapshot %s: exists and is not a regular file", w->path);
     if (snapfile_peek(w->path, &info, NULL)) // not one of ours: the caller wants it replaced
+        return 0;
+    if (again && !memcmp(again->id, info.id, sizeof(info.id)))
         return 0;
     int ret = snapfile_needed(w->path, by, err);
     return ret > 0 ? error_set(err, -EBUSY, "snapshot %s: %s beside it needs it as its parent",
@@ -459,6 +471,10 @@ static int header_begin(struct snapfile_writer *w, const struct snapfile_params 
     h->created_s = now.tv_sec;
     if (getrandom(h->id, sizeof(h->id), 0) != sizeof(h->id))
         return error_errno(err, "getrandom");
+    if (p->again) {
+        h->created_s = p->again->created_s;
+        memcpy(h->id, p->again->id, sizeof(h->id));
+    }
     return p->parent ? parent_take(w, p->parent, err) : 0;
 }
 
@@ -534,7 +550,7 @@ int snapfile_create(struct snapfile_writer **out, const char *path, const struct
     if (!ret)
         ret = snapfile_path_open(&w->place, w->path, err);
     if (!ret)
-        ret = target_check(w, err);
+        ret = target_check(w, p->again, err);
     if (!ret)
         ret = header_begin(w, p, err);
     if (!ret)

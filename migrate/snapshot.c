@@ -764,7 +764,8 @@ static int merge_sections(const struct snapfile *f, struct snapfile_writer *w, s
     return ret;
 }
 
-static int merge_pages(const struct snapfile *f, struct snapfile_writer *w, struct error *err)
+static int merge_pages(const struct snapfile *f, struct snapfile_writer *w,
+                       const atomic_bool *cancelled, struct error *err)
 {
     const uint64_t pages = snapfile_info(f)->pages, most = 4 * SNAPFILE_CHUNK_PAGES;
     autofree uint8_t *data = malloc(most * PAGE_SIZE);
@@ -775,6 +776,8 @@ static int merge_pages(const struct snapfile *f, struct snapfile_writer *w, stru
         n = where.count;
         if (where.kind == SNAPFILE_ZERO)
             continue;
+        if (cancelled && atomic_load(cancelled))
+            return error_set(err, -ECANCELED, "merging snapshots cancelled");
         n = n < most ? n : most;
         ret = snapfile_read(f, page, n, data, err);
         if (!ret)
@@ -783,31 +786,22 @@ static int merge_pages(const struct snapfile *f, struct snapfile_writer *w, stru
     return ret;
 }
 
-int snapshot_merge(const char *child, const struct snapshot_params *params,
-                   struct snapshot_report *report, struct error *err)
+static int merge(const struct snapfile *f, const char *path, const struct snapfile_params *p,
+                 const atomic_bool *cancelled, struct snapshot_report *report, struct error *err)
 {
     uint64_t start = time_ns();
-    struct snapfile *f;
     struct snapfile_writer *w = NULL;
     struct snapfile_report file;
-    int ret = snapfile_open(&f, child, err);
-    if (ret)
-        return ret;
     report_fill(f, report);
-    const struct snapfile_params p = {.layout = params->layout,
-                                      .compress = params->compress,
-                                      .pages = snapfile_info(f)->pages,
-                                      .workers = params->workers};
-    ret = snapfile_create(&w, params->path, &p, err);
+    int ret = snapfile_create(&w, path, p, err);
     if (!ret)
         ret = merge_sections(f, w, err);
     if (!ret)
-        ret = merge_pages(f, w, err);
+        ret = merge_pages(f, w, cancelled, err);
     if (ret)
         snapfile_abort(w);
     else
         ret = snapfile_commit(w, &file, err);
-    snapfile_close(f);
     if (ret)
         return ret;
     report->kind = SNAPFILE_FULL;
@@ -819,4 +813,38 @@ int snapshot_merge(const char *child, const struct snapshot_params *params,
     memcpy(report->id, file.id, sizeof(file.id));
     report->total_ns = time_ns() - start;
     return 0;
+}
+
+int snapshot_merge(const char *child, const struct snapshot_params *params,
+                   struct snapshot_report *report, struct error *err)
+{
+    struct snapfile *f;
+    int ret = snapfile_open(&f, child, err);
+    if (ret)
+        return ret;
+    const struct snapfile_params p = {.layout = params->layout,
+                                      .compress = params->compress,
+                                      .pages = snapfile_info(f)->pages,
+                                      .workers = params->workers};
+    ret = merge(f, params->path, &p, NULL, report, err);
+    snapfile_close(f);
+    return ret;
+}
+
+int snapshot_settle(const char *path, const atomic_bool *cancelled, struct snapshot_report *report,
+                    struct error *err)
+{
+    struct snapfile *f;
+    int ret = snapfile_open(&f, path, err);
+    if (ret)
+        return ret;
+    const struct snapfile_info *info = snapfile_info(f);
+    const struct snapfile_params p = {.layout = info->layout,
+                                      .compress = info->compress,
+                                      .pages = info->pages,
+                                      .workers = 1, // nobody waits for it
+                                      .again = info};
+    ret = merge(f, path, &p, cancelled, report, err);
+    snapfile_close(f);
+    return ret;
 }

@@ -2,6 +2,7 @@
 // A guest in a file (migrate/snapfile.h), whole or as what changed since another snapshot.
 #pragma once
 
+#include <stdatomic.h>
 #include <stdint.h>
 
 #include "migrate/lazy.h"
@@ -123,6 +124,12 @@ int snapshot_verify(const char *path, struct snapshot_report *report, struct err
 // frozen overlays (where the chain can still be read: its section says which). The copies of those
 // that guests were given, FILE.diskN.NAME, are disks of VMs, and stay.
 int snapshot_remove(const char *path, struct error *err);
+
+// A diff becomes a full one in its place, with all that it says, and its children go on; its own
+// parents are not needed by it any more. At each moment its name has the one or the other, whole.
+// `cancelled` (may be NULL): -ECANCELED.
+int snapshot_settle(const char *path, const atomic_bool *cancelled, struct snapshot_report *report,
+                    struct error *err);
 
 // One full file from a chain. `params->path` may be the chain's newest file.
 int snapshot_merge(const char *child, const struct snapshot_params *params,

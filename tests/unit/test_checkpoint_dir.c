@@ -5,13 +5,17 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <time.h>
 
 #include "migrate/checkpoint.h"
 #include "migrate/checkpoint_dir.h"
+#include "migrate/snapshot.h"
 #include "vmm/util.h"
 
 enum { PAGES = 256 };
@@ -176,6 +180,163 @@ START_TEST(whole_chains_go)
 }
 END_TEST
 
+// --- merging
+
+// Number `n` has page 3 * n of its own, and page 1, which all have: the last of them has it.
+static void stamped(unsigned n, unsigned parent)
+{
+    struct snapfile_writer *w;
+    struct snapfile_report report;
+    struct error err = {0};
+    char page[PAGE_SIZE];
+    const struct snapfile_params params = {.layout = SNAPFILE_PACKED,
+                                           .compress = SNAPFILE_LZ4,
+                                           .parent = parent ? file(parent) : NULL,
+                                           .pages = PAGES,
+                                           .workers = 1};
+    ck_assert_msg(!snapfile_create(&w, file(n), &params, &err), "%s", err.text);
+    memset(page, (int)n, sizeof(page));
+    ck_assert_int_eq(snapfile_add_pages(w, 1, 1, page, &err), 0);
+    ck_assert_int_eq(snapfile_add_pages(w, 3 * n, 1, page, &err), 0);
+    ck_assert_int_eq(snapfile_set_section(w, SNAPFILE_MACHINE, "m", 1, &err), 0);
+    ck_assert_int_eq(snapfile_set_section(w, SNAPFILE_STATE, &n, sizeof(n), &err), 0);
+    ck_assert_msg(!snapfile_commit(w, &report, &err), "%s", err.text);
+}
+
+static void stamps_expect(unsigned n)
+{
+    struct snapfile *f;
+    struct error err = {0};
+    char page[PAGE_SIZE], want[PAGE_SIZE];
+    size_t len;
+    ck_assert_msg(!snapfile_open(&f, file(n), &err), "%s", err.text);
+    ck_assert_msg(!snapfile_verify(f, 1, &err), "%s", err.text);
+    for (unsigned p = 0; p < 3 * 14; p++) {
+        unsigned value = p == 1 ? n : p % 3 || p / 3 > n ? 0 : p / 3;
+        memset(want, (int)value, sizeof(want));
+        ck_assert_int_eq(snapfile_read(f, p, 1, page, &err), 0);
+        ck_assert_msg(!memcmp(page, want, sizeof(want)), "%u: page %u", n, p);
+    }
+    ck_assert(!memcmp(snapfile_section(f, SNAPFILE_STATE, &len), &n, sizeof(n)));
+    snapfile_close(f);
+}
+
+static void chain_make(unsigned nr)
+{
+    for (unsigned n = 1; n <= nr; n++)
+        stamped(n, n - 1);
+}
+
+static bool merge_find(struct checkpoint_settings *s, struct checkpoint_merge *merge)
+{
+    struct checkpoint_dir dir;
+    directory(&dir);
+    bool found = checkpoint_dir_merge(&dir, s, time(NULL), merge);
+    checkpoint_dir_free(&dir);
+    return found;
+}
+
+static unsigned prune_all(struct checkpoint_settings *s)
+{
+    struct checkpoint_dir dir;
+    directory(&dir);
+    unsigned removed = checkpoint_dir_prune(&dir, s, time(NULL));
+    checkpoint_dir_free(&dir);
+    return removed;
+}
+
+START_TEST(old_diffs_are_merged)
+{
+    struct checkpoint_settings s;
+    struct checkpoint_merge merge;
+    struct snapshot_report report;
+    struct snapfile_info before, after;
+    struct error err = {0};
+    checkpoint_settings_default(&s);
+    s.keep = 4;
+    chain_make(7);
+    ck_assert(!merge_find(&s, &merge));
+    stamped(8, 7);
+    other("checkpoint-000003.snap.tmp-00abcd");
+    ck_assert(merge_find(&s, &merge));
+    ck_assert_str_eq(merge.path, file(4));
+    ck_assert(merge.files == 4 && merge.current && merge.diff_bytes);
+    ck_assert_int_eq(snapfile_peek(file(4), &before, &err), 0);
+    atomic_bool cancelled = true;
+    ck_assert_int_eq(snapshot_settle(file(4), &cancelled, &report, &err), -ECANCELED);
+    stamps_expect(8);
+    ck_assert_msg(!snapshot_settle(file(4), NULL, &report, &err), "%s", err.text);
+    ck_assert_int_eq(snapfile_peek(file(4), &after, &err), 0);
+    ck_assert_int_eq(after.kind, SNAPFILE_FULL);
+    ck_assert(!memcmp(before.id, after.id, sizeof(after.id)) &&
+              before.created_s == after.created_s);
+    ck_assert_uint_eq(prune_all(&s), 3);
+    ck_assert(!exists("checkpoint-000003.snap.tmp-00abcd"));
+    for (unsigned n = 4; n <= 8; n++)
+        stamps_expect(n);
+    ck_assert(!merge_find(&s, &merge));
+    // A chain whose beginning is lost is not touched.
+    for (unsigned n = 9; n <= 12; n++)
+        stamped(n, n - 1);
+    ck_assert(merge_find(&s, &merge));
+    unlink(file(4));
+    ck_assert(!merge_find(&s, &merge));
+}
+END_TEST
+
+static void merge_and_die(struct checkpoint_settings *s, long microseconds)
+{
+    struct checkpoint_merge merge;
+    struct snapshot_report report;
+    int status;
+    pid_t pid = fork();
+    if (!pid) {
+        if (merge_find(s, &merge) && !snapshot_settle(merge.path, NULL, &report, NULL))
+            prune_all(s);
+        _exit(0);
+    }
+    const struct timespec nap = {0, microseconds * 1000};
+    nanosleep(&nap, NULL); // whenever that is: any moment is to be good
+    kill(pid, SIGKILL);
+    ck_assert_int_eq(waitpid(pid, &status, 0), pid);
+}
+
+// At whatever moment the process that merges and removes dies: the newest ones are whole, each with
+// what it says, and the next one finishes.
+START_TEST(merges_are_killed)
+{
+    struct checkpoint_settings s;
+    struct checkpoint_merge merge;
+    struct checkpoint_dir dir;
+    unsigned trials = getenv("FERRY_LONG") ? 300 : 12, unmerged = 0, unpruned = 0;
+    checkpoint_settings_default(&s);
+    s.keep = 3;
+    for (unsigned trial = 0; trial < trials; trial++) {
+        struct snapshot_report report;
+        struct error err = {0};
+        base_remove();
+        ck_assert_int_eq(mkdir(base, 0700), 0);
+        chain_make(12);
+        merge_and_die(&s, trial * 7919 % 20000);
+        for (unsigned n = 10; n <= 12; n++)
+            stamps_expect(n);
+        bool left = merge_find(&s, &merge);
+        unmerged += left;
+        if (left)
+            ck_assert_msg(!snapshot_settle(merge.path, NULL, &report, &err), "%s", err.text);
+        unpruned += prune_all(&s) && !left;
+        directory(&dir);
+        ck_assert_uint_eq(dir.nr, 4);
+        checkpoint_dir_free(&dir);
+        for (unsigned n = 9; n <= 12; n++)
+            stamps_expect(n);
+    }
+    if (getenv("FERRY_LONG"))
+        printf("merges killed: %u, before the rename: %u, while removing: %u\n", trials, unmerged,
+               unpruned);
+}
+END_TEST
+
 START_TEST(the_damaged_stay_and_count_for_nothing)
 {
     struct checkpoint_settings s;
@@ -251,7 +412,7 @@ static int guest_save(void *context, const char *path, const char *parent,
                                          .pause_ns = 2000000,
                                          .fault_ns = 1000000,
                                          .total_ns = 5000000,
-                                         .bytes = 1000};
+                                         .bytes = parent ? 10 : 1000};
     pthread_mutex_lock(&g->lock);
     if (!ret)
         *(parent ? &g->diffs : &g->fulls) += 1;
@@ -317,6 +478,28 @@ START_TEST(a_guest_is_saved)
     ck_assert_uint_le(dir.nr, 4 + 2 + 1); // kept ones, the beginning of their chain, the last
     char path[PATH_MAX];
     ck_assert_int_eq(checkpoint_dir_newest(&dir, 0, path, NULL, NULL, NULL), 0);
+    checkpoint_dir_free(&dir);
+}
+END_TEST
+
+START_TEST(old_ones_are_merged_meanwhile)
+{
+    struct guest g = {0};
+    struct checkpoint_saver saver;
+    struct checkpoint_status status;
+    struct checkpoint_dir dir;
+    struct checkpointer *c = begin(&g, &saver, 40);
+    unsigned files = 0;
+    do {
+        wait_for(&g, ++files);
+        checkpointer_status(c, &status);
+    } while (!status.merged || status.removed < 3 || status.made < 30);
+    checkpointer_stop(c);
+    char path[PATH_MAX];
+    directory(&dir);
+    ck_assert_uint_lt(dir.nr, 30);
+    ck_assert_int_eq(checkpoint_dir_newest(&dir, 0, path, NULL, NULL, NULL), 0);
+    ck_assert_str_eq(path, file(dir.files[dir.nr - 1].number));
     checkpoint_dir_free(&dir);
 }
 END_TEST
@@ -387,9 +570,12 @@ int main(void)
 {
     Suite *s = suite_create("checkpoint_dir");
     TCase *c = tcase_create("dir");
+    tcase_set_timeout(c, 300);
     tcase_add_checked_fixture(c, base_make, base_remove);
     tcase_add_test(c, names_and_numbers);
     tcase_add_test(c, whole_chains_go);
+    tcase_add_test(c, old_diffs_are_merged);
+    tcase_add_test(c, merges_are_killed);
     tcase_add_test(c, the_damaged_stay_and_count_for_nothing);
     tcase_add_test(c, the_newest_whole_one);
     suite_add_tcase(s, c);
@@ -397,6 +583,7 @@ int main(void)
     tcase_set_timeout(c, 60);
     tcase_add_checked_fixture(c, base_make, base_remove);
     tcase_add_test(c, a_guest_is_saved);
+    tcase_add_test(c, old_ones_are_merged_meanwhile);
     tcase_add_test(c, a_guest_that_is_not_ready_is_asked_again);
     tcase_add_test(c, failures_are_told_until_one_is_made);
     tcase_add_test(c, mtbf_is_measured);

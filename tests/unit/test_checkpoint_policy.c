@@ -175,6 +175,41 @@ START_TEST(the_newest_are_kept_with_what_they_need)
 }
 END_TEST
 
+START_TEST(what_only_others_need_is_merged)
+{
+    struct checkpoint_settings s;
+    struct checkpoint_item items[ITEMS];
+    unsigned files;
+    checkpoint_settings_default(&s);
+    s.keep = 5;
+    for (unsigned nr = 1; nr <= 16; nr++) { // one chain: 0 ... nr - 1
+        items_make(items, nr, 16, 10);
+        checkpoint_policy_keep(&s, items, nr, items[nr - 1].created);
+        int32_t at = checkpoint_policy_merge(&s, items, nr, &files);
+        ck_assert_int_eq(at, nr < 10 ? -1 : (int32_t)nr - 6);
+        ck_assert(at < 0 || files == nr - 5);
+    }
+    // Nothing below one that is wanted: here, of an hour.
+    s.hourly = 24;
+    items_make(items, 16, 16, 60);
+    checkpoint_policy_keep(&s, items, 16, items[15].created);
+    ck_assert_int_eq(checkpoint_policy_merge(&s, items, 16, &files), -1);
+    s.hourly = 0;
+    // Another chain that is whole needs nothing.
+    items_make(items, 20, 10, 10); // 0-9, 10-19
+    checkpoint_policy_keep(&s, items, 20, items[19].created);
+    ck_assert_int_eq(checkpoint_policy_merge(&s, items, 20, &files), 14);
+    ck_assert_uint_eq(files, 5);
+    struct checkpoint_policy p = {.settings = s, .chain = 10, .full_bytes = 100, .diff_bytes = 90};
+    checkpoint_policy_merged(&p, 5, 40, 120);
+    ck_assert(p.chain == 6 && p.full_bytes == 120 && p.diff_bytes == 50);
+    checkpoint_policy_merged(&p, 7, 40, 120); // of a chain that has ended
+    ck_assert(p.chain == 6 && p.diff_bytes == 50);
+    checkpoint_policy_merged(&p, 5, 60, 130);
+    ck_assert(p.chain == 2 && !p.diff_bytes);
+}
+END_TEST
+
 START_TEST(one_of_each_hour_is_kept)
 {
     struct checkpoint_settings s;
@@ -296,6 +331,7 @@ int main(void)
     tcase_add_test(c, no_faster_than_it_is_written);
     tcase_add_test(c, settings_are_checked);
     tcase_add_test(c, the_newest_are_kept_with_what_they_need);
+    tcase_add_test(c, what_only_others_need_is_merged);
     tcase_add_test(c, one_of_each_hour_is_kept);
     suite_add_tcase(s, c);
     c = tcase_create("trial");

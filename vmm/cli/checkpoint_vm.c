@@ -116,10 +116,11 @@ static void print_counts(json_t *status)
     json_t *last = json_object_get(status, "last");
     const char *error = json_string_value(json_object_get(status, "error"));
     char text[FAILURES_TEXT_MAX];
-    printf("\n  %-14s %10lld   in %s, %lld removed, %lld failed\n", "made",
+    printf("\n  %-14s %10lld   in %s, %lld removed, %lld merged, %lld failed\n", "made",
            (long long)json_integer_value(json_object_get(status, "made")),
            json_string_value(json_object_get(status, "dir")),
            (long long)json_integer_value(json_object_get(status, "removed")),
+           (long long)json_integer_value(json_object_get(status, "merged")),
            (long long)json_integer_value(json_object_get(status, "failed")));
     printf("  %-14s %10s\n", "next in", span(figure(status, "next_s"), text));
     if (last)
