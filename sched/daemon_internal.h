@@ -18,7 +18,9 @@ enum {
     POLL_NS = 1000000,     // also where the kernel's records cannot be had
     BRIEF_NS = 500000,     // that a vCPU with credit runs after it woke before it needs a turn
     TRANSIT_NS = 1000000,  // from a turn's beginning until the thread must have begun ...
-    STUCK_NS = 4000000,    // ... and when that is looked at, unless something happens before
+    STUCK_NS = 8000000,    // ... and when that is looked at, unless something happens before
+    EARLY_NS = 500000,     // what is due by then is done with what is due now ...
+    EARLY_PART = 20,       // ... if it is no more than that part of a slice
     LOOSE_NS = 2000000,    // CPU time without a turn, per tick, that is taken for disobedience
 };
 
@@ -44,6 +46,7 @@ struct sched_vcpu {
     bool woken; // since the last settling: must run or be told to wait
     bool stuck; // got a turn and did not come: until it has had CPU time
     bool revoked, offender;
+    bool deaf; // its going to sleep is no event
     enum sched_policy policy;
     uint64_t stuck_cpu_ns;
     uint64_t charged_ns;                   // CPU time charged so far

@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
+#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <string.h>
@@ -74,9 +75,24 @@ static enum sched_policy sleeper_policy(const struct sched_daemon *d, const stru
 
 static void woke(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now);
 
+// Whether its going to sleep is an event. In its turn, and without one; but not from the end of its
+// turn until the next one: then it sleeps because it obeys.
+static void out_listen(struct sched_daemon *d, struct sched_vcpu *v, bool on)
+{
+    if (v->watch.out_fd < 0 || v->vm->quiet || v->deaf == !on)
+        return;
+    struct epoll_event ev = {.events = on ? EPOLLIN : 0, .data.ptr = &v->source};
+    struct pollfd stale = {.fd = v->watch.out_fd, .events = POLLIN};
+    if (on)
+        poll(&stale, 1, 0); // takes what is known already
+    if (!epoll_ctl(d->epoll_fd, EPOLL_CTL_MOD, v->watch.out_fd, &ev))
+        v->deaf = !on;
+}
+
 static void sleeps(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
     v->brief_until_ns = 0;
+    out_listen(d, v, true);
     policy(v, sleeper_policy(d, v));
     sched_watch_listen(&v->watch, true);
     sched_watch_read(&v->watch, now); // it may have woken before we listened, or rung
@@ -165,6 +181,7 @@ static void turn_begin(struct sched_daemon *d, struct sched_vcpu *v, unsigned pc
     if (v->policy == SCHED_POLICY_LAST) // in its turn even an offender runs; else it never obeys
         policy(v, SCHED_POLICY_PLAIN);
     sched_watch_listen(&v->watch, false);
+    out_listen(d, v, true);
     atomic_store(&v->slot->wait_ns, v->credit.wait_ns);
     atomic_store(&v->slot->grant, GRANT_RUN);
     syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
@@ -183,8 +200,10 @@ static void turn_end(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
     v->woken = false;
     if (blocked && v->watch.asleep)
         return;
-    if (!blocked)
+    if (!blocked) {
         policy(v, SCHED_POLICY_PLAIN); // it used up its turn: not one that sleeps mostly
+        out_listen(d, v, false);
+    }
     v->revoked = true;
     kick(d, v);
 }
@@ -246,7 +265,8 @@ static void charge_running(struct sched_daemon *d, uint64_t now)
     }
 }
 
-// True when a pCPU was due.
+// True when a pCPU was due. Those that soon will be are looked at as well: each time that the
+// daemon wakes it takes a pCPU from a vCPU.
 static bool decide(struct sched_daemon *d, uint64_t now)
 {
     bool due = false;
@@ -255,14 +275,15 @@ static bool decide(struct sched_daemon *d, uint64_t now)
         credit_timer(&d->credit, now);
     }
     credit_kicks(&d->credit); // each pCPU is looked at anyway
+    const uint64_t early = least(EARLY_NS, d->credit.params.slice_ns / EARLY_PART);
     for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
-        if (d->credit.pcpus[p].until_ns > now)
+        if (d->credit.pcpus[p].until_ns > now + early)
             continue;
+        due |= d->credit.pcpus[p].until_ns <= now;
         struct sched_vcpu *v = vcpu_of(d->credit.pcpus[p].current);
         if (v)
             vcpu_look(d, v, now);
         credit_pick(&d->credit, p, now);
-        due = true;
     }
     return due;
 }
@@ -391,6 +412,7 @@ static void vm_listen(struct sched_daemon *d, struct sched_vm *vm)
         if (!v->present || v->watch.out_fd < 0)
             continue;
         ev.data.ptr = &v->source;
+        v->deaf = false;
         epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.out_fd, &ev);
         epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.in_fd, &ev);
     }
