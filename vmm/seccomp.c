@@ -34,7 +34,8 @@ enum {
     L = 1 << SECCOMP_LOOP,
     W = 1 << SECCOMP_WORKER,
     V = 1 << SECCOMP_VCPU,
-    H = 1 << SECCOMP_HTTP
+    H = 1 << SECCOMP_HTTP,
+    S = 1 << SECCOMP_SETUP, // and all that L may
 };
 enum { LW = L | W, LWV = L | W | V, ALL = L | W | V | H };
 
@@ -95,6 +96,17 @@ static const struct rule rules[] = {
     IOCTL(KVM_TRANSLATE, LWV),
     // State, saved and loaded; pause and resume; dirty pages.
     IOCTL(KVM_SET_REGS, LW),
+    // A VM is built.
+    IOCTL(KVM_GET_API_VERSION, S),
+    IOCTL(KVM_CREATE_VM, S),
+    IOCTL(KVM_ENABLE_CAP, S),
+    IOCTL(KVM_GET_VCPU_MMAP_SIZE, S),
+    IOCTL(KVM_SET_TSS_ADDR, S),
+    IOCTL(KVM_SET_IDENTITY_MAP_ADDR, S),
+    IOCTL(KVM_CREATE_IRQCHIP, S),
+    IOCTL(KVM_CREATE_PIT2, S),
+    IOCTL(KVM_CREATE_VCPU, S),
+    IOCTL(KVM_GET_SUPPORTED_CPUID, S),
     IOCTL(KVM_SET_SREGS, LW),
     IOCTL(KVM_GET_CLOCK, LW),
     IOCTL(KVM_SET_CLOCK, LW),
@@ -204,6 +216,10 @@ static const struct rule rules[] = {
     // The loop and its devices. Which rings there are is settled before; what they may do as well.
     CALL(io_uring_enter, LWV),
     CALL_IF(io_uring_register, 1, IORING_UNREGISTER_FILES, LW),
+    CALL(io_uring_register, S), // of rings that are made now: what they may do is settled with it
+    CALL(io_uring_setup, S),
+    CALL(memfd_create, S), // guest memory
+    CALL(mbind, S),
     CALL(timerfd_settime, LWV),
     CALL(poll, LWV | H),
     CALL(ppoll, LWV),
@@ -372,6 +388,14 @@ static void emit_check(struct assembler *a, const struct rule *rule)
          rule->check == OURSELF ? (uint32_t)getpid() : rule->value, clear, !clear);
 }
 
+static bool for_thread(const struct rule *rule, unsigned thread)
+{
+    unsigned bits = 1u << thread;
+    if (thread == SECCOMP_SETUP)
+        bits |= L;
+    return rule->threads & bits;
+}
+
 // The rules of one call, of which this thread has some. Always ends in a return.
 static void emit_call(struct assembler *a, const struct rule *rule, const struct rule *end,
                       unsigned thread, uint32_t stranger)
@@ -381,7 +405,7 @@ static void emit_call(struct assembler *a, const struct rule *rule, const struct
     bool open = true; // no rule has taken whatever is left
     emit(a, BPF_JMP | BPF_JEQ | BPF_K, rule->nr, 0, 0);
     for (; rule < end; rule++) {
-        if (!(rule->threads & (1u << thread)))
+        if (!for_thread(rule, thread))
             continue;
         if (rule->check != ANY && loaded != rule->arg) {
             loaded = rule->arg;
@@ -408,10 +432,10 @@ unsigned seccomp_program(enum seccomp_thread thread, enum seccomp_mode mode,
     emit_start(&a, mode);
     const struct rule *last = rules + ARRAY_SIZE(rules);
     for (const struct rule *rule = rules, *end; rule < last; rule = end) {
-        unsigned threads = 0;
+        bool any = false;
         for (end = rule; end < last && end->nr == rule->nr; end++)
-            threads |= end->threads;
-        if (threads & (1u << thread))
+            any |= for_thread(end, thread);
+        if (any)
             emit_call(&a, rule, end, thread, stranger_action(mode));
     }
     emit_return(&a, stranger_action(mode));

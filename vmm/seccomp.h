@@ -4,7 +4,7 @@
 //
 // The list is a table in seccomp.c; the filter is assembled from it, one for each kind of thread.
 // A thread inherits the filters of the one that creates it, and the strictest answer counts: so
-// loop >= worker >= vcpu. The HTTP thread is created before the loop is confined.
+// setup >= loop >= worker >= vcpu. The HTTP thread is created before the loop is confined.
 #pragma once
 
 #include <linux/filter.h>
@@ -23,6 +23,7 @@ enum seccomp_thread {
     SECCOMP_WORKER, // moves or saves the guest
     SECCOMP_VCPU,
     SECCOMP_HTTP,
+    SECCOMP_SETUP, // the loop's thread before there is a guest: it still builds VMs
     SECCOMP_THREADS,
 };
 

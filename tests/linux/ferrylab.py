@@ -276,13 +276,28 @@ class Namespaces:
             side.holder.stdout.close()
 
 
+def run_root():
+    """The folder of this run's labs. Those of runs that were killed go: their owner is in the name."""
+    stem = os.path.join(tempfile.gettempdir(), "ferry-test-")
+    for left in glob.glob(stem + "*"):
+        owner = left[len(stem):]
+        if owner.isdigit() and not os.path.exists(f"/proc/{owner}"):
+            shutil.rmtree(left, ignore_errors=True)
+    root = stem + str(os.getpid())
+    if not os.path.isdir(root):
+        os.mkdir(root)
+        os.chmod(root, 0o755)
+        atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
 class Lab:
     """A directory of its own for everything a test class makes, and what it started."""
 
     def __init__(self):
         if not os.path.exists(FERRY):
             raise unittest.SkipTest(f"{FERRY} is missing: build with meson")
-        self.dir = tempfile.mkdtemp(prefix="ferry-test-")
+        self.dir = tempfile.mkdtemp(dir=run_root())
         self.run_dir = os.path.join(self.dir, "run")
         self.tmp = os.path.join(self.dir, "tmp")
         os.mkdir(self.tmp)

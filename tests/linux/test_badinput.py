@@ -217,7 +217,7 @@ class BadInput(LabTest):
                               ("magic", b"FERRYSNP" + bytes(100))):
             with self.subTest(file=name):
                 path = self.file(name, content)
-                self.refused(path, command="restore", says=path, status=None)
+                self.refused(path, command="restore", says=name, status=None)  # in a jail: from its root
         self.refused(self.lab.path("missing"), command="restore", says="missing", status=lab.FAILED)
 
     def test_addresses(self):

@@ -78,6 +78,17 @@ class Filters(lab.LabTest):
         self.wait_arrived(target)
         self.filtered(target, "ferry", "http", "vcpu0")
 
+    def test_before_the_start(self):
+        """With the API alone, before there is a guest: a wider filter, and then the usual one."""
+        api = self.lab.path("api")
+        vm = self.lab.vm("run", "--api-sock", api, "--seccomp", "on")
+        self.filtered(vm, "ferry", "http")
+        for route, body in (("boot-source", {"kernel_image_path": lab.bare_guest("serial.elf")}),
+                            ("actions", {"action_type": "InstanceStart"})):
+            status, text = JailTest.call(self, api, "PUT", "/" + route, body)
+            self.assertEqual(204, status, text)
+        self.filtered(vm, "ferry", "http", "vcpu0")
+
     def test_off(self):
         vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall", "--seccomp", "off")
         self.wait_running(vm)

@@ -11,6 +11,7 @@
 #include "devices/platform.h"
 #include "devices/ucall.h"
 #include "devices/virtio_blk.h"
+#include "devices/virtio_net.h"
 #include "devices/virtio_pci.h"
 #include "migrate/snapshot.h"
 #include "sched/broker.h"
@@ -496,6 +497,22 @@ static int sockets_hand_over(struct session *s, struct error *err)
     return ret;
 }
 
+// Until there is a guest. passt, which --net user starts, would not work behind it.
+static int setup_confine(struct session *s, struct error *err)
+{
+    const struct vm_options *o = s->options;
+    bool passt = false;
+    for (unsigned i = 0; i < o->nr_devices; i++)
+        passt |= o->devices[i].kind->class == &virtio_net_class &&
+                 ((const struct virtio_net_config *)(const void *)o->devices[i].config)->kind ==
+                     NET_USER;
+    if (s->setup || s->confined || passt)
+        return 0;
+    int ret = seccomp_enter(SECCOMP_SETUP, o->vm.seccomp, err);
+    s->setup = !ret;
+    return ret;
+}
+
 int session_serve(struct session *s, struct error *err)
 {
     struct control *control;
@@ -520,7 +537,9 @@ int session_serve(struct session *s, struct error *err)
         return ret;
     control_confine(s->control, s->options->vm.seccomp);
     ret = control_start(s->control, err);
-    return ret || !s->vm ? ret : session_confine(s, err);
+    if (ret)
+        return ret;
+    return s->vm ? session_confine(s, err) : setup_confine(s, err);
 }
 
 int session_confine(struct session *s, struct error *err)

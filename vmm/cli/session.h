@@ -35,6 +35,7 @@ struct session {
     struct control *control;
     bool registered; // vmm/cli/registry.h has a record of this VM
     bool confined;   // session_confine has been
+    bool setup;      // so has the wider filter, which can build VMs
     struct api *api;
     struct migrate_commands *migrate;
     struct checkpoint_commands *checkpoints;
