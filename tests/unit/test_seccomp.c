@@ -65,7 +65,7 @@ static const struct attempt attempts[] = {
      {-1, KVM_RUN | 1l << 40},
      L | W | V}, // the kernel cuts it off
     {"KVM_GET_DIRTY_LOG", SYS_ioctl, {-1, KVM_GET_DIRTY_LOG}, L | W},
-    {"KVM_RESET_DIRTY_RINGS", SYS_ioctl, {-1, KVM_RESET_DIRTY_RINGS}, L | W | V | S},
+    {"KVM_RESET_DIRTY_RINGS", SYS_ioctl, {-1, KVM_RESET_DIRTY_RINGS}, L | W | V},
     {"KVM_CREATE_VM", SYS_ioctl, {-1, KVM_CREATE_VM}, S},
     {"KVM_CREATE_VCPU", SYS_ioctl, {-1, KVM_CREATE_VCPU}, S},
     {"TUNSETIFF", SYS_ioctl, {-1, TUNSETIFF}, L | W},
