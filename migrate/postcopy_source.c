@@ -143,6 +143,7 @@ int postcopy_serve(struct outgoing *out, struct error *err)
     // is found by the main connection.
     out->demand.timeout_ms = 0;
     out->demand.cancel_fd = -1; // a cancel is seen on the main connection, while it has effect
+    channel_quick(&out->demand);
     int ret = pthread_create(&ps->thread, NULL, demand_main, ps);
     if (ret) {
         free(batch);
