@@ -383,7 +383,7 @@ def register():
         row(name, Trip(LOADS["link"], mbit=mbit),
             [Metric("share", f"{name}: of the link", "%", goal_least=goal),
              Metric("rate", f"{name}: throughput", "MiB/s"), *common(name)], runs=runs)
-    row("write-heavy", Trip(LOADS["heavy"], mbit=1000),
+    row("write-heavy", Trip(LOADS["heavy"], mbit=1000, limit_ms=30),
         [Metric("wire_mib", "write-heavy: sent", "MiB", goal_ratio=("qemu", 0.7)),
          gap("write-heavy"), *[m for m in common("write-heavy") if m.name != "wire_mib"]], runs=3)
     trip = Trip(LOADS["increment"], "postcopy")
