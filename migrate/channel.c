@@ -18,6 +18,8 @@ enum { TLS_CHUNK = 16 * 1024 }; // what goes into one record
 // How far a writer may run ahead of the bandwidth limit after an idle time.
 #define BURST_NS 20000000ull
 
+#define AHEAD_BYTES (2 * PAGE_SIZE) // a page that was asked for and what says so
+
 // Waits for `events`; 0, -ECANCELED, -ETIMEDOUT.
 static int wait_fd(int fd, short events, int cancel_fd, unsigned timeout_ms, const char *name,
                    struct error *err)
@@ -104,12 +106,46 @@ static bool looks_like_tls(const struct iovec *iov, size_t n)
     return n >= 3 && iov->iov_len >= 3 && (b[0] == 22 || b[0] == 21) && b[1] == 3 && b[2] <= 4;
 }
 
+static unsigned ahead_take(struct channel *c, struct iovec **iov, unsigned nr)
+{
+    while (nr && c->ahead_at < c->ahead_len) {
+        size_t n = c->ahead_len - c->ahead_at;
+        n = n < (*iov)->iov_len ? n : (*iov)->iov_len;
+        memcpy((*iov)->iov_base, c->ahead + c->ahead_at, n);
+        c->ahead_at += n;
+        c->wire.in += n;
+        nr = iov_advance(iov, nr, n);
+    }
+    return nr;
+}
+
+static int quick_readv(struct channel *c, struct iovec *iov, unsigned nr, struct error *err)
+{
+    while ((nr = ahead_take(c, &iov, nr))) {
+        struct iovec both[2] = {*iov, {c->ahead, AHEAD_BYTES}};
+        struct msghdr m = {.msg_iov = both, .msg_iovlen = 2};
+        ssize_t n = recvmsg(c->fd, &m, 0);
+        if (!n)
+            return closed(c, err);
+        if (n < 0 && errno != EINTR)
+            return error_errno(err, "%s: reading", c->name);
+        size_t got = n > 0 ? (size_t)n : 0, here = got < iov->iov_len ? got : iov->iov_len;
+        c->ahead_at = 0;
+        c->ahead_len = got - here;
+        c->wire.in += here;
+        nr = iov_advance(&iov, nr, here);
+    }
+    return 0;
+}
+
 static int channel_readv(struct wire *w, struct iovec *iov, unsigned nr, struct error *err)
 {
     struct channel *c = container_of(w, struct channel, wire);
     nr = iov_advance(&iov, nr, 0);
     if (c->tls)
         return tls_readv(c, iov, nr, err);
+    if (c->ahead)
+        return quick_readv(c, iov, nr, err);
     while (nr) {
         struct msghdr m = {.msg_iov = iov, .msg_iovlen = nr};
         ssize_t n = recvmsg(c->fd, &m, MSG_DONTWAIT);
@@ -274,9 +310,21 @@ void channel_close(struct channel *c)
 {
     tls_stream_free(c->tls);
     c->tls = NULL;
+    free(c->ahead);
+    c->ahead = NULL;
     if (c->fd >= 0)
         close(c->fd);
     c->fd = -1;
+}
+
+void channel_quick(struct channel *c)
+{
+    int flags = fcntl(c->fd, F_GETFL);
+    if (c->tls || c->ahead || flags < 0 || fcntl(c->fd, F_SETFL, flags & ~O_NONBLOCK))
+        return;
+    c->timeout_ms = 0;
+    c->ahead = malloc(AHEAD_BYTES);
+    c->ahead_at = c->ahead_len = 0;
 }
 
 void channel_move(struct channel *to, struct channel *from, int cancel_fd, unsigned timeout_ms)

@@ -37,6 +37,8 @@ struct channel {
     // For connections that work together; may be NULL. What all of them have read and written,
     // bytes: while it counts on, silence on one is no time-out. And the one limit's `earliest_ns`.
     _Atomic uint64_t *moved, *earliest;
+    uint8_t *ahead;       // channel_quick: what came beyond what was asked for
+    size_t ahead_at, ahead_len;
 };
 
 // Takes over fd (made non-blocking, TCP_NODELAY where it is TCP).
@@ -44,6 +46,11 @@ void channel_init(struct channel *c, int fd, int cancel_fd, unsigned timeout_ms,
 void channel_close(struct channel *c); // fd becomes -1; harmless when it is
 // `to` becomes what `from` was, which is then closed.
 void channel_move(struct channel *to, struct channel *from, int cancel_fd, unsigned timeout_ms);
+
+// For a connection of short records on whose answers somebody waits, without time-out and cancel
+// (channel_shutdown ends a wait): a read takes all that has come, and waits in one system call.
+// Later reads must be through the channel. Without memory, or over TLS, nothing changes.
+void channel_quick(struct channel *c);
 
 // Wakes whoever waits on the channel, in any thread; later calls fail.
 void channel_shutdown(struct channel *c);

@@ -302,6 +302,7 @@ static int guard(struct postcopy_dest *pd, struct error *err)
 static int threads_start(struct postcopy_dest *pd, struct error *err)
 {
     pd->demand->timeout_ms = 0; // the guest may need nothing for long
+    channel_quick(pd->demand);
     int ret = pthread_create(&pd->fault_thread, NULL, fault_main, pd);
     pd->fault_started = !ret;
     if (!ret) {

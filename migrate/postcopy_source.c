@@ -4,6 +4,7 @@
 // in `todo` under the lock, so it is sent once; a request for a page already claimed finds it in
 // flight and changes nothing.
 #include <errno.h>
+#include <poll.h>
 #include <string.h>
 
 #include "migrate/bitmap.h"
@@ -27,10 +28,9 @@
 struct postcopy_source {
     struct outgoing *out;
     pthread_t thread;
-    pthread_mutex_t lock; // guards out->todo, order and requests
-    pthread_cond_t asked;
+    pthread_mutex_t lock; // guards out->todo, order and asked_ns
     struct prepage order;
-    uint64_t requests;
+    uint64_t asked_ns;        // when the last request came (--prepaging none)
     struct page_batch *batch; // of the demand thread
     uint64_t demanded;        // pages sent on request
     uint64_t demanded_zero;
@@ -67,8 +67,8 @@ static bool claim_one(struct postcopy_source *ps, uint64_t page)
         bitmap_clear(todo, page);
         prepage_fault(&ps->order, todo, page);
     }
-    ps->requests++;
-    pthread_cond_signal(&ps->asked);
+    if (ps->order.kind == PREPAGE_NONE)
+        ps->asked_ns = time_ns();
     pthread_mutex_unlock(&ps->lock);
     history_add(&ps->out->m->history, HISTORY_DEMAND, page, mine, 0);
     return mine;
@@ -133,17 +133,13 @@ int postcopy_serve(struct outgoing *out, struct error *err)
     *ps = (struct postcopy_source) {
         .out = out, .batch = batch, .window = WINDOW_MIN, .fastest_ns = UINT64_MAX};
     pthread_mutex_init(&ps->lock, NULL);
-    pthread_condattr_t attr;
-    pthread_condattr_init(&attr);
-    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
-    pthread_cond_init(&ps->asked, &attr);
-    pthread_condattr_destroy(&attr);
     prepage_init(&ps->order, out->params->prepaging, out->vm->ram.pages);
     page_presence_begin(&out->presence);
     // The destination asks when its guest needs something: silence is no failure here. A dead peer
     // is found by the main connection.
     out->demand.timeout_ms = 0;
     out->demand.cancel_fd = -1; // a cancel is seen on the main connection, while it has effect
+    channel_quick(&out->demand);
     int ret = pthread_create(&ps->thread, NULL, demand_main, ps);
     if (ret) {
         free(batch);
@@ -253,18 +249,20 @@ static int push_batch(struct postcopy_source *ps, struct page_batch *batch, stru
     return ret;
 }
 
-// --prepaging none: what nobody asks for is sent when nobody has asked for anything for a while.
+// --prepaging none: what nobody asks for is sent when nobody has asked for anything for a while. No
+// request wakes this thread: that would delay its answer.
 static void wait_quiet(struct postcopy_source *ps)
 {
     pthread_mutex_lock(&ps->lock);
-    for (bool quiet = false;
-         !quiet && ps->order.kind == PREPAGE_NONE && !atomic_load(&ps->out->m->severed);) {
-        struct timespec end = time_deadline(QUIET_NS / 1000000);
-        uint64_t before = ps->requests;
-        int late = 0;
-        while (ps->requests == before && !late)
-            late = pthread_cond_timedwait(&ps->asked, &ps->lock, &end);
-        quiet = ps->requests == before;
+    uint64_t now = ps->asked_ns = time_ns();
+    while (ps->order.kind == PREPAGE_NONE && !atomic_load(&ps->out->m->severed) &&
+           now - ps->asked_ns < QUIET_NS) {
+        struct pollfd sever = {.fd = ps->out->m->sever_fd, .events = POLLIN};
+        unsigned left = (unsigned)((QUIET_NS - (now - ps->asked_ns)) / 1000000);
+        pthread_mutex_unlock(&ps->lock);
+        poll(&sever, 1, (int)left + 1);
+        pthread_mutex_lock(&ps->lock);
+        now = time_ns();
     }
     if (ps->order.kind == PREPAGE_NONE)
         prepage_init(&ps->order, PREPAGE_PUSH, ps->out->vm->ram.pages);
@@ -361,7 +359,6 @@ void postcopy_end(struct outgoing *out)
     out->report->demand_pages += ps->demanded;
     out->report->data_pages += ps->end.data_pages + ps->demanded;
     out->report->zero_pages += ps->demanded_zero;
-    pthread_cond_destroy(&ps->asked);
     pthread_mutex_destroy(&ps->lock);
     free(ps->batch);
     free(ps);

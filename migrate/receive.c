@@ -578,7 +578,6 @@ static int begin_postcopy(struct receive *r, uint64_t stale, struct error *err)
 static int prepare(struct receive *r, struct error *err)
 {
     struct wire_prepare prep;
-    thread_prompt(); // the guest waits, and its first vCPU must not keep RUNNING back
     uint64_t start = time_ns();
     wire_fixed(&r->record, &prep, sizeof(prep));
     if (prep.flags & ~(uint32_t)(WIRE_PREPARE_POSTCOPY | WIRE_PREPARE_STAY_PAUSED))
@@ -882,6 +881,7 @@ int receive_run(struct receive *r, struct vm **vm, struct receive_report *report
     *report = (struct receive_report) {0};
     r->report = report;
     *vm = NULL;
+    thread_prompt(); // at the switch the guest waits, and its vCPUs must not keep RUNNING back
     int ret = accept_migration(r, err);
     if (!ret)
         ret = door_open(r, err);

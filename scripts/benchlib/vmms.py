@@ -88,10 +88,6 @@ class Machine:
                 start_new_session=True)
         self.pid = self.child.pid
         self.argv = argv
-        # A session is a scheduling group of its own (sched_autogroup), with a niceness of its own.
-        if os.nice(0):
-            with contextlib.suppress(OSError), open(f"/proc/{self.pid}/autogroup", "w") as f:
-                f.write(str(os.nice(0)))
         self.out, self.err = out_read, err_read
         self.mark_fd = None
         stamp = os.read(stamp_read, 8)

@@ -158,6 +158,7 @@ int main(int argc, char **argv)
         return fail("fork");
     if (!child) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
+        setsid(); // a scheduling group of its own, as another VMM has
         close(fd[0]);
         return answer(fd[1]);
     }

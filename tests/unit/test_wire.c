@@ -4,11 +4,15 @@
 // order).
 #include <check.h>
 #include <errno.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include "migrate/bitmap.h"
+#include "migrate/channel.h"
 #include "migrate/crc32c.h"
 #include "migrate/pages.h"
 #include "migrate/switchover.h"
@@ -623,6 +627,73 @@ START_TEST(test_bitmap)
 }
 END_TEST
 
+// --- a channel that reads ahead
+
+struct cutter {
+    const struct recorder *from;
+    int to;
+};
+
+// In pieces of 1 byte to 4 KiB, as a network may bring them.
+static void *cutter_main(void *arg)
+{
+    struct cutter *c = arg;
+    uint32_t x = 1;
+    for (size_t at = 0; at < c->from->len;) {
+        x = x * 1664525 + 1013904223;
+        size_t n = 1 + (x >> 20) % (x & 0x80000 ? 16 : 4096);
+        n = n < c->from->len - at ? n : c->from->len - at;
+        if (send(c->to, c->from->data + at, n, MSG_NOSIGNAL) != (ssize_t)n)
+            break;
+        at += n;
+    }
+    close(c->to);
+    return NULL;
+}
+
+START_TEST(test_quick_channel)
+{
+    static const uint32_t lengths[] = {1, 4096, 24, 4096, 20000, 8192, 3};
+    static uint8_t data[20000], got[20000];
+    struct error err;
+    struct recorder r;
+    recorder_init(&r);
+    for (unsigned i = 0; i < sizeof(data); i++)
+        data[i] = (uint8_t)(i * 7 + i / 256);
+    for (unsigned i = 0; i < 50 * ARRAY_SIZE(lengths); i++) {
+        struct wire_state state = {.len = lengths[i % ARRAY_SIZE(lengths)], .crc = i};
+        struct iovec blob = {data, state.len};
+        ck_assert_int_eq(wire_put(&r.wire, WIRE_STATE, 0, &state, sizeof(state), &blob, 1, &err),
+                         0);
+    }
+    int fd[2];
+    ck_assert_int_eq(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fd), 0);
+    struct cutter cutter = {&r, fd[0]};
+    struct channel c;
+    struct wire_record record = {0};
+    pthread_t thread;
+    channel_init(&c, fd[1], -1, 0, "test");
+    channel_quick(&c);
+    ck_assert_ptr_nonnull(c.ahead);
+    ck_assert_int_eq(pthread_create(&thread, NULL, cutter_main, &cutter), 0);
+    for (unsigned i = 0; i < 50 * ARRAY_SIZE(lengths); i++) {
+        struct wire_state state;
+        ck_assert_int_eq(wire_expect(&c.wire, &record, WIRE_STATE, &err), 0);
+        wire_fixed(&record, &state, sizeof(state));
+        ck_assert_uint_eq(state.crc, i);
+        ck_assert_uint_eq(state.len, lengths[i % ARRAY_SIZE(lengths)]);
+        ck_assert_int_eq(wire_read(&c.wire, got, state.len, &err), 0);
+        ck_assert_int_eq(memcmp(got, data, state.len), 0);
+    }
+    ck_assert_uint_eq(c.wire.in, r.len);
+    ck_assert_int_eq(wire_get(&c.wire, &record, NULL), -ENODATA);
+    pthread_join(thread, NULL);
+    channel_close(&c);
+    wire_record_free(&record);
+    free(r.data);
+}
+END_TEST
+
 // --- the switch-over rule
 
 static const struct {
@@ -801,6 +872,7 @@ int main(void)
     tcase_add_test(tc, test_shards);
     tcase_add_test(tc, test_crc32c);
     tcase_add_test(tc, test_bitmap);
+    tcase_add_test(tc, test_quick_channel);
     tcase_add_test(tc, test_switchover);
     tcase_add_test(tc, test_latency_buckets);
     tcase_add_test(tc, test_throttle_share);
