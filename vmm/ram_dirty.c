@@ -3,7 +3,6 @@
 #include <errno.h>
 #include <linux/kvm.h>
 #include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
 
 #include "vmm/dirty_ring.h"
@@ -91,8 +90,8 @@ static int own_begin(struct ram *ram, struct error *err)
         ret = dirty_rings_harvest(ram->rings, err);
         dirty_rings_lost(ram->rings); // all pages are watched anew
     }
-    if (!ret)
-        memset((void *)ram->own_dirty, 0, words * sizeof(*ram->own_dirty));
+    for (size_t i = 0; !ret && i < words; i++) // somebody may be harvesting what was noted before
+        atomic_store_explicit(&ram->own_dirty[i], 0, memory_order_relaxed);
     return ret;
 }
 
