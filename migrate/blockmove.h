@@ -78,7 +78,7 @@ struct block_intake {
     unsigned nr;
     uint8_t *buffer;
     uint64_t unsynced; // bytes
-    uint32_t kept; // a bit for each disk whose image was here
+    uint32_t kept;     // a bit for each disk whose image was here
     uint64_t data_bytes, zero_bytes;
 };
 
