@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/stat.h>
 #include <sys/timerfd.h>
 #include <unistd.h>
 
@@ -102,6 +103,8 @@ static int image_open(struct virtio_blk *b, struct error *err)
     b->made = comes && access(has_overlay(b) ? c->overlay : c->path, F_OK);
     int ret = blk_image_open(&b->image, c->path, &mode, err);
     mode.fd = 0;
+    if (!ret && b->made && !c->fd && !has_overlay(b))
+        fchmod(b->image.fd, 0600); // it will hold all that the guest has
     // Locked before the overlay looks at it: a base that somebody writes is no base.
     if (!ret && !attach->arrives)
         ret = blk_image_lock(&b->image, err);

@@ -14,8 +14,8 @@
 #include "vmm/disk.h"
 #include "vmm/vm.h"
 
-#define SUM_BYTES  (1 * GiB) // of a base that are looked at
-#define LOOK_BYTES (4 * GiB) // of an overlay's disk, under the lock
+#define SUM_BYTES  (1 * GiB)  // of a base that are looked at
+#define LOOK_BYTES (64 * MiB) // of an overlay's disk at a time, under the lock
 
 // --- what it is
 

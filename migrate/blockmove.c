@@ -9,6 +9,8 @@
 #include "migrate/crc32c.h"
 #include "vmm/vm.h"
 
+#define SYNC_BYTES (64 * MiB) // at the destination, at the latest
+
 // --- disks of a VM
 
 // The first at or after `dev`.
@@ -400,9 +402,10 @@ int block_intake_record(struct block_intake *in, struct wire *w, const struct wi
         ret = d->ops->write(d->dev, e.offset, zero ? NULL : data, e.len, err);
         data += zero ? 0 : e.len;
         *(zero ? &in->zero_bytes : &in->data_bytes) += e.len;
+        in->unsynced += e.len;
     }
-    in->unsynced = true;
-    return ret;
+    // A sync at the end of a pass that takes longer than the source waits would be the end of all.
+    return ret || in->unsynced < SYNC_BYTES ? ret : block_intake_sync(in, err);
 }
 
 int block_intake_sync(struct block_intake *in, struct error *err)
@@ -410,7 +413,7 @@ int block_intake_sync(struct block_intake *in, struct error *err)
     int ret = 0;
     for (unsigned i = 0; in->unsynced && i < in->nr && !ret; i++)
         ret = in->disks[i].ops->sync(in->disks[i].dev, err);
-    in->unsynced = in->unsynced && ret;
+    in->unsynced = ret ? in->unsynced : 0;
     return ret;
 }
 

@@ -77,8 +77,8 @@ struct block_intake {
     struct block_disk disks[WIRE_DISKS_MAX]; // only dev, ops and info
     unsigned nr;
     uint8_t *buffer;
-    bool unsynced;
-    uint32_t kept; // a bit for each disk whose image was here
+    uint64_t unsynced; // bytes
+    uint32_t kept;     // a bit for each disk whose image was here
     uint64_t data_bytes, zero_bytes;
 };
 

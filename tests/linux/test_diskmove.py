@@ -129,6 +129,7 @@ class DiskMoves(LabTest):
         before = self.static(a)
         vm, report = self.moved(self.walker(a), b, "--disk")
         self.assertEqual(DISK, os.path.getsize(b))
+        self.assertEqual(0o600, os.stat(b).st_mode & 0o777)
         self.assertEqual(before, self.static(b))
         self.assertLess(os.stat(b).st_blocks * 512, DISK // 2)  # what was a hole is one
         self.assertGreater(report["disk_bytes"], 4 * MIB)
