@@ -96,6 +96,7 @@ void squeeze_end(struct outgoing *out)
     if (s->on)
         out->vm->ram.balloon->take(out->vm->ram.balloon, 0);
     s->on = false;
-    s->asked_ns = 0;
-    out->report->balloon_bytes = s->most;
+    s->asked_ns = s->held = 0;
+    if (s->most > out->report->balloon_bytes) // a recovery goes on with the same report
+        out->report->balloon_bytes = s->most;
 }
