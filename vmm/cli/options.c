@@ -372,7 +372,8 @@ static const struct option_row rows[] = {
      "NAME); it is trusted to name the right files",
      set_disks, 0},
     {"new-mac", 0, FOR_RESTORE, false, "[DEV=]MAC",
-     "give network devices other addresses than they had: auto (one is drawn for each), or MAC, for "
+     "give network devices other addresses than they had: auto (one is drawn for each), or MAC, "
+     "for "
      "net0, or DEVICE=MAC,... ; the guest takes it when its driver begins anew",
      set_nothing, TEXT(new_mac)},
     {"control", 0, FOR_ALL, false, "BOOL", "open the control socket: true (default) or false",
