@@ -261,10 +261,16 @@ def restore_ferry(memory, mib, layout, *how):
     _, path, gap = saved("ferry", memory, mib, layout)
     name = Ferry()._name()
     argv = [program(FERRY, "ninja -C build"), "restore", path, "-n", name, "--console", "stdio",
-            *how]
+            "--log", "debug", *how]
     with Machine(argv, memory, None) as machine:
         took = first_change(machine, memory, gap)
-        return {"first_ms": took / 1e6, "rate": mib / (took / 1e9)}
+        limit = time.monotonic() + 60
+        while not (runs := re.search(rb"runs since (\d+) ns", machine.errors)):
+            machine._read(0.1)
+            if time.monotonic() > limit:
+                raise Failed("it does not say when the guest ran")
+        return {"first_ms": took / 1e6, "rate": mib / (took / 1e9),
+                "run_ms": (int(runs.group(1)) - machine.began) / 1e6}
 
 
 def monitor(directory):
@@ -478,5 +484,6 @@ def register():
                 {"ferry": functools.partial(restore_ferry, memory, mib, "packed", "--lazy"),
                  "mapped": functools.partial(restore_ferry, memory, mib, "mapped", "--map"),
                  "qemu": functools.partial(restore_qemu, memory, mib)},
-                [Metric("first_ms", f"lazy {label}: exec to the guest going on", "ms",
-                        goal=10, goal_ratio=("qemu", 0.1))], runs=5))
+                [Metric("run_ms", f"lazy {label}: exec to the guest's first instruction", "ms", goal=10),
+                 Metric("first_ms", f"lazy {label}: exec to the guest going on", "ms",
+                        goal_ratio=("qemu", 0.1))], runs=5))

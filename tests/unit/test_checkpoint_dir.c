@@ -570,7 +570,7 @@ int main(void)
 {
     Suite *s = suite_create("checkpoint_dir");
     TCase *c = tcase_create("dir");
-    tcase_set_timeout(c, 300);
+    tcase_set_timeout(c, 1200);
     tcase_add_checked_fixture(c, base_make, base_remove);
     tcase_add_test(c, names_and_numbers);
     tcase_add_test(c, whole_chains_go);

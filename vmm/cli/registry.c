@@ -89,8 +89,10 @@ int registry_write(const struct session *s, struct error *err)
         return ret;
     snprintf(temporary, sizeof(temporary), "%s.tmp", path);
     json_t *record = record_of(s);
+    autofree char *text = json_dumps(record, JSON_COMPACT);
     autoclose int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    if (fd < 0 || json_dumpfd(record, fd, JSON_COMPACT) || rename(temporary, path))
+    // In one call: a guest that is restored waits for it.
+    if (fd < 0 || !text || write_all(fd, text, strlen(text)) || rename(temporary, path))
         ret = error_errno(err, "record of VM %s", path);
     json_decref(record);
     return ret;
