@@ -33,7 +33,7 @@ enum {
     EVENTS = 64,
     NS_S = 1000000000,
     NS_MS = 1000000,
-    SLICE_NS = 10000000, // shares hold in windows of 0.4 s; docs/scheduler.md has what it costs
+    SLICE_NS = 8000000, // shares hold in windows of 0.4 s; docs/scheduler.md has what it costs
 };
 
 // --- answers

@@ -92,7 +92,8 @@ int sched_affinity_parse(const char *text, struct sched_share *share, struct err
     while (at && *at && strcmp(text, "all")) {
         bool soft = !strncmp(at, "soft:", 5);
         at = mask_parse(at + (soft ? 5 : 0), soft ? &share->soft : &share->hard);
-        at += at && *at == '/';
+        if (at && *at == '/')
+            at++;
     }
     if (!at || !*text)
         return error_set(err, -EINVAL,

@@ -462,6 +462,7 @@ int vcpu_join(struct sched_daemon *d, struct sched_vcpu *v, pid_t tid, struct er
 void vcpu_begin(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
     v->present = true;
+    sched_watch_read(&v->watch, now); // what it had before it was told is not charged
     v->charged_ns = v->loose_cpu_ns = sched_watch_cpu(&v->watch, now);
     v->loose_since_ns = now;
     atomic_store(&v->slot->grant, GRANT_WAIT);

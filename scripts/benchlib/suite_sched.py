@@ -155,14 +155,14 @@ class Groups(Host):
 
 
 class Sched(Host):
-    def __init__(self, slice_ms=10):
+    def __init__(self, *options):
         super().__init__()
         self.dir = tempfile.TemporaryDirectory()
         self.socket = os.path.join(self.dir.name, "sched")
         self.log = tempfile.TemporaryFile()
         self.daemon = subprocess.Popen(
             [program(FERRY, "ninja -C build"), "sched", "daemon", "--socket", self.socket,
-             "--pcpus", str(self.cpu), "--slice", f"{slice_ms}ms"], stderr=self.log)
+             "--pcpus", str(self.cpu), *options], stderr=self.log)
         until(lambda: True if self.status() else None)
 
     def status(self):
@@ -265,7 +265,7 @@ def cost(make):
 
 
 def register():
-    slow = functools.partial(Sched, 30)
+    ten, slow = (functools.partial(Sched, "--slice", time) for time in ("10ms", "30ms"))
     two = {"ferry": Sched, "ferry, 30 ms": slow, "cgroups": Groups}
     three = {**two, "Linux": Linux}
 
@@ -293,6 +293,7 @@ def register():
                 runs=3, warmup=0))
     add(Row("sched", "cost", "CPU time for the same work of 2 VMs on one pCPU, and of what schedules "
             "them", {"ferry": functools.partial(cost, Sched),
+                     "ferry, 10 ms": functools.partial(cost, ten),
                      "ferry, 30 ms": functools.partial(cost, slow),
                      "Linux": functools.partial(cost, Linux)},
             [Metric("cpu", "CPU time of the VMs", "s", goal_ratio=("Linux", 1.005)),
