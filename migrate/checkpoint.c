@@ -84,14 +84,36 @@ static int directory_make(const char *path, struct error *err)
     return 0;
 }
 
+// The folder may be that of a VM in a jail, whose user can put anything there: only a link of our
+// own is followed, and what is made is that user's to read.
+static int log_open(const char *dir, const char *path, int *fd, struct error *err)
+{
+    struct stat where, st;
+    bool our_link = !lstat(dir, &where) && S_ISLNK(where.st_mode) && where.st_uid == geteuid();
+    autoclose int folder =
+        open(dir, O_RDONLY | O_DIRECTORY | (our_link ? 0 : O_NOFOLLOW) | O_CLOEXEC);
+    if (folder < 0 || fstat(folder, &where))
+        return error_errno(err, "%s", dir);
+    *fd = openat(folder, "failures",
+                 O_WRONLY | O_APPEND | O_CREAT | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0600);
+    if (*fd < 0 || fstat(*fd, &st))
+        return error_errno(err, "%s", path);
+    if (!S_ISREG(st.st_mode) || st.st_nlink != 1)
+        return error_set(err, -EINVAL, "%s: expected a file with one name", path);
+    if (!st.st_size && st.st_uid != where.st_uid && fchown(*fd, where.st_uid, where.st_gid))
+        return error_errno(err, "%s", path);
+    return 0;
+}
+
 int checkpoint_failure_note(const char *dir, int64_t at, const char *what, struct error *err)
 {
     char path[PATH_MAX], line[64];
+    autoclose int fd = -1;
     if ((size_t)snprintf(path, sizeof(path), "%s/failures", dir) >= sizeof(path))
         return error_set(err, -ENAMETOOLONG, "%.100s...: name too long", dir);
-    autoclose int fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0600);
-    if (fd < 0)
-        return error_errno(err, "%s", path);
+    int ret = log_open(dir, path, &fd, err);
+    if (ret)
+        return ret;
     int len = snprintf(line, sizeof(line), "%lld%s%s\n", (long long)at, *what ? " " : "", what);
     return write(fd, line, (size_t)len) == len ? 0 : error_errno(err, "%s", path);
 }

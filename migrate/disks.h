@@ -5,9 +5,9 @@
 // never written.
 //
 // Works on the texts of --disk, in a JSON array: ["FILE,overlay=FILE,...", ...]. A VM whose names
-// lead nowhere (in a jail) says {"text": "FILE,...", "fd": N} instead: its overlay, open for reading
-// and writing. The section keeps
-// them, too: [{"text": "FILE,overlay=FILE,...", "frozen": true}, ...].
+// lead nowhere (in a jail) says {"text": "FILE,...", "fd": N} instead: its overlay, open for
+// reading and writing. The section keeps them, too: [{"text": "FILE,overlay=FILE,...", "frozen":
+// true}, ...].
 #pragma once
 
 #include <stdatomic.h>

@@ -31,7 +31,7 @@ _ferry()
         choices=$(_ferry_commands "$ferry")
     else
         case $previous in
-        --kernel | -k | --initrd | -i | --config | --config-file | --failure-log | --svg)
+        --kernel | -k | --initrd | -i | --config | --config-file | --base | --failure-log | --svg)
             mapfile -t COMPREPLY < <(compgen -f -- "$word")
             return
             ;;

@@ -331,6 +331,16 @@ class AsRoot(JailTest):
         vm.stderr.wait(b"starts again from " + where.encode())
         while (now := self.answers(vm.name)["pid"]) == pid:
             self.assertIsNone(vm.child.poll(), vm.errors())
+        # What is written beside them from outside is the VM's user's to read, and follows no link.
+        failures, victim = os.path.join(where, "failures"), self.lab.path("victim")
+        self.assertEqual(UID, os.stat(failures).st_uid)
+        os.unlink(failures)
+        os.symlink(victim, failures)
+        os.kill(now, 9)
+        vm.stderr.wait(b"Too many levels of symbolic links")
+        self.assertFalse(os.path.exists(victim))
+        while self.answers(vm.name)["pid"] == now:
+            self.assertIsNone(vm.child.poll(), vm.errors())
         self.assertStatus(self.lab.ferry("kill", vm.name), lab.OK)
         vm.wait()
 

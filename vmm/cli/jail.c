@@ -504,9 +504,9 @@ static int shared_mount(int root, int shared, const struct jail_config *c, struc
     struct open_how how = {.flags = O_PATH | O_DIRECTORY | O_CLOEXEC,
                            .resolve = RESOLVE_BENEATH | RESOLVE_NO_SYMLINKS};
     struct mount_attr attr = {.attr_set = MOUNT_ATTR_NOSUID | MOUNT_ATTR_NODEV | MOUNT_ATTR_NOEXEC};
-    if (mkdirat(root, JAIL_SHARED + 1, 0755) && errno != EEXIST)
+    if (mkdirat(root, &JAIL_SHARED[1], 0755) && errno != EEXIST)
         return error_errno(err, "jail: %s%s", c->dir, JAIL_SHARED);
-    autoclose int at = (int)syscall(SYS_openat2, root, JAIL_SHARED + 1, &how, sizeof(how));
+    autoclose int at = (int)syscall(SYS_openat2, root, &JAIL_SHARED[1], &how, sizeof(how));
     autoclose int tree = (int)syscall(SYS_open_tree, shared, "",
                                       AT_EMPTY_PATH | OPEN_TREE_CLONE | OPEN_TREE_CLOEXEC);
     if (at < 0 || tree < 0 ||
