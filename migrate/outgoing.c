@@ -663,8 +663,8 @@ static int outgoing_run(int (*run)(struct outgoing *out, struct error *err), str
                            .demand = {.fd = -1},
                            .owner = owner,
                            .presence = {.pagemap_fd = -1}};
-    // It waits for the link more than it works: beside a vCPU that never sleeps it would get its turn
-    // milliseconds after each wait.
+    // It waits for the link more than it works: beside a vCPU that never sleeps it would get its
+    // turn milliseconds after each wait.
     thread_prompt();
     uint64_t start = time_ns();
     atomic_store(&m->bandwidth, params->bandwidth);

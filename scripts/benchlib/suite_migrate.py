@@ -240,15 +240,17 @@ def hop(vmm, trip, source, target, gap):
     """Moves the guest from one machine to the other."""
     with Gauge(source, gap) as gauge:
         gauge.forget()
-        speed = gauge.speed() if not trip.load.rate else 0
+        speed = gauge.speed()
+        quiet_ms = gauge.longest_ms()
+        gauge.forget()
         cpu = Cpu(source, target)
         began, pages = time.monotonic(), gauge.pages()
     result = vmm.migrate(source, target, trip.limit_ms, trip.mode, trip.here)
     with Gauge(target, gap) as gauge:
         pages, now = gauge.pages() - pages, time.monotonic()
         result["cpu_s"] = cpu.seconds()
-        result["gap_ms"] = gauge.longest_ms()
-    if speed:
+        result["gap_ms"], result["quiet_ms"] = gauge.longest_ms(), quiet_ms
+    if not trip.load.rate:
         result["lost_ms"] = (now - began) * 1e3 - pages / speed
         result["slow"] = 100 * result["lost_ms"] / result["total_ms"]
     result["rate"] = (trip.load.noise or trip.load.mib) / result["total_ms"] * 1e3
@@ -336,8 +338,9 @@ def floor():
 # --- rows
 
 
-def gap(name, **goals):
-    return Metric("gap_ms", f"{name}: longest time the guest did not run", "ms", **goals)
+def gaps(name, **goals):
+    return [Metric("gap_ms", f"{name}: longest time the guest did not run", "ms", **goals),
+            Metric("quiet_ms", f"{name}: the same in 0.3 s without a migration", "ms")]
 
 
 def common(name):
@@ -364,11 +367,11 @@ def row(name, trip, metrics, runs=5, more=None):
 
 def register():
     trip = Trip(LOADS["idle"])
-    row("idle", trip, [gap("idle", goal=2, goal_ratio=("qemu", 0.5)), *common("idle")])
+    row("idle", trip, [*gaps("idle", goal=2, goal_ratio=("qemu", 0.5)), *common("idle")])
     trip = Trip(LOADS["dirtying"])
-    row("dirtying", trip, [gap("dirtying"), *common("dirtying")])
+    row("dirtying", trip, [*gaps("dirtying"), *common("dirtying")])
     trip = Trip(LOADS["increment"])
-    row("increment", trip, [gap("increment", goal_ratio=("qemu", 0.3)), *common("increment"),
+    row("increment", trip, [*gaps("increment", goal_ratio=("qemu", 0.3)), *common("increment"),
                             *lost("increment")])
     trip = Trip(LOADS["limit"], limit_ms=30)
     hops = 10
@@ -390,16 +393,16 @@ def register():
              Metric("rate", f"{name}: throughput", "MiB/s"), *common(name)], runs=runs)
     row("write-heavy", Trip(LOADS["heavy"], mbit=1000, limit_ms=30),
         [Metric("wire_mib", "write-heavy: sent", "MiB", goal_ratio=("qemu", 0.7)),
-         gap("write-heavy"), *[m for m in common("write-heavy") if m.name != "wire_mib"]], runs=3)
+         *gaps("write-heavy"), *[m for m in common("write-heavy") if m.name != "wire_mib"]], runs=3)
     trip = Trip(LOADS["increment"], "postcopy")
-    row("post-copy", trip, [gap("post-copy", goal=2, goal_ratio=("qemu", 0.5)),
+    row("post-copy", trip, [*gaps("post-copy", goal=2, goal_ratio=("qemu", 0.5)),
                             Metric("requests", "post-copy: pages asked for", "",
                                    goal_ratio=("qemu", 1)),
                             *common("post-copy"), *lost("post-copy")])
     quiet = Trip(LOADS["increment"], "postcopy", here=("--prepaging", "none"))
     add(Row("migrate", "faults", f"how long pages asked for take in post-copy of a {trip.load}",
-            {"ferry": functools.partial(travel, Ferry(), trip),
-             "no pushing": functools.partial(travel, Ferry(), quiet), "floor": floor},
+            {"ferry": functools.partial(travel, Ferry(), quiet),
+             "pushing": functools.partial(travel, Ferry(), trip), "floor": floor},
             [Metric("p50", "fault: median", "us", goal_ratio=("floor", 1.3)),
              Metric("p99", "fault: 99th percentile", "us", goal_ratio=("floor", 3)),
              Metric("requests", "fault: requests", "")], runs=5))
