@@ -19,8 +19,9 @@
 #include "vmm/vm.h"
 
 enum {
-    VISITOR_MS = 5000, // for the hello of a second connection
-    PAUSE_SECONDS = 2, // a guest without its pages: what is not quiet by then waits for one
+    VISITOR_MS = 5000,   // for the hello of a second connection
+    CANCELLED_MS = 5000, // for the question of a source whose COMMIT crossed the cancel
+    PAUSE_SECONDS = 2,   // a guest without its pages: what is not quiet by then waits for one
 };
 
 struct receive {
@@ -739,6 +740,18 @@ static int settle(struct receive *r, int ret, struct error *err)
     return 0;
 }
 
+// Cancelled, too, and until cancelled once more: without an answer the source would be in doubt.
+static void stay_for_question(struct receive *r)
+{
+    unsigned ms = r->params.linger_ms;
+    pthread_mutex_lock(&r->lock);
+    if (r->cancelled && ms > CANCELLED_MS)
+        ms = CANCELLED_MS;
+    r->cancelled = false;
+    pthread_mutex_unlock(&r->lock);
+    wait_for(r, has_answered, ms);
+}
+
 // Before COMMIT: nothing is left. If COMMIT may be under way, the source will ask: say no.
 static void give_up(struct receive *r, int ret, struct error *err)
 {
@@ -749,7 +762,7 @@ static void give_up(struct receive *r, int ret, struct error *err)
     postcopy_dest_free(r->postcopy);
     r->postcopy = NULL;
     if (r->was_prepared)
-        wait_for(r, has_answered, r->params.linger_ms);
+        stay_for_question(r);
     door_close(r);
     if (r->vm)
         r->hooks->destroy_vm(r->hooks->context, r->vm);
