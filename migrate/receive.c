@@ -21,9 +21,10 @@
 #include "vmm/vm.h"
 
 enum {
-    VISITOR_MS = 5000, // for the hello of a second connection
-    DROP_MS = 3000,    // for the end of a VM that will not run; the source waits longer
-    PAUSE_SECONDS = 2, // a guest without its pages: what is not quiet by then waits for one
+    VISITOR_MS = 5000,   // for the hello of a second connection
+    DROP_MS = 3000,      // for the end of a VM that will not run; the source waits longer
+    CANCELLED_MS = 5000, // for the question of a source whose COMMIT crossed the cancel
+    PAUSE_SECONDS = 2,   // a guest without its pages: what is not quiet by then waits for one
 };
 
 struct receive {
@@ -849,6 +850,18 @@ static int settle(struct receive *r, int ret, struct error *err)
     return 0;
 }
 
+// Cancelled, too, and until cancelled once more: without an answer the source would be in doubt.
+static void stay_for_question(struct receive *r)
+{
+    unsigned ms = r->params.linger_ms;
+    pthread_mutex_lock(&r->lock);
+    if (r->cancelled && ms > CANCELLED_MS)
+        ms = CANCELLED_MS;
+    r->cancelled = false;
+    pthread_mutex_unlock(&r->lock);
+    wait_for(r, has_answered, ms);
+}
+
 // Before COMMIT: nothing is left. If COMMIT may be under way, the source will ask: say no.
 static void give_up(struct receive *r, int ret, struct error *err)
 {
@@ -870,7 +883,7 @@ static void give_up(struct receive *r, int ret, struct error *err)
     channel_abort(&r->main, err);
     channel_shutdown(&r->main); // not close: the door may be looking at it
     if (r->was_prepared)
-        wait_for(r, has_answered, r->params.linger_ms);
+        stay_for_question(r);
     door_close(r);
 }
 
