@@ -27,8 +27,8 @@ struct sched_daemon_config {
     bool no_records;  // read /proc although the kernel's records could be had
     bool no_boost;    // threads that wake get no real-time priority for it
     unsigned max_vms; // 0 = 1024
-    // What the weights of a user's vCPUs may add up to, of users other than root and this process's;
-    // 0: anything.
+    // What the weights of a user's vCPUs may add up to, of users other than root and this
+    // process's; 0: anything.
     uint32_t user_weight;
     const struct log *log;
     uint64_t (*clock)(void); // NULL: CLOCK_MONOTONIC; another for tests, ns
