@@ -274,6 +274,10 @@ class AsRoot(JailTest):
         finally:
             for name in ("c1", "c2", "d1"):
                 self.lab.ferry("kill", name)
+            end = time.monotonic() + lab.LIMIT  # the processes outside remove what is left
+            while {"c1.json", "c2.json", "d1.json"} & set(self.lab.sockets()):
+                self.assertLess(time.monotonic(), end)
+                time.sleep(0.01)
         self.answers(vm.name)
         outside = vm.ferry("clone", "--name", "e", "--dir", "/dev/shm")
         self.assertIn("expected a folder there", self.assertStatus(outside, lab.USAGE).stderr)

@@ -13,7 +13,7 @@ import unittest
 
 import ferrylab as lab
 
-# The guest's poll() looks at every connection for each message, slowly where ring 0 is emulated; a
+# Each connection is some ten system calls of the guest, slow ones where ring 0 is emulated; a
 # thousand at once are in tests/unit/test_virtio_vsock.c.
 AT_ONCE, ROUNDS = (500, 1) if lab.LONG else (100, 5)
 CONNECTIONS = AT_ONCE * ROUNDS  # each way

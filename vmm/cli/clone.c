@@ -31,7 +31,8 @@ static const char usage[] =
     "(default NAME-). They share its memory, as it was, until they write to it; each has a copy "
     "of\n"
     "its disks' overlays, which are all it may write, and a new VM generation id.\n\n"
-    "      --dir DIR    where memory and overlays are put (default /dev/shm; of a VM in a jail: there,\n"
+    "      --dir DIR    where memory and overlays are put (default /dev/shm; of a VM in a jail: "
+    "there,\n"
     "                   as are the clones)\n"
     "      --from FILE  clones of a snapshot (of the mapped layout), whose name stays\n"
     "      --new-mac    each network device of each clone has a new address, for its driver's "
@@ -264,15 +265,19 @@ static int child_died(const struct child *child, struct error *err)
 static int child_wait(const struct child *child, uint64_t limit, struct error *err)
 {
     json_t *info = NULL;
-    int status;
-    while (access(child->socket, F_OK)) {
+    int status, ret;
+    for (;;) { // the socket has its name a moment before anybody listens on it
+        ret = access(child->socket, F_OK)
+                  ? -ENOENT
+                  : control_call(child->socket, "GET", "/info", NULL, &info, NULL, NULL, err);
+        if (ret != -ENOENT && ret != -ECONNREFUSED)
+            break;
         if (waitpid(child->pid, &status, WNOHANG) == child->pid)
             return child_died(child, err);
         if (time_ns() > limit)
             return error_set(err, -ETIMEDOUT, "%s does not start (%s)", child->name, child->log);
         poll(NULL, 0, 1);
     }
-    int ret = control_call(child->socket, "GET", "/info", NULL, &info, NULL, NULL, err);
     json_decref(info);
     return ret && waitpid(child->pid, &status, WNOHANG) == child->pid ? child_died(child, err)
                                                                       : ret;
