@@ -30,7 +30,7 @@ enum {
     VSOCK_WINDOW = 256 * 1024,      // bytes a connection may have buffered; while that fits
     VSOCK_WINDOW_SMALL = 32 * 1024, // the other connections; all of them always fit
     VSOCK_TIMEOUT_MS = 10000, // for a CONNECT line, the guest's answer, a place in a full backlog
-    VSOCK_PATH_MAX = 96,     // bytes; leaves room for "_4294967295"
+    VSOCK_PATH_MAX = 96,      // bytes; leaves room for "_4294967295"
 };
 
 #define VSOCK_CID_HOST 2u

@@ -37,7 +37,7 @@ struct channel {
     // For connections that work together; may be NULL. What all of them have read and written,
     // bytes: while it counts on, silence on one is no time-out. And the one limit's `earliest_ns`.
     _Atomic uint64_t *moved, *earliest;
-    uint8_t *ahead;       // channel_quick: what came beyond what was asked for
+    uint8_t *ahead; // channel_quick: what came beyond what was asked for
     size_t ahead_at, ahead_len;
 };
 

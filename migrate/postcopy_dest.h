@@ -16,8 +16,8 @@ struct postcopy_dest;
 int postcopy_dest_create(struct postcopy_dest **pd, struct ram *ram, const uint64_t *valid,
                          struct channel *demand, struct error *err);
 
-// The guest's state has been loaded, which may have touched missing pages. Before this a failure, or
-// a page that takes longer than `demand`'s time-out, ends the guard, so that loading goes on and
+// The guest's state has been loaded, which may have touched missing pages. Before this a failure,
+// or a page that takes longer than `demand`'s time-out, ends the guard, so that loading goes on and
 // this fails; after it the guest waits.
 int postcopy_dest_loaded(struct postcopy_dest *pd, struct error *err);
 

@@ -35,8 +35,8 @@ struct ram_config {
     enum ram_log log;
     enum seccomp_mode seccomp; // of the thread that reads the rings
     uint32_t ring_entries;     // of RAM_LOG_RING, a power of two; 0 = DIRTY_RING_ENTRIES
-    bool thp;         // ask for transparent huge pages
-    const char *numa; // NULL, or "bind:0,1", "interleave:0-3", "preferred:1"
+    bool thp;                  // ask for transparent huge pages
+    const char *numa;          // NULL, or "bind:0,1", "interleave:0-3", "preferred:1"
 };
 
 #define RAM_MIN (16 * MiB)

@@ -189,8 +189,8 @@ END_TEST
 // --- slow, and never
 
 // Storage does not answer: the VM can be paused, but not saved; when it answers after all, each
-// request is answered once. Fails without the check of `durable`; without the limit of blk_drain the
-// first quiesce could not return.
+// request is answered once. Fails without the check of `durable`; without the limit of blk_drain
+// the first quiesce could not return.
 START_TEST(pause_without_answers)
 {
     struct fuse_disk *d = disk_or_skip();

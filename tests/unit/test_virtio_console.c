@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The console device, driven as a guest does, with sockets, pipes and terminals as its host sides;
-// without KVM. Some twenty guards were taken out, one at a time, to see the tests notice; not noticed
-// are the bound of a port's id (the ids tried lie within the array or far outside) and guards that
-// stand before another (a message for a port that is not there).
+// without KVM. Some twenty guards were taken out, one at a time, to see the tests notice; not
+// noticed are the bound of a port's id (the ids tried lie within the array or far outside) and
+// guards that stand before another (a message for a port that is not there).
 #include <check.h>
 #include <errno.h>
 #include <fcntl.h>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Counts interrupts that the host raises: legacy IRQ 5 (vector 0x70) and messages to vector 0x71.
-// Parameter n (10): of each kind. COUNTER[0], COUNTER[1]: where they are counted; then GUEST_SYNC(1).
-// Ends when both have come n times.
+// Parameter n (10): of each kind. COUNTER[0], COUNTER[1]: where they are counted; then
+// GUEST_SYNC(1). Ends when both have come n times.
 #include "../rt.h"
 
 #define VECTOR_LINE    0x70

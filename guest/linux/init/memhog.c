@@ -24,8 +24,8 @@ int memhog_main(int argc, char **argv)
         perror("memhog: mmap");
         return 1;
     }
-    // Huge pages: a fault costs dearly where ring 0 is emulated. The kernel has them off in machines
-    // of less than 512 MiB.
+    // Huge pages: a fault costs dearly where ring 0 is emulated. The kernel has them off in
+    // machines of less than 512 MiB.
     FILE *huge = fopen("/sys/kernel/mm/transparent_hugepage/enabled", "w");
     if (huge) {
         fputs("madvise", huge);
