@@ -608,6 +608,24 @@ static void reconsider(struct credit *c, unsigned p, uint64_t now)
         }
 }
 
+// Whoever waits at one of `set` and may run where nobody does. More than the first of each:
+// affinity may keep that one away, and not the next.
+static void offer_waiting(struct credit *c, uint64_t set, uint64_t now)
+{
+    for (; set; set &= set - 1)
+        for (int class = 0; class < CREDIT_CLASSES; class ++) {
+            const struct credit_list *queue = &c->pcpus[__builtin_ctzll(set)].queue[class];
+            for (const struct credit_list *l = queue->next; l != queue; l = l->next) {
+                const uint64_t free = c->idle & ~c->called & ~waiting_any(c);
+                const struct credit_vcpu *v = list_entry(l, struct credit_vcpu, link);
+                if (!free)
+                    return;
+                if (v->vm->config.hard & free)
+                    offer(c, v, now);
+            }
+        }
+}
+
 struct credit_vcpu *credit_pick(struct credit *c, unsigned p, uint64_t now)
 {
     struct credit_pcpu *pcpu = &c->pcpus[p];
@@ -629,6 +647,7 @@ struct credit_vcpu *credit_pick(struct credit *c, unsigned p, uint64_t now)
         queue_put(c, prev, !expired);
     }
     struct credit_vcpu *next = take_next(c, p, now);
+    const bool fetched = next && next->pcpu != p;
     if (next == prev) {
         if (prev && over) {
             prev->start_ns = now;
@@ -646,8 +665,8 @@ struct credit_vcpu *credit_pick(struct credit *c, unsigned p, uint64_t now)
         offer(c, prev, now);
         budget_offer(c, prev->vm, now);
     }
-    if (c->idle && (waiting_any(c) & pcpu_bit(p)))
-        offer(c, local_best(pcpu), now);
+    // An idle pCPU is left to run what waits at it; and one that was called may have found better.
+    offer_waiting(c, waiting_any(c) & (fetched && !prev ? UINT64_MAX : pcpu_bit(p)), now);
     return next;
 }
 
