@@ -24,7 +24,7 @@ enum {
     VISITOR_MS = 5000,   // for the hello of a second connection
     DROP_MS = 3000,      // for the end of a VM that will not run; the source waits longer
     CANCELLED_MS = 5000, // for the question of a source whose COMMIT crossed the cancel
-    PAUSE_SECONDS = 2,   // a guest without its pages: what is not quiet by then waits for one
+    PAUSE_MS = 2000,     // a guest without its pages: what is not quiet by then waits for one
 };
 
 struct receive {
@@ -60,9 +60,13 @@ struct receive {
     void *buffer; // post-copy: pages before they are placed
     struct postcopy_dest *postcopy;
     bool was_prepared, stay_paused;
-    bool halted; // we paused the guest because pages cannot come, in a thread of its own:
+    // We paused the guest because pages cannot come, in a thread of its own (pausing: to be
+    // joined).
     pthread_t pauser;
-    bool pausing;     // to be joined
+    bool pausing;
+    bool halted, paused; // under the lock: it is to stay so; it is
+    bool leaving;        // under the lock: the thread ends; the guest goes on unless `ending`
+    bool ending;
     pthread_t herald; // of post-copy: calls hooks->arrived
     bool heralding;   // to be joined
 };
@@ -728,33 +732,62 @@ static int postcopy_finish(struct receive *r, struct error *err)
     return ret ? ret : wire_expect(&r->main.wire, &r->record, WIRE_BYE, err);
 }
 
-// A device that waits for a page cannot become quiet before the page has come.
+static bool has_paused(const struct receive *r)
+{
+    return r->paused;
+}
+
+// Pauses the guest until unhalt, and lets it go on. Not in the receiving thread: a device or a vCPU
+// that waits for a page is not quiet before that has come, and we may be who takes it from the
+// link.
 static void *pauser_main(void *arg)
 {
     struct receive *r = arg;
     vm_pause(r->vm, NULL);
+    pthread_mutex_lock(&r->lock);
+    r->paused = true;
+    pthread_cond_broadcast(&r->changed);
+    while (r->halted && !r->ending)
+        pthread_cond_wait(&r->changed, &r->lock);
+    bool resume = !r->halted;
+    r->leaving = true;
+    pthread_mutex_unlock(&r->lock);
+    if (resume)
+        vm_resume(r->vm);
     return NULL;
+}
+
+static void pauser_end(struct receive *r)
+{
+    if (r->pausing)
+        pthread_join(r->pauser, NULL);
+    r->pausing = false;
 }
 
 static void halt(struct receive *r)
 {
-    if (r->halted || vm_paused(r->vm))
-        return;
-    r->pausing = r->halted = !pthread_create(&r->pauser, NULL, pauser_main, r);
-    struct timespec end;
-    clock_gettime(CLOCK_REALTIME, &end);
-    end.tv_sec += PAUSE_SECONDS;
-    if (r->pausing && !pthread_timedjoin_np(r->pauser, NULL, &end))
-        r->pausing = false;
+    pthread_mutex_lock(&r->lock);
+    bool at_work = r->pausing && !r->leaving;
+    r->halted |= at_work;
+    pthread_mutex_unlock(&r->lock);
+    if (!at_work) {
+        pauser_end(r);
+        if (vm_paused(r->vm)) // by somebody else, who will let it go on
+            return;
+        r->paused = r->leaving = false;
+        r->halted = true;
+        r->pausing = !pthread_create(&r->pauser, NULL, pauser_main, r);
+    }
+    if (r->pausing)
+        wait_for(r, has_paused, PAUSE_MS);
 }
 
 static void unhalt(struct receive *r)
 {
-    if (r->pausing)
-        pthread_join(r->pauser, NULL);
-    if (r->halted)
-        vm_resume(r->vm);
-    r->pausing = r->halted = false;
+    pthread_mutex_lock(&r->lock);
+    r->halted = false;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
 }
 
 // Both connections are dead: pause, unless nothing is missing any more, and keep everything.
@@ -832,6 +865,8 @@ static int postcopy_settle(struct receive *r, int ret, struct error *err)
     if (r->report->missing_pages && ret)
         return ret;
     r->report->missing_pages = 0;
+    unhalt(r);
+    pauser_end(r);
     postcopy_dest_free(r->postcopy);
     r->postcopy = NULL;
     return 0;
@@ -967,8 +1002,11 @@ void receive_free(struct receive *r)
     if (!r)
         return;
     postcopy_dest_free(r->postcopy);
-    if (r->pausing)
-        pthread_join(r->pauser, NULL);
+    pthread_mutex_lock(&r->lock);
+    r->ending = true;
+    pthread_cond_broadcast(&r->changed);
+    pthread_mutex_unlock(&r->lock);
+    pauser_end(r);
     streams_dest_free(r->streams);
     channel_close(&r->main);
     channel_close(&r->demand);
