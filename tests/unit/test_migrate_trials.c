@@ -466,6 +466,7 @@ START_TEST(test_cancel_in_every_state)
         for (enum migrate_phase phase = MIGRATE_CONNECTING; phase <= MIGRATE_PUSHING; phase++) {
             bool meets = phase == MIGRATE_ROUNDS    ? modes[m] != MIGRATE_POSTCOPY
                          : phase == MIGRATE_PUSHING ? modes[m] != MIGRATE_PRECOPY
+                         : phase == MIGRATE_DISKS   ? false
                                                     : true;
             struct trial t = {.guest = &g,
                               .mode = modes[m],
