@@ -13,15 +13,16 @@
 enum {
     TRACE_EVENTS = 65536,
     TRACE_NAMES = 512,
-    EVENTS_PER_VCPU = 256, // in one tick; more are seen by looking every POLL_NS
-    REQUESTS = 64,         // in 10 ms, of all connections
-    POLL_NS = 1000000,     // also where the kernel's records cannot be had
-    BRIEF_NS = 500000,     // that a vCPU with credit runs after it woke before it needs a turn
-    TRANSIT_NS = 1000000,  // from a turn's beginning until the thread must have begun ...
-    STUCK_NS = 8000000,    // ... and when that is looked at, unless something happens before
-    EARLY_NS = 500000,     // what is due by then is done with what is due now ...
-    EARLY_PART = 20,       // ... if it is no more than that part of a slice
-    LOOSE_NS = 2000000,    // CPU time without a turn, per tick, that is taken for disobedience
+    EVENTS_PER_VCPU = 256,    // in one tick; more are seen by looking every POLL_NS
+    REQUESTS = 64,            // in 10 ms, of all connections
+    POLL_NS = 1000000,        // also where the kernel's records cannot be had
+    BRIEF_NS = 500000,        // that a vCPU with credit runs after it woke before it needs a turn
+    TRANSIT_NS = 1000000,     // from a turn's beginning until the thread must have begun ...
+    STUCK_NS = 8000000,       // ... and when that is looked at, unless something happens before
+    HEARTBEAT_NS = 100000000, // everybody is looked at so often, whatever events say
+    EARLY_NS = 500000,        // what is due by then is done with what is due now ...
+    EARLY_PART = 20,          // ... if it is no more than that part of a slice
+    LOOSE_NS = 2000000,       // CPU time without a turn, per tick, that is taken for disobedience
 };
 
 // What an epoll event is about.

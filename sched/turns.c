@@ -317,6 +317,8 @@ static uint64_t next_due(struct sched_daemon *d, uint64_t now)
         at = least(at, credit_next(&d->credit));
         at = least(at, d->poll_at_ns);
     }
+    if (d->vms) // an event that was missed costs so long, and not for ever
+        at = least(at, d->ticked_ns + HEARTBEAT_NS);
     for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
         const struct sched_vcpu *v = d->holder[p];
         at = least(at, d->credit.pcpus[p].until_ns);
