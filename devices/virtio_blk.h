@@ -60,14 +60,4 @@ struct virtio_blk_config {
 // [,burst-bytes=SIZE][,burst-ops=N]"
 int virtio_blk_parse(const char *text, struct virtio_blk_config *config, struct error *err);
 
-// For a snapshot of a guest that goes on (devices/blk_frozen.h).
-struct blk_frozen;
-struct device *virtio_blk_of_overlay(struct vm *vm, const char *overlay); // NULL: none has it
-// Writes out what the host has of its overlay in memory, so that less is left for a pause.
-void virtio_blk_settle(struct device *dev);
-// With the VM paused and its state saved: from here on `to` becomes a copy of the overlay as it is
-// now, with each blk_frozen_step. One at a time: -EBUSY. virtio_blk_freeze_end before the VM goes.
-int virtio_blk_freeze(struct device *dev, int to, struct blk_frozen **f, struct error *err);
-void virtio_blk_freeze_end(struct device *dev, struct blk_frozen *f);
-
 extern const struct device_class virtio_blk_class; // its config: struct virtio_blk_config

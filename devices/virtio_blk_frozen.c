@@ -9,24 +9,21 @@
 #include "devices/virtio_blk_parts.h"
 #include "vmm/vm.h"
 
-struct device *virtio_blk_of_overlay(struct vm *vm, const char *overlay)
+bool blk_is_overlay(struct device *dev, const char *path)
 {
-    for (struct device *dev = vm->devices; dev; dev = dev->next)
-        if (dev->class == &virtio_blk_class && !strcmp(blk_of_device(dev)->config.overlay, overlay))
-            return dev;
-    return NULL;
+    return !strcmp(blk_of_device(dev)->config.overlay, path);
 }
 
 // By its name: an error of the kernel's is then still told to the device's own flush, which must
 // fail with it.
-void virtio_blk_settle(struct device *dev)
+void blk_settle(struct device *dev)
 {
     autoclose int fd = open(blk_of_device(dev)->config.overlay, O_RDONLY | O_CLOEXEC);
     if (fd >= 0)
         fdatasync(fd);
 }
 
-int virtio_blk_freeze(struct device *dev, int to, struct blk_frozen **f, struct error *err)
+int blk_freeze(struct device *dev, int to, struct blk_frozen **f, struct error *err)
 {
     struct virtio_blk *b = blk_of_device(dev);
     pthread_mutex_lock(&dev->lock);
@@ -40,7 +37,7 @@ int virtio_blk_freeze(struct device *dev, int to, struct blk_frozen **f, struct 
     return ret;
 }
 
-void virtio_blk_freeze_end(struct device *dev, struct blk_frozen *f)
+void blk_freeze_end(struct device *dev, struct blk_frozen *f)
 {
     struct virtio_blk *b = blk_of_device(dev);
     pthread_mutex_lock(&dev->lock);

@@ -10,6 +10,7 @@
 #include <unistd.h>
 #include <zlib.h>
 
+#include "devices/blk_frozen.h"
 #include "devices/virtio_blk_parts.h"
 #include "vmm/disk.h"
 #include "vmm/vm.h"
@@ -425,4 +426,9 @@ const struct disk_ops blk_disk_ops = {
     .sync = move_sync,
     .arrived = move_arrived,
     .forget = move_forget,
+    .is_overlay = blk_is_overlay,
+    .settle = blk_settle,
+    .freeze = blk_freeze,
+    .frozen_step = blk_frozen_step,
+    .freeze_end = blk_freeze_end,
 };

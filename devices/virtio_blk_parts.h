@@ -77,6 +77,11 @@ void blk_written(struct virtio_blk *b, const struct blk_request *r); // notes wh
 void blk_since_drop(struct virtio_blk *b);
 
 extern const struct disk_ops blk_disk_ops;
+// Calls of it that virtio_blk_frozen.c has (vmm/disk.h).
+bool blk_is_overlay(struct device *dev, const char *path);
+void blk_settle(struct device *dev);
+int blk_freeze(struct device *dev, int to, struct blk_frozen **f, struct error *err);
+void blk_freeze_end(struct device *dev, struct blk_frozen *f);
 
 void blk_space_capacity(struct virtio_blk *b); // config space says b->capacity
 

@@ -14,8 +14,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "devices/blk_frozen.h"
-#include "devices/virtio_blk.h"
+#include "vmm/device.h"
+#include "vmm/disk.h"
 #include "vmm/util.h"
 
 // --- copying a sparse file
@@ -201,9 +201,9 @@ void disks_settle(struct vm *vm, const char *disks)
     json_array_foreach(texts, i, disk)
     {
         struct device *dev =
-            overlay_name(entry_text(disk), name) ? virtio_blk_of_overlay(vm, name) : NULL;
+            overlay_name(entry_text(disk), name) ? disk_of_overlay(vm, name) : NULL;
         if (dev)
-            virtio_blk_settle(dev);
+            dev->class->disk->settle(dev);
     }
     json_decref(texts);
 }
@@ -216,7 +216,7 @@ static int copy_begin(struct disks_copies *copies, struct device *dev, const cha
     int ret = copy_open(from, opened, to, &in, &out, err);
     if (ret || !ioctl(out, FICLONE, in))
         return ret;
-    ret = virtio_blk_freeze(dev, out, &copy->frozen, err);
+    ret = dev->class->disk->freeze(dev, out, &copy->frozen, err);
     if (ret) {
         unlink(to);
         return ret;
@@ -235,7 +235,7 @@ static int freeze_one(struct vm *vm, const char *text, int fd, size_t i, const c
     bool overlay = overlay_name(text, from);
     int ret = 0;
     if (overlay) {
-        struct device *dev = vm ? virtio_blk_of_overlay(vm, from) : NULL;
+        struct device *dev = vm ? disk_of_overlay(vm, from) : NULL;
         ret = name_make(to, path, i, NULL, err);
         if (!ret)
             ret = dev ? copy_begin(copies, dev, from, fd, to, err) : copy(from, fd, to, err);
@@ -287,7 +287,8 @@ int disks_freeze(struct vm *vm, const char *disks, const char *path, char **sect
 void disks_copies_free(struct disks_copies *copies)
 {
     for (unsigned i = 0; copies && i < copies->nr; i++) {
-        virtio_blk_freeze_end(copies->of[i].dev, copies->of[i].frozen);
+        struct device *dev = copies->of[i].dev;
+        dev->class->disk->freeze_end(dev, copies->of[i].frozen);
         close(copies->of[i].to);
     }
     free(copies);
@@ -327,7 +328,7 @@ int disks_complete(struct disks_copies *copies, const char *section, const char 
         do {
             if (cancelled && atomic_load(cancelled))
                 return error_set(err, -ECANCELED, "snapshot cancelled");
-            more = blk_frozen_step(copies->of[i].frozen, err);
+            more = copies->of[i].dev->class->disk->frozen_step(copies->of[i].frozen, err);
         } while (more > 0);
         if (more)
             return more;

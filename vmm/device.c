@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include "vmm/disk.h"
 #include "vmm/vm.h"
 
 static uint32_t next_instance(const struct vm *vm, const struct device_class *class)
@@ -40,4 +41,12 @@ int device_add(struct vm *vm, const struct device_class *class, const void *conf
     if (out)
         *out = dev;
     return 0;
+}
+
+struct device *disk_of_overlay(struct vm *vm, const char *overlay)
+{
+    for (struct device *d = vm->devices; d; d = d->next)
+        if (d->class->disk && d->class->disk->is_overlay(d, overlay))
+            return d;
+    return NULL;
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// A disk as whoever moves it to another host sees it (migrate/blockmove.h): what it is, what the
-// guest has written to it, its bytes. A block device's class names these calls (struct
-// device_class). In any thread but the loop's; a device is asked by one at a time.
+// A disk as whoever moves it to another host (migrate/blockmove.h) or copies it for a snapshot
+// (migrate/disks.h) sees it: what it is, what the guest has written to it, its bytes. A block
+// device's class names these calls (struct device_class). In any thread but the loop's; a device
+// is asked by one at a time.
 #pragma once
 
 #include <stdatomic.h>
@@ -12,6 +13,8 @@
 #include "vmm/util.h"
 
 struct device;
+struct vm;
+struct blk_frozen; // devices/blk_frozen.h
 
 enum {
     DISK_BLOCK = 64 * 1024, // bytes that a bit of `written` stands for
@@ -68,4 +71,17 @@ struct disk_ops {
     // It came to nothing: an image that was made is removed, one that was filled is emptied, one
     // that was kept can be kept again.
     void (*forget)(struct device *dev);
+
+    // For a snapshot of a guest that goes on. Is `path` the overlay that it writes?
+    bool (*is_overlay)(struct device *dev, const char *path);
+    // Writes out what the host has of its overlay in memory, so that less is left for a pause.
+    void (*settle)(struct device *dev);
+    // With the VM paused and its state saved: from here on `to` becomes a copy of the overlay as it
+    // is now, with each frozen_step (1: there may be more; from any thread). One at a time: -EBUSY.
+    // freeze_end before the VM goes.
+    int (*freeze)(struct device *dev, int to, struct blk_frozen **f, struct error *err);
+    int (*frozen_step)(struct blk_frozen *f, struct error *err);
+    void (*freeze_end)(struct device *dev, struct blk_frozen *f);
 };
+
+struct device *disk_of_overlay(struct vm *vm, const char *overlay); // NULL: none has it

@@ -6,6 +6,7 @@
 
 #include "devices/blk_frozen.h"
 #include "tests/unit/blk_rig.h"
+#include "vmm/disk.h"
 
 enum { DISK = SECTORS * BLK_SECTOR, ROUNDS = 60, LONG_ROUNDS = 2000 };
 
@@ -112,12 +113,12 @@ START_TEST(as_it_was)
     pthread_t thread;
     scene_open(&s, (unsigned)_i + 1);
     int to = open(s.copy, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
-    struct device *dev = virtio_blk_of_overlay(&s.r->vm, s.overlay);
+    struct device *dev = disk_of_overlay(&s.r->vm, s.overlay);
     ck_assert_ptr_eq(dev, s.r->dev);
-    ck_assert_ptr_null(virtio_blk_of_overlay(&s.r->vm, s.r->path));
-    virtio_blk_settle(dev);
-    ck_assert_msg(!virtio_blk_freeze(dev, to, &f, &err), "%s", err.text);
-    ck_assert_int_eq(virtio_blk_freeze(dev, to, &another, &err), -EBUSY);
+    ck_assert_ptr_null(disk_of_overlay(&s.r->vm, s.r->path));
+    virtio_blk_class.disk->settle(dev);
+    ck_assert_msg(!virtio_blk_class.disk->freeze(dev, to, &f, &err), "%s", err.text);
+    ck_assert_int_eq(virtio_blk_class.disk->freeze(dev, to, &another, &err), -EBUSY);
     if (_i % 2)
         ck_assert(!pthread_create(&thread, NULL, steps, f));
     unsigned changes = _i < 2 ? 3 : getenv("FERRY_LONG") ? LONG_ROUNDS : ROUNDS;
@@ -133,7 +134,7 @@ START_TEST(as_it_was)
         pthread_join(thread, NULL);
     else
         steps(f);
-    virtio_blk_freeze_end(dev, f);
+    virtio_blk_class.disk->freeze_end(dev, f);
     close(to);
     copy_check(&s);
     // Afterwards nobody is told any more.
@@ -152,13 +153,13 @@ START_TEST(no_room)
     scene_open(&s, 7);
     int to = memfd_create("copy", MFD_CLOEXEC | MFD_ALLOW_SEALING);
     ck_assert(!fcntl(to, F_ADD_SEALS, F_SEAL_WRITE));
-    ck_assert_msg(!virtio_blk_freeze(s.r->dev, to, &f, &err), "%s", err.text);
+    ck_assert_msg(!virtio_blk_class.disk->freeze(s.r->dev, to, &f, &err), "%s", err.text);
     for (unsigned i = 0; i < 50; i++)
         change(&s);
     ck_assert_int_eq(blk_frozen_step(f, &err), -EPERM);
     ck_assert_ptr_nonnull(strstr(err.text, "copying an overlay"));
     ck_assert_int_eq(blk_frozen_step(f, &err), -EPERM);
-    virtio_blk_freeze_end(s.r->dev, f);
+    virtio_blk_class.disk->freeze_end(s.r->dev, f);
     close(to);
     change(&s);
     scene_close(&s);
