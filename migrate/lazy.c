@@ -48,6 +48,9 @@ struct lazy {
     uint8_t *fault_buffer, *fetch_buffer; // a chunk each
     struct workset set;                   // of the last time: the fetch thread's
 
+    pthread_mutex_t guard; // held while a fault is served: the guard is not lifted in between
+    bool lifted;
+
     pthread_mutex_t lock; // guards what follows
     pthread_cond_t changed;
     uint64_t *have;        // placed
@@ -154,13 +157,24 @@ static void poison_now(struct lazy *lz)
 
 // --- faults
 
+// Who waits for a page that came meanwhile with the last of the rest was woken with the guard's
+// end, and nothing can be placed any more (UFFDIO_COPY: ENOENT).
+static int fault_place(struct lazy *lz, const struct stretch *s, const struct snapfile_where *where,
+                       uint64_t page, struct error *err)
+{
+    pthread_mutex_lock(&lz->guard);
+    int ret = lz->lifted ? 0 : place(lz, s, where, page, lz->fault_buffer, err);
+    pthread_mutex_unlock(&lz->guard);
+    return ret;
+}
+
 static void fault_serve(struct lazy *lz, uint64_t page)
 {
     struct snapfile_where where;
     struct error err;
     uint64_t start = time_ns();
     struct stretch s = stretch_at(lz, page, &where);
-    int ret = place(lz, &s, &where, page, lz->fault_buffer, &err);
+    int ret = fault_place(lz, &s, &where, page, &err);
     if (ret) {
         fail(lz, &s, ret, &err);
         return;
@@ -277,7 +291,10 @@ static bool fill_wait(struct lazy *lz)
 // Everything that is not zero is here: what is missing is zero, as the kernel would have it.
 static void finish(struct lazy *lz)
 {
+    pthread_mutex_lock(&lz->guard);
     uffd_unregister(lz->uffd, lz->ram->map, lz->ram->size);
+    lz->lifted = true;
+    pthread_mutex_unlock(&lz->guard);
     atomic_store(&lz->ram->missing, false);
     ram_discard_unblock(lz->ram);
     pthread_mutex_lock(&lz->lock);
@@ -388,6 +405,7 @@ int lazy_create(struct lazy **out, struct ram *ram, struct snapfile *f,
     lz->params = *params;
     lz->uffd = lz->stop_fd = -1;
     lz->recording = params->record_ms;
+    pthread_mutex_init(&lz->guard, NULL);
     pthread_mutex_init(&lz->lock, NULL);
     pthread_condattr_t attr;
     pthread_condattr_init(&attr);
@@ -464,6 +482,7 @@ void lazy_free(struct lazy *lz)
     free(lz->fetch_buffer);
     pthread_cond_destroy(&lz->changed);
     pthread_mutex_destroy(&lz->lock);
+    pthread_mutex_destroy(&lz->guard);
     free(lz);
 }
 
