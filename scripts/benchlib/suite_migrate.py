@@ -253,7 +253,6 @@ def hop(vmm, trip, source, target, gap):
     if not trip.load.rate:
         result["lost_ms"] = (now - began) * 1e3 - pages / speed
         result["slow"] = 100 * result["lost_ms"] / result["total_ms"]
-    result["rate"] = (trip.load.noise or trip.load.mib) / result["total_ms"] * 1e3
     return result
 
 
@@ -287,6 +286,7 @@ def travel(vmm, trip):
                                                  host, enter[1], trip.there))
         before = link.bits() if link else 0
         result = hop(vmm, trip, source, target, gap)
+        result["rate"] = (trip.load.noise or trip.load.mib) / result["total_ms"] * 1e3
         if link:
             sent = link.bits() - before
             result["share"] = 100 * sent / 1e6 / (result["total_ms"] / 1e3) / trip.mbit
