@@ -741,7 +741,7 @@ static int64_t window_left(struct credit_vm *vm, int64_t full)
     vm->window_at = (vm->window_at + 1) % CREDIT_CAP_WINDOW;
     // Less a little: what is used beyond a quota is noticed after QUOTA_TIMER_MIN_NS.
     int64_t left = (CREDIT_CAP_WINDOW + 1) * full - full / 16 - (int64_t)vm->window_us * 1000;
-    return left < 2 * full ? left : 2 * full;
+    return left < 0 ? 0 : left < 2 * full ? left : 2 * full;
 }
 
 static void refill(struct credit *c, uint64_t now)
@@ -750,6 +750,10 @@ static void refill(struct credit *c, uint64_t now)
     for (struct credit_list *l = slot->next; l != slot; l = l->next) {
         struct credit_vm *vm = list_entry(l, struct credit_vm, refill);
         const int64_t full = vm_budget(c, vm), most = window_left(vm, full) - vm->handed_ns;
+        // What it had too much before the window is forgotten, as what it did not have then is.
+        const int64_t debt_most = (CREDIT_CAP_WINDOW + 1) * full;
+        if (vm->budget_ns < -debt_most)
+            vm->budget_ns = -debt_most;
         vm->budget_ns = vm->budget_ns + full < most ? vm->budget_ns + full : most;
         if (vm->budget_ns > 0)
             unpark_all(c, vm, now);

@@ -73,6 +73,12 @@ static enum sched_policy sleeper_policy(const struct sched_daemon *d, const stru
     return boosted ? SCHED_POLICY_BOOST : SCHED_POLICY_PROMPT;
 }
 
+// It is until it has had CPU time.
+static void stuck_still(struct sched_vcpu *v)
+{
+    v->stuck &= v->charged_ns == v->stuck_cpu_ns;
+}
+
 static void woke(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now);
 
 // Whether its going to sleep is an event. In its turn, and without one; but not from the end of its
@@ -96,6 +102,8 @@ static void sleeps(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
     policy(v, sleeper_policy(d, v));
     sched_watch_listen(&v->watch, true);
     sched_watch_read(&v->watch, now); // it may have woken before we listened, or rung
+    charge(d, v, now);
+    stuck_still(v); // or have come for its turn a moment late, and gone to sleep again
     if ((!v->watch.asleep && !sched_watch_polls(&v->watch)) ||
         (atomic_load(&v->slot->want) == WANT_TURN && !v->stuck))
         woke(d, v, now);
@@ -155,7 +163,7 @@ void vcpu_look(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
         if (v->credit.state != CREDIT_BLOCKED)
             block(d, v, now);
     } else if (v->credit.state == CREDIT_BLOCKED) {
-        v->stuck &= v->charged_ns == v->stuck_cpu_ns;
+        stuck_still(v);
         if (!asleep || (want == WANT_TURN && !v->stuck))
             woke(d, v, now);
         else if (v->brief_until_ns)

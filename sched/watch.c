@@ -14,7 +14,11 @@
 
 #include "vmm/util.h"
 
-enum { RING_BYTES = 4096, MAP_BYTES = 4096 + RING_BYTES };
+enum {
+    RING_BYTES = 4096,
+    MAP_BYTES = 4096 + RING_BYTES,
+    SURE_NS = 50000000, // awake for so long without a record: the kernel's own count must grow
+};
 
 // CPU time in ns, or -errno when the thread is gone.
 static int64_t schedstat_read(const struct sched_watch *w)
@@ -224,6 +228,28 @@ static void proc_look(struct sched_watch *w, uint64_t now_ns)
     w->on_cpu = advanced;
 }
 
+// Records are lost when nobody reads them for long. If the last one kept says that the thread is
+// not asleep, it would seem to be awake for ever, and if it says that it came on a CPU, all that
+// time would be charged to it: a thread that sleeps makes no record that could tell. But its CPU
+// time stands still.
+static void doubt(struct sched_watch *w, uint64_t now_ns)
+{
+    int64_t ran = schedstat_read(w);
+    bool still = ran < 0 || (uint64_t)ran == w->seen_ns;
+    w->sure_ns = now_ns;
+    w->seen_ns = ran < 0 ? w->seen_ns : (uint64_t)ran;
+    if (!still || !sched_watch_sleeps(w))
+        return;
+    w->base_ns = w->seen_ns;
+    w->asleep = w->fresh = true;
+    w->on_cpu = false;
+}
+
+static bool awake_long(const struct sched_watch *w, uint64_t now_ns)
+{
+    return !w->asleep && now_ns > w->since_ns + SURE_NS && now_ns > w->sure_ns + SURE_NS;
+}
+
 void sched_watch_read(struct sched_watch *w, uint64_t now_ns)
 {
     if (w->out_fd < 0) {
@@ -235,6 +261,8 @@ void sched_watch_read(struct sched_watch *w, uint64_t now_ns)
         w->fresh = true; // records were lost
     if (w->fresh)
         schedstat_take(w);
+    if (awake_long(w, now_ns))
+        doubt(w, now_ns);
 }
 
 uint64_t sched_watch_cpu(const struct sched_watch *w, uint64_t now_ns)

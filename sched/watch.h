@@ -30,8 +30,9 @@ struct sched_watch {
     bool asleep;       // left its CPU by itself; false: preempted, or waits to be put there
     bool fresh;        // by records: none tells yet how long it has run; its schedstat does
     uint64_t since_ns; // of on_cpu, CLOCK_MONOTONIC
+    uint64_t sure_ns;  // by records: when the kernel's own count was last looked at
     uint64_t base_ns;  // CPU time before that
-    uint64_t seen_ns;  // by /proc: CPU time at the last look
+    uint64_t seen_ns;  // CPU time by /proc at the last look
 };
 
 // -errno; -ESRCH: no such thread in that process.

@@ -601,6 +601,28 @@ START_TEST(affinity_can_be_changed)
 }
 END_TEST
 
+// A cap's debt is no older than its window: who is charged with far too much waits for that long.
+START_TEST(debt_of_a_cap_is_bounded)
+{
+    struct host h;
+    struct error err;
+    const struct credit_params params = credit_params_default(1);
+    struct credit_vm_config config = {.weight = 256, .cap = 10, .hard = 1};
+    host_init(&h, &params, 1);
+    ck_assert_int_eq(credit_vm_set(&h.c, &h.vms[0], &config, 0, &err), 0);
+    credit_wake(&h.c, &h.vcpus[0], 0);
+    ck_assert_ptr_eq(pick_at(&h, 0, 0), &h.vcpus[0]);
+    credit_charge(&h.c, &h.vcpus[0], 1000 * S, MS);
+    ck_assert_ptr_null(pick_at(&h, 0, MS));
+    uint64_t now = MS;
+    for (; h.vcpus[0].state == CREDIT_PARKED && now < 60 * S; now = credit_next(&h.c))
+        credit_timer(&h.c, now);
+    ck_assert_uint_gt(now, S - 10 * MS);
+    ck_assert_uint_lt(now, S + 30 * MS);
+    ck_assert_ptr_eq(pick_at(&h, 0, now), &h.vcpus[0]);
+}
+END_TEST
+
 // All there is goes away, in whatever state it is.
 START_TEST(vms_can_be_removed)
 {
@@ -719,6 +741,7 @@ int main(void)
     add(s, "rules", steals_from_its_own_node_first);
     add(s, "rules", affinity_can_be_changed);
     add(s, "rules", siblings_are_spread);
+    add(s, "rules", debt_of_a_cap_is_bounded);
     add(s, "rules", vms_can_be_removed);
     add(s, "rules", bad_values_are_refused);
     SRunner *r = srunner_create(s);
