@@ -760,11 +760,12 @@ static void refill(struct credit *c, uint64_t now)
     }
 }
 
-uint64_t credit_next(const struct credit *c)
+uint64_t credit_next(const struct credit *c, uint64_t patience_ns)
 {
     if (!c->nr_vms)
         return CREDIT_NEVER;
-    return c->nr_capped && c->refill_at_ns < c->account_at_ns ? c->refill_at_ns : c->account_at_ns;
+    const uint64_t at = c->account_at_ns + patience_ns;
+    return c->nr_capped && c->refill_at_ns < at ? c->refill_at_ns : at;
 }
 
 // The next slot with VMs in it.
@@ -783,8 +784,7 @@ void credit_timer(struct credit *c, uint64_t now)
 {
     if (now >= c->account_at_ns) {
         account(c, now);
-        c->account_at_ns +=
-            ((now - c->account_at_ns) / c->params.slice_ns + 1) * c->params.slice_ns;
+        c->account_at_ns = now + c->params.slice_ns;
     }
     if (now >= c->refill_at_ns + LATE_PERIODS * c->params.cap_period_ns)
         c->refill_at_ns = now; // nobody was capped, or the driver slept

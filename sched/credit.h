@@ -248,8 +248,10 @@ struct credit_vcpu *credit_pick(struct credit *c, unsigned pcpu, uint64_t now);
 // pCPUs whose until_ns came nearer, or which should look for work; reading clears the set.
 uint64_t credit_kicks(struct credit *c);
 
-// When credit_timer is due: the next accounting, or refill of budgets.
-uint64_t credit_next(const struct credit *c);
+// When credit_timer is due: the next accounting, or refill of budgets. An accounting gives what is
+// due for the time that passed, whenever it comes; a driver with another reason to wake soon may
+// have the patience to wait for that, a slice at most.
+uint64_t credit_next(const struct credit *c, uint64_t patience_ns);
 void credit_timer(struct credit *c, uint64_t now);
 
 // In credits (rounded towards minus infinity), for people.

@@ -17,8 +17,7 @@ enum {
     REQUESTS = 64,            // in 10 ms, of all connections
     POLL_NS = 1000000,        // also where the kernel's records cannot be had
     BRIEF_NS = 500000,        // that a vCPU with credit runs after it woke before it needs a turn
-    TRANSIT_NS = 1000000,     // from a turn's beginning until the thread must have begun ...
-    STUCK_NS = 8000000,       // ... and when that is looked at, unless something happens before
+    TRANSIT_NS = 1000000,     // from a turn's beginning until the thread must have begun
     HEARTBEAT_NS = 100000000, // everybody is looked at so often, whatever events say
     EARLY_NS = 500000,        // what is due by then is done with what is due now ...
     EARLY_PART = 20,          // ... if it is no more than that part of a slice

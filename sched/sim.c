@@ -170,7 +170,7 @@ static void wake(struct sim *sim, struct sim_vcpu *v)
 
 static uint64_t next_event(struct sim *sim)
 {
-    uint64_t at = credit_next(&sim->credit);
+    uint64_t at = credit_next(&sim->credit, 0);
     if (sim->nr_sleepers && sim->sleepers[0]->due_ns < at)
         at = sim->sleepers[0]->due_ns;
     for (unsigned p = 0; p < sim->credit.params.nr_pcpus; p++) {
@@ -198,7 +198,7 @@ static void block_those_done(struct sim *sim)
 
 static void timer(struct sim *sim)
 {
-    if (credit_next(&sim->credit) > sim->now)
+    if (credit_next(&sim->credit, 0) > sim->now)
         return;
     for (unsigned p = 0; p < sim->credit.params.nr_pcpus; p++)
         if (running_at(sim, p))

@@ -278,7 +278,7 @@ static void charge_running(struct sched_daemon *d, uint64_t now)
 static bool decide(struct sched_daemon *d, uint64_t now)
 {
     bool due = false;
-    if (credit_next(&d->credit) <= now) {
+    if (credit_next(&d->credit, 0) <= now) {
         charge_running(d, now);
         credit_timer(&d->credit, now);
     }
@@ -322,7 +322,9 @@ static uint64_t next_due(struct sched_daemon *d, uint64_t now)
     bool awake = anybody_awake(d), polled = anybody_polled(d);
     d->poll_at_ns = polled ? least(d->poll_at_ns, now + POLL_NS) : CREDIT_NEVER;
     if (awake || polled) {
-        at = least(at, credit_next(&d->credit));
+        // Turns end as often as credits are given out: once it was waited for one, the two
+        // coincide.
+        at = least(at, credit_next(&d->credit, d->credit.params.slice_ns));
         at = least(at, d->poll_at_ns);
     }
     if (d->vms) // an event that was missed costs so long, and not for ever
@@ -330,11 +332,9 @@ static uint64_t next_due(struct sched_daemon *d, uint64_t now)
     for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
         const struct sched_vcpu *v = d->holder[p];
         at = least(at, d->credit.pcpus[p].until_ns);
-        if (!v)
-            continue;
-        uint64_t begun = v->granted_ns + (v->policy == SCHED_POLICY_BOOST ? TRANSIT_NS : STUCK_NS);
-        if ((v->watch.asleep || v->policy == SCHED_POLICY_BOOST) && begun > now)
-            at = least(at, begun);
+        // One that does not come for its turn has its end: nobody wakes for that before.
+        if (v && v->policy == SCHED_POLICY_BOOST && v->granted_ns + TRANSIT_NS > now)
+            at = least(at, v->granted_ns + TRANSIT_NS);
     }
     return at;
 }

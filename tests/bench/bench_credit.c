@@ -122,7 +122,7 @@ static void step(struct bench *b, unsigned p, uint64_t now)
     begin(b);
     credit_pick(&b->credit, p, now);
     end(b, PICK);
-    if (now >= credit_next(&b->credit)) {
+    if (now >= credit_next(&b->credit, 0)) {
         begin(b);
         credit_timer(&b->credit, now);
         end(b, TIMER);

@@ -519,7 +519,7 @@ START_TEST(boost_ends_by_run_time)
         credit_block(&h.c, v, now);
         ck_assert_ptr_null(pick_at(&h, 0, now));
     }
-    now = credit_next(&h.c);
+    now = credit_next(&h.c, 0);
     credit_timer(&h.c, now);
     credit_wake(&h.c, v, now);
     ck_assert_int_eq(v->class, CREDIT_BOOST);
@@ -615,7 +615,7 @@ START_TEST(debt_of_a_cap_is_bounded)
     credit_charge(&h.c, &h.vcpus[0], 1000 * S, MS);
     ck_assert_ptr_null(pick_at(&h, 0, MS));
     uint64_t now = MS;
-    for (; h.vcpus[0].state == CREDIT_PARKED && now < 60 * S; now = credit_next(&h.c))
+    for (; h.vcpus[0].state == CREDIT_PARKED && now < 60 * S; now = credit_next(&h.c, 0))
         credit_timer(&h.c, now);
     ck_assert_uint_gt(now, S - 10 * MS);
     ck_assert_uint_lt(now, S + 30 * MS);
@@ -643,7 +643,7 @@ START_TEST(vms_can_be_removed)
             ck_assert_ptr_null(credit_pick(&sim.credit, p, sim.now));
         }
         ck_assert_int_eq(c->ledger.given - c->ledger.burned - c->ledger.returned, 0);
-        ck_assert_uint_eq(credit_next(c), CREDIT_NEVER);
+        ck_assert_uint_eq(credit_next(c, 0), CREDIT_NEVER);
         sim_destroy(&sim);
         free(l);
     }
@@ -691,7 +691,7 @@ START_TEST(bad_values_are_refused)
     params.slice_ns = 5 * MS;
     params.tick_ns = 5 * MS;
     ck_assert_int_eq(credit_params_set(&h.c, &params, 0, &err), 0);
-    ck_assert_uint_le(credit_next(&h.c), 5 * MS);
+    ck_assert_uint_le(credit_next(&h.c, 0), 5 * MS);
 }
 END_TEST
 
