@@ -170,13 +170,15 @@ static bool move(struct place *from, struct place *to, enum migrate_mode mode, b
 // these, the source's end of it only. 0 is never.
 static const struct {
     uint64_t up, down, mute;
+    bool half; // `up`: only the source learns that the link is gone
     int moves; // -1: either
 } breaks[] = {
-    {.up = SAID_READY - 1},            // nothing has been sent
-    {.up = SAID_READY},                // on the way
-    {.up = SAID_PREPARED - 1},         // it is loaded, and has the image
-    {.mute = SAID_PREPARED},           // COMMIT does not come through: asked, no
-    {.up = SAID_PREPARED, .moves = 1}, // it does: asked, yes
+    {.up = SAID_READY - 1},                  // nothing has been sent
+    {.up = SAID_READY},                      // on the way
+    {.up = SAID_PREPARED - 1},               // it is loaded, and has the image
+    {.up = SAID_PREPARED - 1, .half = true}, // and hears of the end by a connection of its own
+    {.mute = SAID_PREPARED},                 // COMMIT does not come through: asked, no
+    {.up = SAID_PREPARED, .moves = 1},       // it does: asked, yes
     {.up = SAID_RUNNING - 1, .moves = 1},
     {.down = 3000},                // in the machine's description
     {.down = 100000, .moves = -1}, // among pages, or blocks
@@ -196,10 +198,11 @@ static void breaking(bool disks)
     for (unsigned i = 0; i < times * ARRAY_SIZE(breaks); i++) {
         unsigned row = i % ARRAY_SIZE(breaks);
         uint64_t kept = disks ? REC(struct wire_kept) + REC(struct wire_round) : 0;
+        bool half = breaks[row].half || breaks[row].mute;
         struct relay relay = {.to_source = breaks[row].up ? breaks[row].up + kept : UINT64_MAX,
                               .to_dest = breaks[row].down ? breaks[row].down : UINT64_MAX,
                               .after_answer = breaks[row].mute ? breaks[row].mute + kept : 0,
-                              .harm = breaks[row].mute ? RELAY_MUTE : RELAY_CUT};
+                              .harm = half ? RELAY_MUTE : RELAY_CUT};
         if (disks && row == 0)
             relay.to_source = breaks[row].up;
         struct place *to = &places[!at];
