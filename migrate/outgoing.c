@@ -362,6 +362,7 @@ static int send_rest(struct outgoing *out, bool postcopy, struct error *err)
     struct wire_state state = {.len = (uint32_t)out->state.len,
                                .crc = crc32c(0, out->state.data, out->state.len)};
     ret = wire_put(&out->main.wire, WIRE_STATE, 0, &state, sizeof(state), &blob, 1, err);
+    out->prepared = !ret;
     return ret ? ret
                : wire_put(&out->main.wire, WIRE_PREPARE, 0, &prepare, sizeof(prepare), NULL, 0,
                           err);
@@ -427,12 +428,12 @@ static int hand_over(struct outgoing *out, bool postcopy, struct error *err)
 
 // One question over a fresh connection. SOURCE_EV_NO_ANSWER also for "never heard of it": another
 // process may listen there while the one that got COMMIT still runs the guest.
-static enum owner_source_event ask_once(struct outgoing *out, struct error *err)
+static enum owner_source_event ask_once(struct outgoing *out, int cancel_fd, struct error *err)
 {
     struct channel c;
     struct wire_answer answer = {0};
-    if (!channel_connect_secure(&c, out->params->to, &out->params->security, -1, ASK_TIMEOUT_MS,
-                                err)) {
+    if (!channel_connect_secure(&c, out->params->to, &out->params->security, cancel_fd,
+                                ASK_TIMEOUT_MS, err)) {
         struct wire_hello hello;
         wire_hello_fill(&hello, WIRE_QUERY, out->report->id);
         if (!wire_put(&c.wire, WIRE_HELLO, 0, &hello, sizeof(hello), NULL, 0, err) &&
@@ -458,7 +459,7 @@ static enum owner_action ask(struct outgoing *out, struct error *err)
     outgoing_progress(out, MIGRATE_ASKING, 0);
     do { // at least once, also when the user has tried to cancel
         struct error why = {0};
-        enum owner_source_event event = ask_once(out, &why);
+        enum owner_source_event event = ask_once(out, -1, &why);
         owner_source_step(&out->owner, event, &action);
         if (event == SOURCE_EV_NO)
             error_set(err, -ECONNABORTED,
@@ -476,10 +477,26 @@ static enum owner_action ask(struct outgoing *out, struct error *err)
     return action;
 }
 
-static void resume_here(struct outgoing *out)
+// The link broke when the destination may have been waiting for COMMIT: it would keep images and
+// memory until its own wait is over, and then wait for a question. It gets one, whose answer
+// changes nothing here.
+static void *release_main(void *arg)
 {
+    struct outgoing *out = arg;
+    struct error err;
+    ask_once(out, out->m->cancel_fd, &err);
+    return NULL;
+}
+
+static void resume_here(struct outgoing *out, bool release)
+{
+    pthread_t thread;
+    // At the same time: the guest may go on at once, or may want an image back first.
+    bool releasing = release && !pthread_create(&thread, NULL, release_main, out);
     if (out->was_running)
         vm_resume(out->vm);
+    if (releasing)
+        pthread_join(thread, NULL);
 }
 
 // Before COMMIT: the guest goes on here. After it: ask.
@@ -492,6 +509,7 @@ static int failed(struct outgoing *out, int ret, struct error *err)
     if (out->owner == SOURCE_COMMITTING && event == SOURCE_EV_CANCEL)
         event = SOURCE_EV_LOST; // a connection given up is a connection lost
     owner_source_step(&out->owner, event, &action);
+    bool release = action == OWNER_RESUME && event == SOURCE_EV_LOST && out->prepared;
     if (action == OWNER_ASK) {
         channel_close(&out->main);
         action = ask(out, err);
@@ -500,7 +518,7 @@ static int failed(struct outgoing *out, int ret, struct error *err)
         channel_abort(&out->main, err);
     }
     if (action == OWNER_RESUME)
-        resume_here(out);
+        resume_here(out, release);
     return ret;
 }
 

@@ -23,6 +23,7 @@ struct outgoing {
     struct wire_record record;
     enum owner_source owner;
     bool was_running; // the guest ran before the switch
+    bool prepared;    // the destination has been told to load it, and may have
     bool logging;     // `dirty` is started
     struct ram_dirty dirty;
     uint64_t *todo; // pages still to send

@@ -152,16 +152,35 @@ static int run(struct receive *r, struct error *err)
     return ret;
 }
 
+// Waits for the source's word that it goes on itself, after which it asks nothing. A COMMIT may
+// come before.
+static bool source_gives_up(struct receive *r, unsigned timeout_ms)
+{
+    r->main.cancel_fd = r->cancel_fd;
+    r->main.timeout_ms = timeout_ms;
+    for (unsigned i = 0; i < 2 && !wire_get(&r->main.wire, &r->record, NULL); i++)
+        if (r->record.header.type == WIRE_ABORT)
+            return true;
+    return false;
+}
+
 // Cancelled, too, and until cancelled once more: without an answer the source would be in doubt.
 static void stay_for_question(struct receive *r)
 {
     unsigned ms = r->params.linger_ms;
+    eventfd_t count;
     pthread_mutex_lock(&r->lock);
     if (r->cancelled && ms > CANCELLED_MS)
         ms = CANCELLED_MS;
     r->cancelled = false;
+    eventfd_read(r->cancel_fd, &count);
     pthread_mutex_unlock(&r->lock);
-    receive_wait_for(r, receive_has_answered, ms);
+    uint64_t end = time_ns() + ms * 1000000ull;
+    if (source_gives_up(r, ms))
+        return;
+    channel_shutdown(&r->main);
+    uint64_t now = time_ns();
+    receive_wait_for(r, receive_has_answered, now < end ? (unsigned)((end - now) / 1000000) : 0);
 }
 
 // Before COMMIT: nothing is left. If COMMIT may be under way, the source will ask: say no.
@@ -183,9 +202,9 @@ static void give_up(struct receive *r, int ret, struct error *err)
     pthread_cond_broadcast(&r->changed);
     pthread_mutex_unlock(&r->lock);
     channel_abort(&r->main, err);
-    channel_shutdown(&r->main); // not close: the door may be looking at it
-    if (r->was_prepared)
+    if (r->was_prepared && ret != -EREMOTEIO) // the source's ABORT: it will not ask
         stay_for_question(r);
+    channel_shutdown(&r->main); // not close: the door may be looking at it
     receive_door_close(r);
 }
 

@@ -67,9 +67,15 @@ static int postcopy_finish(struct receive *r, struct error *err)
     return ret ? ret : wire_expect(&r->main.wire, &r->record, WIRE_BYE, err);
 }
 
-static bool has_paused(const struct receive *r)
+// Also when cancelled: whoever then keeps the guest keeps one that stands still.
+static void wait_paused(struct receive *r)
 {
-    return r->paused;
+    struct timespec end = time_deadline(PAUSE_MS);
+    int late = 0;
+    pthread_mutex_lock(&r->lock);
+    while (!r->paused && late != ETIMEDOUT)
+        late = pthread_cond_timedwait(&r->changed, &r->lock, &end);
+    pthread_mutex_unlock(&r->lock);
 }
 
 // Pauses the guest until unhalt, and lets it go on. Not in the receiving thread: a device or a vCPU
@@ -114,7 +120,7 @@ static void halt(struct receive *r)
         r->pausing = !pthread_create(&r->pauser, NULL, pauser_main, r);
     }
     if (r->pausing)
-        receive_wait_for(r, has_paused, PAUSE_MS);
+        wait_paused(r);
 }
 
 static void unhalt(struct receive *r)

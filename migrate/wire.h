@@ -43,7 +43,7 @@
 //     | PAGES ... as before                                       |
 //     |                                                           |
 //     | ABORT(text): either side, at any time before COMMIT       |
-//     |   query connection, when RUNNING did not come:            |
+//     |   query connection, when the link broke after PREPARE:    |
 //     | HELLO(query, id) ---------------------------------------> |
 //     | <------------------------------------- ANSWER(yes|no|...) |
 #pragma once

@@ -10,14 +10,8 @@
 
 #include "migrate/migrate.h"
 #include "tests/bare/bare.h"
-
-#define OK(call)                                     \
-    do {                                             \
-        struct error err = {0};                      \
-        int ok_ret = (call);                         \
-        if (ok_ret)                                  \
-            ck_abort_msg("%s: %s", #call, err.text); \
-    } while (0)
+#include "tests/bare/moves.h"
+#include "tests/check_ok.h"
 
 // --- the guest and its oracle
 
@@ -137,13 +131,6 @@ static inline void guest_end(struct guest *g)
 }
 
 // --- hooks: the JSON is a word, the machine is the guest's
-
-struct host {
-    struct guest *guest;
-    struct bare *bare; // made by create_vm
-    unsigned destroyed;
-    unsigned arrived;
-};
 
 static inline int describe(void *context, struct vm *vm, char **json, struct error *err)
 {

@@ -5,17 +5,10 @@
 #include <check.h>
 #include <stdio.h>
 
+#include "tests/check_ok.h"
 #include "tests/unit/fake_disk.h"
 
 enum { SIZE = 40 * DISK_BLOCK + 1536, STREAM_MAX = 16 * MiB };
-
-#define OK(call)                                     \
-    do {                                             \
-        struct error err = {0};                      \
-        int ok_ret = (call);                         \
-        if (ok_ret)                                  \
-            ck_abort_msg("%s: %s", #call, err.text); \
-    } while (0)
 
 // --- a link that keeps what is sent
 

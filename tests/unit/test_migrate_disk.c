@@ -13,15 +13,8 @@
 #include "devices/virtio_blk.h"
 #include "migrate/migrate.h"
 #include "migrate/receive.h"
-#include "tests/bare/bare.h"
-
-#define OK(call)                                     \
-    do {                                             \
-        struct error err = {0};                      \
-        int ok_ret = (call);                         \
-        if (ok_ret)                                  \
-            ck_abort_msg("%s: %s", #call, err.text); \
-    } while (0)
+#include "tests/bare/moves.h"
+#include "tests/check_ok.h"
 
 enum { MEMORY = 48 * MiB, BLOCKS = 48, STRIDE_KIB = 64, DISK = 4 * MiB, NAME = 64 };
 
@@ -127,154 +120,22 @@ static struct migrate_hooks hooks_of(struct place *p)
         .context = p, .describe = describe, .create_vm = create_vm, .destroy_vm = destroy_vm};
 }
 
-// --- a link whose first connection breaks after so many bytes; later ones do not
-
-struct relay {
-    int listen_fd, stop_fd;
-    pthread_t thread;
-    char address[64];
-    const char *target;
-    uint64_t down, up; // bytes that go through, to the destination and back
-    // After so many bytes back (0: never) nothing more goes to the destination, which waits on.
-    uint64_t mute;
-    bool broken;
-};
-
-struct pair {
-    int fd[2]; // source, destination
-    uint64_t gone[2];
-};
-
-enum { PAIRS = 64 };
-
-// From fd[side] to the other one. False: this pair has ended.
-static bool pair_forward(struct relay *r, struct pair *p, unsigned side, bool first)
-{
-    char buffer[16384];
-    uint64_t limit = !first ? UINT64_MAX : side ? r->up : r->down;
-    ssize_t n = read(p->fd[side], buffer, sizeof(buffer));
-    if (n <= 0)
-        return false;
-    if (first && !side && r->mute && p->gone[1] >= r->mute) {
-        close(p->fd[0]);
-        p->fd[0] = -1;
-        return r->broken = true;
-    }
-    bool breaks = (uint64_t)n > limit - p->gone[side];
-    size_t len = breaks ? (size_t)(limit - p->gone[side]) : (size_t)n;
-    p->gone[side] += len;
-    if (send(p->fd[!side], buffer, len, MSG_NOSIGNAL) != (ssize_t)len)
-        return false;
-    r->broken |= breaks;
-    return !breaks;
-}
-
-static bool pair_open(struct relay *r, struct pair *p)
-{
-    struct channel in, out;
-    struct error err;
-    *p = (struct pair) {.fd = {-1, -1}};
-    if (channel_accept(&in, r->listen_fd, -1, 1000, 1000, &err))
-        return false;
-    if (channel_connect(&out, r->target, -1, 1000, &err)) {
-        channel_close(&in);
-        return false;
-    }
-    p->fd[0] = in.fd;
-    p->fd[1] = out.fd;
-    fcntl(in.fd, F_SETFL, 0);
-    fcntl(out.fd, F_SETFL, 0);
-    return true;
-}
-
-static void pair_close(struct pair *p)
-{
-    for (unsigned side = 0; side < 2; side++)
-        if (p->fd[side] >= 0)
-            close(p->fd[side]);
-    p->fd[0] = p->fd[1] = -1;
-}
-
-static void *relay_main(void *arg)
-{
-    struct relay *r = arg;
-    struct pair pairs[PAIRS];
-    struct pollfd p[2 + 2 * PAIRS];
-    unsigned nr = 0;
-    for (;;) {
-        p[0] = (struct pollfd) {.fd = r->stop_fd, .events = POLLIN};
-        p[1] = (struct pollfd) {.fd = nr < PAIRS ? r->listen_fd : -1, .events = POLLIN};
-        for (unsigned i = 0; i < 2 * nr; i++)
-            p[2 + i] = (struct pollfd) {.fd = pairs[i / 2].fd[i % 2], .events = POLLIN};
-        poll(p, 2 + 2 * nr, -1);
-        if (p[0].revents)
-            break;
-        for (unsigned i = 0; i < 2 * nr; i++)
-            if (p[2 + i].revents && pairs[i / 2].fd[0] >= 0 &&
-                !pair_forward(r, &pairs[i / 2], i % 2, i < 2))
-                pair_close(&pairs[i / 2]);
-        if (p[1].revents)
-            nr += pair_open(r, &pairs[nr]);
-    }
-    for (unsigned i = 0; i < nr; i++)
-        pair_close(&pairs[i]);
-    return NULL;
-}
-
-static void relay_start(struct relay *r, const char *target)
-{
-    r->target = target;
-    r->stop_fd = eventfd(0, 0);
-    OK(channel_listen("tcp:127.0.0.1:0", &r->listen_fd, r->address, sizeof(r->address), &err));
-    ck_assert_int_eq(pthread_create(&r->thread, NULL, relay_main, r), 0);
-}
-
-static void relay_end(struct relay *r)
-{
-    eventfd_write(r->stop_fd, 1);
-    pthread_join(r->thread, NULL);
-    close(r->stop_fd);
-    close(r->listen_fd);
-}
-
 // --- a move
-
-struct arrival {
-    struct receive *receive;
-    pthread_t thread;
-    struct vm *vm;
-    struct receive_report report;
-    struct error err;
-    int ret;
-};
-
-static void *arrival_main(void *arg)
-{
-    struct arrival *a = arg;
-    a->ret = receive_run(a->receive, &a->vm, &a->report, &a->err);
-    return NULL;
-}
 
 // True: the guest is at `to` now. It is in one of the two places, and its disk with it.
 static bool move(struct place *from, struct place *to, enum migrate_mode mode, bool disks,
                  struct relay *relay, struct migrate_report *report)
 {
-    struct arrival a = {0};
-    struct migrate_hooks here = hooks_of(from), there = hooks_of(to);
-    struct receive_params arriving;
+    struct arrival a = {.hooks = hooks_of(to)};
+    struct migrate_hooks here = hooks_of(from);
+    struct receive_params arriving = arrival_params();
     struct migrate_params p;
     struct migration m;
     struct error why = {0};
-    char address[64];
-    int listen_fd;
-    receive_params_default(&arriving);
-    arriving.one_try = true;
     arriving.handshake_ms = arriving.idle_ms = 5000;
     arriving.linger_ms = 3000;
-    OK(channel_listen("tcp:127.0.0.1:0", &listen_fd, address, sizeof(address), &err));
-    OK(receive_create(&a.receive, listen_fd, &there, &arriving, &err));
-    ck_assert_int_eq(pthread_create(&a.thread, NULL, arrival_main, &a), 0);
-    relay_start(relay, address);
+    arrival_start(&a, NULL, &arriving);
+    relay_start(relay, a.address);
     migrate_params_default(&p);
     p.to = relay->address;
     p.mode = mode;
@@ -293,10 +154,8 @@ static bool move(struct place *from, struct place *to, enum migrate_mode mode, b
     ck_assert(locked(moved ? to->image : from->image));
     ck_assert_int_eq(vm_paused(from->bare->vm), moved);
     receive_cancel(a.receive);
-    pthread_join(a.thread, NULL);
+    arrival_join(&a);
     relay_end(relay);
-    receive_free(a.receive);
-    close(listen_fd);
     ck_assert_int_eq(moved, a.vm != NULL);
     if (moved)
         place_end(from);
@@ -307,23 +166,19 @@ static bool move(struct place *from, struct place *to, enum migrate_mode mode, b
 
 // --- tests
 
-#define REC(T)        (WIRE_HEADER_LEN + sizeof(T))
-#define SAID_READY    (REC(struct wire_hello) + WIRE_HEADER_LEN)
-#define SAID_ROUND    (SAID_READY + REC(struct wire_round))
-#define SAID_PREPARED (SAID_ROUND + REC(struct wire_times))
-#define SAID_RUNNING  (SAID_PREPARED + REC(struct wire_times))
-
-// What breaks: the link after so many bytes, `up` the destination's words; see struct relay. 0 is
-// never.
+// What breaks: the link after so many bytes, `up` the destination's words, or, after `mute` of
+// these, the source's end of it only. 0 is never.
 static const struct {
     uint64_t up, down, mute;
+    bool half; // `up`: only the source learns that the link is gone
     int moves; // -1: either
 } breaks[] = {
-    {.up = SAID_READY - 1},            // nothing has been sent
-    {.up = SAID_READY},                // on the way
-    {.up = SAID_PREPARED - 1},         // it is loaded, and has the image
-    {.mute = SAID_PREPARED},           // COMMIT does not come through: asked, no
-    {.up = SAID_PREPARED, .moves = 1}, // it does: asked, yes
+    {.up = SAID_READY - 1},                  // nothing has been sent
+    {.up = SAID_READY},                      // on the way
+    {.up = SAID_PREPARED - 1},               // it is loaded, and has the image
+    {.up = SAID_PREPARED - 1, .half = true}, // and hears of the end by a connection of its own
+    {.mute = SAID_PREPARED},                 // COMMIT does not come through: asked, no
+    {.up = SAID_PREPARED, .moves = 1},       // it does: asked, yes
     {.up = SAID_RUNNING - 1, .moves = 1},
     {.down = 3000},                // in the machine's description
     {.down = 100000, .moves = -1}, // among pages, or blocks
@@ -343,11 +198,13 @@ static void breaking(bool disks)
     for (unsigned i = 0; i < times * ARRAY_SIZE(breaks); i++) {
         unsigned row = i % ARRAY_SIZE(breaks);
         uint64_t kept = disks ? REC(struct wire_kept) + REC(struct wire_round) : 0;
-        struct relay relay = {.up = breaks[row].up ? breaks[row].up + kept : UINT64_MAX,
-                              .down = breaks[row].down ? breaks[row].down : UINT64_MAX,
-                              .mute = breaks[row].mute ? breaks[row].mute + kept : 0};
+        bool half = breaks[row].half || breaks[row].mute;
+        struct relay relay = {.to_source = breaks[row].up ? breaks[row].up + kept : UINT64_MAX,
+                              .to_dest = breaks[row].down ? breaks[row].down : UINT64_MAX,
+                              .after_answer = breaks[row].mute ? breaks[row].mute + kept : 0,
+                              .harm = half ? RELAY_MUTE : RELAY_CUT};
         if (disks && row == 0)
-            relay.up = breaks[row].up;
+            relay.to_source = breaks[row].up;
         struct place *to = &places[!at];
         bool moves = move(&places[at], to, MIGRATE_PRECOPY, disks, &relay, &report);
         // With disks the number of passes, each with its ROUND, is not known beforehand.
@@ -355,7 +212,7 @@ static void breaking(bool disks)
             ck_assert_msg(moves == breaks[row].moves, "row %u: moved %d", row, moves);
         if (!breaks[row].up && !breaks[row].down && !breaks[row].mute)
             ck_assert(moves);
-        ck_assert(moves || relay.broken);
+        ck_assert(moves || relay.harmed);
         at = moves ? !at : at;
         moved += moves;
         walks(&places[at]);

@@ -15,42 +15,12 @@ enum { MEMORY_MIB = 64, PAGES = 512 };
 #define FREE_LEN (16 * MiB)
 #define KEPT_AT  (FREE_AT + 5 * MiB)
 
-struct there { // the destination
-    struct receive *receive;
-    pthread_t thread;
-    struct host host;
-    struct migrate_hooks hooks;
-    struct vm *vm;
-    struct receive_report report;
-    struct error err;
-    int ret, listen_fd;
-    char address[128];
-};
-
-static void *there_main(void *arg)
+static void there_start(struct arrival *t, struct guest *g)
 {
-    struct there *t = arg;
-    t->ret = receive_run(t->receive, &t->vm, &t->report, &t->err);
-    return NULL;
-}
-
-static void there_start(struct there *t, struct guest *g)
-{
-    struct receive_params params;
-    *t = (struct there) {.host = {.guest = g}};
+    struct receive_params params = arrival_params();
+    *t = (struct arrival) {.host = {.guest = g}};
     t->hooks = hooks_of(&t->host);
-    OK(channel_listen("tcp:127.0.0.1:0", &t->listen_fd, t->address, sizeof(t->address), &err));
-    receive_params_default(&params);
-    params.one_try = true;
-    OK(receive_create(&t->receive, t->listen_fd, &t->hooks, &params, &err));
-    ck_assert_int_eq(pthread_create(&t->thread, NULL, there_main, t), 0);
-}
-
-static void there_end(struct there *t)
-{
-    pthread_join(t->thread, NULL);
-    receive_free(t->receive);
-    close(t->listen_fd);
+    arrival_start(t, NULL, &params);
 }
 
 static void boot(struct guest *g)
@@ -60,7 +30,7 @@ static void boot(struct guest *g)
     memset(ram_at(&g->bare->vm->ram, FREE_AT, FREE_LEN), 0xee, FREE_LEN);
 }
 
-static struct migrate_params params_to(struct there *t, enum migrate_mode mode)
+static struct migrate_params params_to(struct arrival *t, enum migrate_mode mode)
 {
     struct migrate_params p;
     migrate_params_default(&p);
@@ -71,14 +41,14 @@ static struct migrate_params params_to(struct there *t, enum migrate_mode mode)
 }
 
 // Moves the guest; its oracle is looked at there.
-static void move(struct guest *g, struct there *t, const struct migrate_params *p,
+static void move(struct guest *g, struct arrival *t, const struct migrate_params *p,
                  struct migrate_report *report)
 {
     struct migration m;
     OK(migration_init(&m, &err));
     OK(migrate_out(g->bare->vm, p, &m, report, &err));
     migration_free(&m);
-    there_end(t);
+    arrival_join(t);
     ck_assert_msg(!t->ret, "%s", t->err.text);
     g->bare->vm->ram.hinter = NULL;
     g->bare->vm->ram.balloon = NULL;
@@ -144,7 +114,7 @@ START_TEST(hints_spare_pages)
                 {MIGRATE_PRECOPY, false, 3},
                 {MIGRATE_HYBRID, false, 1}};
     struct guest g;
-    struct there t;
+    struct arrival t;
     struct migrate_report report;
     boot(&g);
     struct fake_hinter f = {{fake_start, fake_progress, fake_end}, g.bare->vm, rows[_i].endless};
@@ -227,7 +197,7 @@ START_TEST(a_balloon_spares_pages)
                 {MIGRATE_POSTCOPY, UINT64_MAX, 15},
                 {MIGRATE_HYBRID, 9 * MiB, 9}};
     struct guest g;
-    struct there t;
+    struct arrival t;
     struct migrate_report report;
     boot(&g);
     struct fake_balloon *f = balloon_new(&g);
@@ -251,7 +221,7 @@ END_TEST
 START_TEST(a_balloon_that_does_not_answer)
 {
     struct guest g;
-    struct there t;
+    struct arrival t;
     struct migrate_report report;
     boot(&g);
     struct fake_balloon *f = balloon_new(&g);
@@ -279,7 +249,7 @@ static void cancel_at_rounds(const struct migrate_progress *progress, void *arg)
 START_TEST(a_balloon_is_let_go)
 {
     struct guest g;
-    struct there t;
+    struct arrival t;
     struct migration m;
     struct migrate_report report;
     struct error why;
@@ -294,7 +264,7 @@ START_TEST(a_balloon_is_let_go)
     ck_assert_int_eq(migrate_out(g.bare->vm, &p, &m, &report, &why), -ECANCELED);
     ck_assert_int_eq(report.owner, SOURCE_RUNNING);
     migration_free(&m);
-    there_end(&t);
+    arrival_join(&t);
     ck_assert(f->held >= 4 * MiB && f->given_back == 1 && !f->taken);
     guest_check(&g);
     g.bare->vm->ram.balloon = NULL;
@@ -321,7 +291,7 @@ static void arrived_reads(void *context, struct vm *vm)
 START_TEST(arrival_may_wait_for_pages)
 {
     struct guest g;
-    struct there t;
+    struct arrival t;
     struct migrate_report report;
     boot(&g);
     there_start(&t, &g);

@@ -18,6 +18,7 @@
 #include "migrate/receive.h"
 #include "migrate/wire.h"
 #include "tests/bare/oracle.h"
+#include "tests/random.h"
 
 static const enum migrate_mode modes[] = {MIGRATE_PRECOPY, MIGRATE_POSTCOPY, MIGRATE_HYBRID};
 
@@ -29,146 +30,11 @@ static uint64_t seed_start(const char *test)
     return seed;
 }
 
-static uint64_t random_below(uint64_t *seed, uint64_t limit)
-{
-    *seed = *seed * 6364136223846793005ull + 1442695040888963407ull;
-    return (*seed >> 20) % limit;
-}
-
-// --- a link between the two: cut, or silent, once so many bytes have gone one way
-
-enum harm { LINK_CUT, LINK_STALLED };
-
-struct link {
-    int listen_fd, stop_fd;
-    pthread_t thread;
-    char address[64];
-    const char *target;
-    uint64_t to_dest, to_source; // over all connections; UINT64_MAX: never
-    enum harm harm;
-    bool dead_afterwards; // no new connection gets through
-    bool harmed;
-    uint64_t down, up;       // bytes gone through
-    struct stream_mem *keep; // of each connection, what went to the destination
-    unsigned nr_keep;
-};
-
-enum { LINK_PAIRS = 64 };
-
-struct link_pair {
-    int source, dest; // -1: over
-    bool silent;
-};
-
-static void pair_drop(struct link_pair *p)
-{
-    close(p->source);
-    close(p->dest);
-    p->source = p->dest = -1;
-}
-
-// Passes on what is there. False: the pair is over.
-static bool pair_forward(struct link *l, unsigned index, struct link_pair *p, bool down)
-{
-    char buffer[16384];
-    uint64_t limit = l->harmed ? UINT64_MAX : down ? l->to_dest : l->to_source;
-    uint64_t *gone = down ? &l->down : &l->up;
-    ssize_t n = read(down ? p->source : p->dest, buffer, sizeof(buffer));
-    if (n <= 0)
-        return false;
-    if (limit - *gone < (uint64_t)n) {
-        n = (ssize_t)(limit - *gone);
-        l->harmed = true;
-    }
-    *gone += (uint64_t)n;
-    if (down && index < l->nr_keep)
-        OK(stream_write(&l->keep[index].stream, buffer, (size_t)n, &err));
-    return send(down ? p->dest : p->source, buffer, (size_t)n, MSG_NOSIGNAL) == n;
-}
-
-static bool link_accept(struct link *l, struct link_pair *p)
-{
-    struct channel in, out;
-    struct error err;
-    if (channel_accept(&in, l->listen_fd, -1, 1000, 1000, &err))
-        return false;
-    if ((l->harmed && l->dead_afterwards) || channel_connect(&out, l->target, -1, 1000, &err)) {
-        channel_close(&in);
-        return false;
-    }
-    *p = (struct link_pair) {in.fd, out.fd, false};
-    fcntl(p->source, F_SETFL, 0);
-    fcntl(p->dest, F_SETFL, 0);
-    return true;
-}
-
-static void link_step(struct link *l, struct link_pair *pairs, unsigned nr, const struct pollfd *p)
-{
-    for (unsigned i = 0; i < nr; i++)
-        for (unsigned down = 0; down < 2; down++) {
-            bool before = l->harmed;
-            if (pairs[i].source < 0 || !p[2 * i + !down].revents)
-                continue;
-            if (!pair_forward(l, i, &pairs[i], down))
-                pair_drop(&pairs[i]);
-            for (unsigned k = 0; l->harmed && !before && k < nr; k++) {
-                pairs[k].silent = true;
-                if (l->harm == LINK_CUT && pairs[k].source >= 0)
-                    pair_drop(&pairs[k]);
-            }
-            if (l->harmed && !before)
-                return;
-        }
-}
-
-static void *link_main(void *arg)
-{
-    struct link *l = arg;
-    struct link_pair pairs[LINK_PAIRS];
-    struct pollfd p[2 + 2 * LINK_PAIRS];
-    unsigned nr = 0;
-    for (;;) {
-        p[0] = (struct pollfd) {.fd = l->stop_fd, .events = POLLIN};
-        p[1] = (struct pollfd) {.fd = nr < LINK_PAIRS ? l->listen_fd : -1, .events = POLLIN};
-        for (unsigned i = 0; i < nr; i++) {
-            bool deaf = pairs[i].silent;
-            p[2 + 2 * i] = (struct pollfd) {.fd = deaf ? -1 : pairs[i].source, .events = POLLIN};
-            p[3 + 2 * i] = (struct pollfd) {.fd = deaf ? -1 : pairs[i].dest, .events = POLLIN};
-        }
-        poll(p, 2 + 2 * nr, -1);
-        if (p[0].revents)
-            break;
-        link_step(l, pairs, nr, p + 2);
-        if (p[1].revents && link_accept(l, &pairs[nr]))
-            nr++;
-    }
-    for (unsigned i = 0; i < nr; i++)
-        if (pairs[i].source >= 0)
-            pair_drop(&pairs[i]);
-    return NULL;
-}
-
-static void link_start(struct link *l, const char *target)
-{
-    l->target = target;
-    l->stop_fd = eventfd(0, 0);
-    OK(channel_listen("tcp:127.0.0.1:0", &l->listen_fd, l->address, sizeof(l->address), &err));
-    ck_assert_int_eq(pthread_create(&l->thread, NULL, link_main, l), 0);
-}
-
-static void link_end(struct link *l)
-{
-    eventfd_write(l->stop_fd, 1);
-    pthread_join(l->thread, NULL);
-    close(l->stop_fd);
-    close(l->listen_fd);
-}
-
 // --- one migration, disturbed
 
 struct trial {
     struct guest *guest;
-    struct link link;
+    struct relay link;
     enum migrate_mode mode;
     unsigned timeout_ms; // of both sides; 0: the usual ones
     unsigned ask_ms;
@@ -180,16 +46,7 @@ struct trial {
     int due_fd; // eventfd: the phase has come
     pthread_t canceller;
 
-    struct receive *receive;
-    pthread_t thread;
-    struct host host;
-    struct migrate_hooks hooks;
-    int listen_fd;
-    char address[64];
-    struct vm *vm; // at the destination
-    struct receive_report arrived;
-    int got;
-    struct error got_err;
+    struct arrival to;
 
     struct migration migration;
     struct migrate_report report;
@@ -197,36 +54,23 @@ struct trial {
     struct error sent_err;
 };
 
-static void *arrival_main(void *arg)
+static void trial_begin(struct trial *t)
 {
-    struct trial *t = arg;
-    t->got = receive_run(t->receive, &t->vm, &t->arrived, &t->got_err);
-    close(t->listen_fd); // as the end of the process would: nobody waits here in vain
-    return NULL;
-}
-
-static void arrival_start(struct trial *t)
-{
-    struct receive_params params;
-    t->host = (struct host) {.guest = t->guest};
-    t->hooks = hooks_of(&t->host);
-    OK(channel_listen("tcp:127.0.0.1:0", &t->listen_fd, t->address, sizeof(t->address), &err));
-    receive_params_default(&params);
-    params.one_try = true;
-    params.ram_max = 64 * GiB;
+    struct receive_params params = arrival_params();
+    t->to = (struct arrival) {.host = {.guest = t->guest}};
+    t->to.hooks = hooks_of(&t->to.host);
     if (t->timeout_ms)
         params.handshake_ms = params.idle_ms = t->timeout_ms;
-    OK(receive_create(&t->receive, t->listen_fd, &t->hooks, &params, &err));
-    ck_assert_int_eq(pthread_create(&t->thread, NULL, arrival_main, t), 0);
+    arrival_start(&t->to, NULL, &params);
 }
 
 static void arrival_end(struct trial *t)
 {
-    receive_cancel(t->receive);
-    pthread_join(t->thread, NULL);
-    if (t->vm && t->got)
-        vm_request_stop(t->vm, VM_STOP_HOST, 0, "test");
-    receive_free(t->receive);
+    receive_cancel(t->to.receive);
+    arrival_wait(&t->to);
+    if (t->to.vm && t->to.ret)
+        vm_request_stop(t->to.vm, VM_STOP_HOST, 0, "test");
+    arrival_free(&t->to);
 }
 
 static struct migrate_params params_of(struct trial *t, const char *to)
@@ -235,7 +79,7 @@ static struct migrate_params params_of(struct trial *t, const char *to)
     migrate_params_default(&p);
     p.to = to;
     p.mode = t->mode;
-    p.hooks = &t->hooks;
+    p.hooks = &t->to.hooks;
     p.bandwidth = t->bandwidth;
     p.downtime_ns = 3600000000000; // one round is enough
     p.ask_ms = t->ask_ms ? t->ask_ms : p.ask_ms;
@@ -250,9 +94,9 @@ static void recover(struct trial *t)
     for (unsigned tries = 0; t->report.owner == SOURCE_SEVERED; tries++) {
         if (tries)
             usleep(100000);
-        ck_assert_msg(tries < 600, "recovery: %s | %s", t->sent_err.text, t->got_err.text);
+        ck_assert_msg(tries < 600, "recovery: %s | %s", t->sent_err.text, t->to.err.text);
         ck_assert(vm_paused(t->guest->bare->vm)); // it is not this one's to run
-        struct migrate_params p = params_of(t, t->address);
+        struct migrate_params p = params_of(t, t->to.address);
         t->sent_err = (struct error) {0};
         OK(migration_init(&t->migration, &err));
         t->sent = migrate_recover(t->guest->bare->vm, &p, &t->migration, &t->report, &t->sent_err);
@@ -262,8 +106,8 @@ static void recover(struct trial *t)
 
 static void trial_run(struct trial *t)
 {
-    arrival_start(t);
-    link_start(&t->link, t->address);
+    trial_begin(t);
+    relay_start(&t->link, t->to.address);
     struct migrate_params p = params_of(t, t->link.address);
     OK(migration_init(&t->migration, &err));
     t->sent = migrate_out(t->guest->bare->vm, &p, &t->migration, &t->report, &t->sent_err);
@@ -275,17 +119,17 @@ static bool trial_follow(struct trial *t)
     struct guest *g = t->guest;
     bool here = t->report.owner == SOURCE_RUNNING;
     ck_assert_msg(here || t->report.owner == SOURCE_GONE, "owner %s: %s | %s",
-                  owner_source_name(t->report.owner), t->sent_err.text, t->got_err.text);
+                  owner_source_name(t->report.owner), t->sent_err.text, t->to.err.text);
     ck_assert_int_eq(here, !!t->sent);
-    ck_assert_msg(here == !t->vm, "source: %s | destination: %s", t->sent_err.text,
-                  t->got_err.text);
-    ck_assert_int_eq(here, t->arrived.owner != DEST_RUNNING);
+    ck_assert_msg(here == !t->to.vm, "source: %s | destination: %s", t->sent_err.text,
+                  t->to.err.text);
+    ck_assert_int_eq(here, t->to.report.owner != DEST_RUNNING);
     ck_assert_int_eq(here, !vm_paused(g->bare->vm));
-    ck_assert_int_eq(here, !t->host.bare);
+    ck_assert_int_eq(here, !t->to.host.bare);
     if (!here) {
-        ck_assert_uint_eq(t->arrived.missing_pages, 0);
+        ck_assert_uint_eq(t->to.report.missing_pages, 0);
         guest_end(g);
-        g->bare = t->host.bare;
+        g->bare = t->to.host.bare;
     }
     guest_check(g);
     return !here;
@@ -296,7 +140,7 @@ static bool trial_end(struct trial *t)
     migration_free(&t->migration);
     recover(t);
     arrival_end(t);
-    link_end(&t->link);
+    relay_end(&t->link);
     return trial_follow(t);
 }
 
@@ -318,9 +162,10 @@ START_TEST(test_ping_pong)
         unsigned cpus = cpu_counts[i / 6], place = i / 3 % 2;
         guest_boot(&g, cpus, places[place].memory, 4096, places[place].base, periods[i % 3]);
         for (unsigned k = 0; k < moves; k++) {
-            struct trial t = {.guest = &g,
-                              .mode = modes[count++ % ARRAY_SIZE(modes)],
-                              .link = {.to_dest = UINT64_MAX, .to_source = UINT64_MAX}};
+            struct trial t = {
+                .guest = &g,
+                .mode = modes[count++ % ARRAY_SIZE(modes)],
+                .link = {.connection = RELAY_ALL, .to_dest = UINT64_MAX, .to_source = UINT64_MAX}};
             trial_run(&t);
             ck_assert_msg(trial_end(&t), "%u CPUs, place %u, period %u: %s", cpus, place,
                           periods[i % 3], t.sent_err.text);
@@ -350,11 +195,12 @@ START_TEST(test_link_breaks_at_random)
     for (unsigned harm = 0; harm < 2; harm++)
         for (unsigned i = 0; i < times[harm] + ARRAY_SIZE(modes); i++) {
             unsigned m = i % ARRAY_SIZE(modes), measured = i < ARRAY_SIZE(modes);
-            struct trial t = {.guest = &g,
-                              .mode = modes[m],
-                              .timeout_ms = harm == LINK_STALLED && !measured ? 1500 : 0,
-                              .link = {.to_dest = UINT64_MAX, .to_source = UINT64_MAX}};
-            t.link.harm = (enum harm)harm;
+            struct trial t = {
+                .guest = &g,
+                .mode = modes[m],
+                .timeout_ms = harm == RELAY_STALL && !measured ? 1500 : 0,
+                .link = {.connection = RELAY_ALL, .to_dest = UINT64_MAX, .to_source = UINT64_MAX}};
+            t.link.harm = (enum relay_harm)harm;
             // Half of them where one side says something important.
             if (!measured && random_below(&seed, 2))
                 t.link.to_dest = random_below(&seed, size[m][0]);
@@ -396,7 +242,7 @@ static void *cancel_main(void *arg)
     if (t->delay_us)
         usleep(t->delay_us);
     if (t->at_dest)
-        receive_cancel(t->receive);
+        receive_cancel(t->to.receive);
     else
         migration_cancel(&t->migration);
     return NULL;
@@ -404,8 +250,8 @@ static void *cancel_main(void *arg)
 
 static bool trial_cancelled(struct trial *t)
 {
-    arrival_start(t);
-    link_start(&t->link, t->address);
+    trial_begin(t);
+    relay_start(&t->link, t->to.address);
     struct migrate_params p = params_of(t, t->link.address);
     OK(migration_init(&t->migration, &err));
     t->due_fd = eventfd(0, EFD_CLOEXEC);
@@ -428,12 +274,13 @@ START_TEST(test_cancel_at_random)
     struct guest g = {0};
     guest_boot(&g, 2, 32 * MiB, 512, 0, 0);
     for (unsigned i = 0; i < times; i++) {
-        struct trial t = {.guest = &g,
-                          .mode = modes[i % ARRAY_SIZE(modes)],
-                          .at_dest = i / 3 % 2,
-                          .phase = (enum migrate_phase)(i / 6 % (MIGRATE_PUSHING + 1)),
-                          .delay_us = (unsigned)random_below(&seed, 20000),
-                          .link = {.to_dest = UINT64_MAX, .to_source = UINT64_MAX}};
+        struct trial t = {
+            .guest = &g,
+            .mode = modes[i % ARRAY_SIZE(modes)],
+            .at_dest = i / 3 % 2,
+            .phase = (enum migrate_phase)(i / 6 % (MIGRATE_PUSHING + 1)),
+            .delay_us = (unsigned)random_below(&seed, 20000),
+            .link = {.connection = RELAY_ALL, .to_dest = UINT64_MAX, .to_source = UINT64_MAX}};
         outcomes[t.at_dest][trial_cancelled(&t)]++;
     }
     printf("cancelled %u times: by the source %u stayed and %u moved, by the destination %u and "
@@ -450,13 +297,6 @@ static void at_phase(const struct migrate_progress *p, void *arg)
         migration_cancel(&t->migration);
 }
 
-// Byte positions in what the destination says in a pre-copy of one round.
-#define REC(T) (WIRE_HEADER_LEN + sizeof(T))
-enum {
-    SAID_READY = REC(struct wire_hello) + WIRE_HEADER_LEN,
-    SAID_PREPARED = SAID_READY + REC(struct wire_round) + REC(struct wire_times),
-};
-
 // The state as the user sees it. From PUSHING on the guest is not ours: a cancel changes nothing.
 START_TEST(test_cancel_in_every_state)
 {
@@ -468,12 +308,13 @@ START_TEST(test_cancel_in_every_state)
                          : phase == MIGRATE_PUSHING ? modes[m] != MIGRATE_PRECOPY
                          : phase == MIGRATE_DISKS   ? false
                                                     : true;
-            struct trial t = {.guest = &g,
-                              .mode = modes[m],
-                              .phase = phase,
-                              .link = {.to_dest = UINT64_MAX, .to_source = UINT64_MAX}};
-            arrival_start(&t);
-            link_start(&t.link, t.address);
+            struct trial t = {
+                .guest = &g,
+                .mode = modes[m],
+                .phase = phase,
+                .link = {.connection = RELAY_ALL, .to_dest = UINT64_MAX, .to_source = UINT64_MAX}};
+            trial_begin(&t);
+            relay_start(&t.link, t.to.address);
             struct migrate_params p = params_of(&t, t.link.address);
             OK(migration_init(&t.migration, &err));
             t.migration.on_progress = at_phase;
@@ -486,14 +327,16 @@ START_TEST(test_cancel_in_every_state)
                 ck_assert_int_eq(t.sent, -ECANCELED);
         }
     // ASKING: the user need not wait for the end of the questions, but nothing runs here for it.
-    struct trial t = {
-        .guest = &g,
-        .mode = MIGRATE_PRECOPY,
-        .phase = MIGRATE_ASKING,
-        .ask_ms = 3600 * 1000,
-        .link = {.to_dest = UINT64_MAX, .to_source = SAID_PREPARED, .dead_afterwards = true}};
-    arrival_start(&t);
-    link_start(&t.link, t.address);
+    struct trial t = {.guest = &g,
+                      .mode = MIGRATE_PRECOPY,
+                      .phase = MIGRATE_ASKING,
+                      .ask_ms = 3600 * 1000,
+                      .link = {.connection = RELAY_ALL,
+                               .to_dest = UINT64_MAX,
+                               .to_source = SAID_PREPARED,
+                               .dead_afterwards = true}};
+    trial_begin(&t);
+    relay_start(&t.link, t.to.address);
     struct migrate_params p = params_of(&t, t.link.address);
     p.max_rounds = 1; // or the positions are others
     OK(migration_init(&t.migration, &err));
@@ -505,10 +348,10 @@ START_TEST(test_cancel_in_every_state)
     ck_assert(vm_paused(g.bare->vm));
     migration_free(&t.migration);
     arrival_end(&t);
-    link_end(&t.link);
-    ck_assert_ptr_nonnull(t.vm); // in fact it has moved
+    relay_end(&t.link);
+    ck_assert_ptr_nonnull(t.to.vm); // in fact it has moved
     guest_end(&g);
-    g.bare = t.host.bare;
+    g.bare = t.to.host.bare;
     guest_check(&g);
     guest_end(&g);
 }
@@ -529,18 +372,21 @@ static void stream_record(struct recorded *r, struct guest *g, enum migrate_mode
     *r = (struct recorded) {0};
     for (unsigned i = 0; i < 2; i++)
         stream_mem_writer(&r->streams[i], "stream", 64 * MiB);
-    struct trial t = {
-        .guest = g,
-        .mode = mode,
-        .link = {.to_dest = UINT64_MAX, .to_source = UINT64_MAX, .keep = r->streams, .nr_keep = 2}};
+    struct trial t = {.guest = g,
+                      .mode = mode,
+                      .link = {.connection = RELAY_ALL,
+                               .to_dest = UINT64_MAX,
+                               .to_source = UINT64_MAX,
+                               .keep = r->streams,
+                               .nr_keep = 2}};
     bare_pause(g->bare);
     trial_run(&t);
     ck_assert_msg(!t.sent, "%s", t.sent_err.text);
     migration_free(&t.migration);
     arrival_end(&t);
-    link_end(&t.link);
+    relay_end(&t.link);
     guest_end(g);
-    g->bare = t.host.bare;
+    g->bare = t.to.host.bare;
     const uint8_t *data = r->streams[0].data;
     size_t at = 0;
     while (at < r->streams[0].len) {
@@ -597,13 +443,13 @@ static int caller(const char *address)
 static void stream_replay(struct trial *t, const struct recorded *r, const uint8_t *data,
                           size_t len)
 {
-    int fd = caller(t->address), demand = -1;
+    int fd = caller(t->to.address), demand = -1;
     size_t first = r->at[2] < len ? r->at[2] : len; // hello, machine
     uint8_t ready[SAID_READY];
     bool goes = send_all(fd, data, first);
     if (goes && len > first && r->streams[1].len) {
         goes = recv_all(fd, ready, sizeof(ready));
-        demand = goes ? caller(t->address) : -1;
+        demand = goes ? caller(t->to.address) : -1;
         goes = demand >= 0 && send_all(demand, r->streams[1].data, r->streams[1].len);
     }
     if (goes)
@@ -654,32 +500,32 @@ static void damaged_once(struct guest *g, const struct recorded *r, uint64_t *se
     uint8_t *copy = malloc(len);
     memcpy(copy, r->streams[0].data, len);
     copy[at] ^= (uint8_t)(1u << bit);
-    arrival_start(&t);
+    trial_begin(&t);
     stream_replay(&t, r, copy, truncate ? at : len);
     arrival_end(&t);
     free(copy);
-    bool before = at < r->at[r->commit + 1], whole = t.vm && !t.got;
+    bool before = at < r->at[r->commit + 1], whole = t.to.vm && !t.to.ret;
     // A match of LZ4 that lies somewhere else may be the same bytes: then nothing was damaged.
     ck_assert_msg(!before || !whole || !truncate, "cut at byte %zu of %zu: it runs", at, len);
-    ck_assert_int_eq(!t.vm, !t.host.bare);
+    ck_assert_int_eq(!t.to.vm, !t.to.host.bare);
     if (whole)
-        ck_assert_msg(!memcmp(t.vm->ram.map, g->bare->vm->ram.map, t.vm->ram.size),
+        ck_assert_msg(!memcmp(t.to.vm->ram.map, g->bare->vm->ram.map, t.to.vm->ram.size),
                       "byte %zu, bit %u: it runs with other memory", at, bit);
-    ck_assert_msg(!before || whole || !t.vm, "byte %zu, bit %u: it has the guest", at, bit);
-    if (t.got) { // says where
-        ck_assert_msg(strstr(t.got_err.text, "byte") || strstr(t.got_err.text, "record") ||
-                          strstr(t.got_err.text, "page"),
-                      "byte %zu: %s", at, t.got_err.text);
+    ck_assert_msg(!before || whole || !t.to.vm, "byte %zu, bit %u: it has the guest", at, bit);
+    if (t.to.ret) { // says where
+        ck_assert_msg(strstr(t.to.err.text, "byte") || strstr(t.to.err.text, "record") ||
+                          strstr(t.to.err.text, "page"),
+                      "byte %zu: %s", at, t.to.err.text);
         if (outcomes[0] + outcomes[1] < 12)
-            printf("  %s at byte %zu: %s\n", truncate ? "cut" : "flipped", at, t.got_err.text);
+            printf("  %s at byte %zu: %s\n", truncate ? "cut" : "flipped", at, t.to.err.text);
     }
     if (!before)
-        ck_assert_msg(t.vm && (!t.got || t.arrived.missing_pages), "byte %zu: %s", at,
-                      t.got_err.text);
-    outcomes[before && whole ? 2 : !!t.vm]++;
-    if (t.host.bare) {
-        bare_end(t.host.bare);
-        free(t.host.bare);
+        ck_assert_msg(t.to.vm && (!t.to.ret || t.to.report.missing_pages), "byte %zu: %s", at,
+                      t.to.err.text);
+    outcomes[before && whole ? 2 : !!t.to.vm]++;
+    if (t.to.host.bare) {
+        bare_end(t.to.host.bare);
+        free(t.to.host.bare);
     }
 }
 

@@ -16,52 +16,19 @@
 #include "migrate/receive.h"
 #include "migrate/wire.h"
 #include "tests/bare/oracle.h"
+#include "tests/random.h"
 
 // --- one migration
 
-struct arrival {
-    struct receive *receive;
-    pthread_t thread;
-    struct host host;
-    struct migrate_hooks hooks;
-    struct vm *vm;
-    struct receive_report report;
-    struct error err;
-    int ret;
-    int listen_fd;
-    char address[128];
-};
-
-static void *arrival_main(void *arg)
+static void arrival_begin(struct arrival *a, struct guest *g)
 {
-    struct arrival *a = arg;
-    a->ret = receive_run(a->receive, &a->vm, &a->report, &a->err);
-    return NULL;
-}
-
-static void arrival_start(struct arrival *a, struct guest *g)
-{
-    struct receive_params params;
+    struct receive_params params = arrival_params();
     *a = (struct arrival) {.host = {.guest = g}};
     a->hooks = hooks_of(&a->host);
-    OK(channel_listen(g->listen ? g->listen : "tcp:127.0.0.1:0", &a->listen_fd, a->address,
-                      sizeof(a->address), &err));
-    receive_params_default(&params);
     params.security = g->security;
-    params.one_try = true;
-    params.ram_max = 64 * GiB;
     if (g->timeout_ms)
         params.handshake_ms = params.idle_ms = params.linger_ms = g->timeout_ms;
-    OK(receive_create(&a->receive, a->listen_fd, &a->hooks, &params, &err));
-    ck_assert_int_eq(pthread_create(&a->thread, NULL, arrival_main, a), 0);
-}
-
-static int arrival_join(struct arrival *a)
-{
-    pthread_join(a->thread, NULL);
-    receive_free(a->receive);
-    close(a->listen_fd);
-    return a->ret;
+    arrival_start(a, g->listen, &params);
 }
 
 static struct migrate_params params_for(struct arrival *a, enum migrate_mode mode)
@@ -98,7 +65,7 @@ static void guest_move(struct guest *g, enum migrate_mode mode, struct migrate_r
 {
     struct arrival a;
     struct migration m;
-    arrival_start(&a, g);
+    arrival_begin(&a, g);
     struct migrate_params p = params_for(&a, mode);
     p.prepaging = g->prepaging;
     p.max_rounds = 10; // a busy machine, or a sanitizer, may never be faster than the guest writes
@@ -342,7 +309,7 @@ START_TEST(test_local)
     struct arrival a;
     struct migration m;
     struct migrate_report report;
-    arrival_start(&a, &g);
+    arrival_begin(&a, &g);
     struct migrate_params p = params_for(&a, MIGRATE_LOCAL);
     OK(migration_init(&m, &err));
     struct steer steer = {.m = &m, .at = MIGRATE_SWITCHING, .act = act_cancel};
@@ -397,7 +364,7 @@ START_TEST(test_abort_before_commit)
         struct migration m;
         struct migrate_report report;
         struct error why = {0};
-        arrival_start(&a, &g);
+        arrival_begin(&a, &g);
         struct migrate_params p = params_for(&a, aborts[i].mode);
         OK(migration_init(&m, &err));
         struct steer steer = {.m = &m, .arrival = &a, .at = aborts[i].phase, .act = aborts[i].act};
@@ -435,7 +402,7 @@ START_TEST(test_deltas)
         struct migration m;
         struct migrate_report report;
         g.connections = i == 2 ? 3 : 1;
-        arrival_start(&a, &g);
+        arrival_begin(&a, &g);
         struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
         p.downtime_ns = 0;
         p.max_rounds = 4;
@@ -473,7 +440,7 @@ START_TEST(test_streams_limit)
     struct migrate_report report;
     guest_boot(&g, 1, 64 * MiB, 4096, 0, 0);
     guest_touches_all(&g);
-    arrival_start(&a, &g);
+    arrival_begin(&a, &g);
     struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
     p.bandwidth = 40000000;
     p.downtime_ns = 0;
@@ -504,7 +471,7 @@ START_TEST(test_not_converging)
     struct migration m;
     struct migrate_report report;
     guest_boot(&g, 1, 32 * MiB, 512, 0, 0);
-    arrival_start(&a, &g);
+    arrival_begin(&a, &g);
     struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
     p.bandwidth = 20000000;
     p.downtime_ns = 500000; // saving and loading take longer
@@ -545,7 +512,7 @@ START_TEST(test_throttle)
     struct migrate_report report;
     guest_boot(&g, 2, 64 * MiB, 4096, 0, 0);
     guest_touches_all(&g);
-    arrival_start(&a, &g);
+    arrival_begin(&a, &g);
     struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
     p.bandwidth = 50000000; // all 16 MiB of it take 330 ms, in which the guest writes all of them
     p.downtime_ns = 100000000;
@@ -577,7 +544,7 @@ START_TEST(test_stall_policy)
         struct migration m;
         struct migrate_report report;
         struct error why = {0};
-        arrival_start(&a, &g);
+        arrival_begin(&a, &g);
         struct migrate_params p = params_for(&a, MIGRATE_PRECOPY);
         p.downtime_ns = 0;
         p.max_rounds = 3;
@@ -600,129 +567,7 @@ START_TEST(test_stall_policy)
 }
 END_TEST
 
-// --- a link that can be cut: forwards connections, until a byte count is reached
-
-struct relay {
-    int listen_fd, stop_fd;
-    pthread_t thread;
-    char address[64];
-    const char *target;
-    unsigned connection;         // which one is cut, counting from 0 (main, demand, query ...)
-    uint64_t to_dest, to_source; // cut before this byte goes through; UINT64_MAX = never
-    bool dead_afterwards;        // no connection gets through after the cut
-    // Of the same connection: this bit (counting from 0) is the other one; 0 = none is.
-    uint64_t flip_to_dest, flip_to_source;
-    unsigned flips;
-    bool cut;
-};
-
-struct pipe_pair {
-    int source, dest;
-    uint64_t to_dest, to_source; // bytes gone through
-};
-
-// Forwards what is there. False: this pair is finished.
-static bool relay_forward(struct relay *r, struct pipe_pair *p, bool counted, bool down)
-{
-    char buffer[16384];
-    uint64_t *gone = down ? &p->to_dest : &p->to_source;
-    uint64_t limit = !counted || r->cut ? UINT64_MAX : down ? r->to_dest : r->to_source;
-    int from = down ? p->source : p->dest, to = down ? p->dest : p->source;
-    ssize_t n = read(from, buffer, sizeof(buffer));
-    if (n <= 0)
-        return false;
-    uint64_t flip = !counted ? 0 : down ? r->flip_to_dest : r->flip_to_source;
-    if (flip && flip / 8 >= *gone && flip / 8 < *gone + (uint64_t)n) {
-        buffer[flip / 8 - *gone] ^= (char)(1 << flip % 8);
-        r->flips++;
-    }
-    bool cut = limit - *gone < (uint64_t)n;
-    if (cut)
-        n = (ssize_t)(limit - *gone);
-    *gone += (uint64_t)n;
-    if (send(to, buffer, (size_t)n, MSG_NOSIGNAL) != n) // blocks until all is gone
-        return false;
-    r->cut |= cut;
-    return !cut;
-}
-
-static void relay_drop(struct pipe_pair *p)
-{
-    close(p->source);
-    close(p->dest);
-    *p = (struct pipe_pair) {-1, -1, 0, 0};
-}
-
-static void relay_accept(struct relay *r, struct pipe_pair *p)
-{
-    struct channel in, out;
-    struct error err;
-    if (channel_accept(&in, r->listen_fd, -1, 1000, 1000, &err))
-        return;
-    if ((r->cut && r->dead_afterwards) || channel_connect(&out, r->target, -1, 1000, &err)) {
-        channel_close(&in);
-        return;
-    }
-    *p = (struct pipe_pair) {.source = in.fd, .dest = out.fd};
-    fcntl(p->source, F_SETFL, 0);
-    fcntl(p->dest, F_SETFL, 0);
-}
-
-static void *relay_main(void *arg)
-{
-    struct relay *r = arg;
-    enum { PAIRS = 512 };
-    struct pipe_pair pairs[PAIRS];
-    struct pollfd p[2 + 2 * PAIRS];
-    unsigned nr = 0;
-    for (;;) {
-        p[0] = (struct pollfd) {.fd = r->stop_fd, .events = POLLIN};
-        p[1] = (struct pollfd) {.fd = nr < PAIRS ? r->listen_fd : -1, .events = POLLIN};
-        for (unsigned i = 0; i < nr; i++) {
-            p[2 + 2 * i] = (struct pollfd) {.fd = pairs[i].source, .events = POLLIN};
-            p[3 + 2 * i] = (struct pollfd) {.fd = pairs[i].dest, .events = POLLIN};
-        }
-        poll(p, 2 + 2 * nr, -1);
-        if (p[0].revents)
-            break;
-        for (unsigned i = 0; i < nr; i++)
-            for (unsigned down = 0; down < 2; down++)
-                if (pairs[i].source >= 0 && p[(down ? 2 : 3) + 2 * i].revents &&
-                    !relay_forward(r, &pairs[i], i == r->connection, down))
-                    relay_drop(&pairs[i]);
-        if (p[1].revents) {
-            pairs[nr] = (struct pipe_pair) {-1, -1, 0, 0};
-            relay_accept(r, &pairs[nr++]);
-        }
-    }
-    for (unsigned i = 0; i < nr; i++)
-        if (pairs[i].source >= 0)
-            relay_drop(&pairs[i]);
-    return NULL;
-}
-
-static void relay_start(struct relay *r, const char *target)
-{
-    r->target = target;
-    r->stop_fd = eventfd(0, 0);
-    OK(channel_listen("tcp:127.0.0.1:0", &r->listen_fd, r->address, sizeof(r->address), &err));
-    ck_assert_int_eq(pthread_create(&r->thread, NULL, relay_main, r), 0);
-}
-
-static void relay_end(struct relay *r)
-{
-    eventfd_write(r->stop_fd, 1);
-    pthread_join(r->thread, NULL);
-    close(r->stop_fd);
-    close(r->listen_fd);
-}
-
-// Byte positions in what the destination says in a pre-copy of one round.
-#define REC(T)        (WIRE_HEADER_LEN + sizeof(T))
-#define SAID_READY    (REC(struct wire_hello) + WIRE_HEADER_LEN)
-#define SAID_ROUND    (SAID_READY + REC(struct wire_round))
-#define SAID_PREPARED (SAID_ROUND + REC(struct wire_times))
-#define SAID_RUNNING  (SAID_PREPARED + REC(struct wire_times))
+// --- a link that can be cut
 
 struct cut_result {
     int ret;
@@ -736,7 +581,7 @@ static void move_over(struct guest *g, enum migrate_mode mode, struct relay *rel
 {
     struct arrival *a = &result->arrival;
     struct migration m;
-    arrival_start(a, g);
+    arrival_begin(a, g);
     relay_start(relay, a->address);
     struct migrate_params p = params_for(a, mode);
     p.to = relay->address;
@@ -747,14 +592,8 @@ static void move_over(struct guest *g, enum migrate_mode mode, struct relay *rel
     result->ret = migrate_out(g->bare->vm, &p, &m, &result->report, &result->err);
     migration_free(&m);
     receive_cancel(a->receive);
-    pthread_join(a->thread, NULL);
+    arrival_wait(a);
     relay_end(relay);
-}
-
-static void arrival_free(struct arrival *a)
-{
-    receive_free(a->receive);
-    close(a->listen_fd);
 }
 
 // Exactly one side has the guest, and there it is whole. Follows it.
@@ -787,13 +626,12 @@ START_TEST(test_cut_anywhere)
     for (unsigned i = 0; i < times; i++) {
         struct relay relay = {.to_dest = UINT64_MAX, .to_source = UINT64_MAX};
         struct cut_result result = {0};
-        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
         if (i % 3)
-            relay.to_dest = (seed >> 20) % (i % 2 ? 8192 : 1200000);
+            relay.to_dest = random_below(&seed, i % 2 ? 8192 : 1200000);
         else
-            relay.to_source = (seed >> 20) % SAID_RUNNING;
+            relay.to_source = random_below(&seed, SAID_RUNNING);
         move_over(&g, MIGRATE_PRECOPY, &relay, &result);
-        ck_assert(relay.cut || !result.ret);
+        ck_assert(relay.harmed || !result.ret);
         follow(&g, &result);
         moved += !result.ret;
         arrival_free(&result.arrival);
@@ -814,12 +652,11 @@ START_TEST(test_flip_anywhere)
     for (unsigned i = 0; i < times; i++) {
         struct relay relay = {.to_dest = UINT64_MAX, .to_source = UINT64_MAX};
         struct cut_result result = {0};
-        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
         // Up to the machine's description, anywhere in the pages, in the answers.
         if (i % 4)
-            relay.flip_to_dest = 1 + (seed >> 20) % (i % 4 == 1 ? 8 * 6000 : 8 * 400000);
+            relay.flip_to_dest = 1 + random_below(&seed, i % 4 == 1 ? 8 * 6000 : 8 * 400000);
         else
-            relay.flip_to_source = 1 + (seed >> 20) % (8 * SAID_RUNNING);
+            relay.flip_to_source = 1 + random_below(&seed, 8 * SAID_RUNNING);
         move_over(&g, MIGRATE_PRECOPY, &relay, &result);
         follow(&g, &result);
         moved += !result.ret;
@@ -843,20 +680,19 @@ START_TEST(test_streams_cut_anywhere)
     for (unsigned i = 0; i < times; i++) {
         struct relay relay = {.to_dest = UINT64_MAX, .to_source = UINT64_MAX, .connection = i % 4};
         struct cut_result result = {0};
-        seed = seed * 6364136223846793005ull + 1442695040888963407ull;
-        uint64_t at = (seed >> 20) % (i % 4 ? 150000 : 8192);
+        uint64_t any = random_below(&seed, 1ull << 44), at = any % (i % 4 ? 150000 : 8192);
         if (i % 5 == 4)
-            relay.to_source = (seed >> 20) % (i % 4 ? REC(struct wire_hello) : SAID_RUNNING);
+            relay.to_source = any % (i % 4 ? REC(struct wire_hello) : SAID_RUNNING);
         else if (i % 3)
             relay.to_dest = at;
         else
             relay.flip_to_dest = 1 + 8 * at + i % 8;
         move_over(&g, i % 8 < 4 ? MIGRATE_PRECOPY : MIGRATE_HYBRID, &relay, &result);
-        ck_assert(relay.cut || relay.flips || !result.ret);
+        ck_assert(relay.harmed || relay.flips || !result.ret);
         ck_assert_msg(!result.ret || result.report.owner == SOURCE_RUNNING, "%s", result.err.text);
         follow(&g, &result);
         moved += !result.ret;
-        broken += relay.cut || relay.flips;
+        broken += relay.harmed || relay.flips;
         arrival_free(&result.arrival);
         guest_check(&g);
     }
@@ -965,7 +801,7 @@ START_TEST(test_hostile_source)
     for (unsigned i = 0; i < 3 * HARMS; i++) {
         struct arrival a;
         struct channel c;
-        arrival_start(&a, &g);
+        arrival_begin(&a, &g);
         OK(channel_connect(&c, a.address, -1, 10000, &err));
         do_harm(&c, &g, (enum harm)(i % HARMS));
         ck_assert_msg(arrival_join(&a) < 0, "harm %u", i % HARMS); // by itself: nobody cancels it
@@ -1061,7 +897,7 @@ START_TEST(test_hostile_streams)
         struct wire_record record = {0};
         struct wire_hello hello;
         struct channel main, c[3] = {{.fd = -1}, {.fd = -1}, {.fd = -1}};
-        arrival_start(&a, &g);
+        arrival_begin(&a, &g);
         OK(channel_connect(&main, a.address, -1, 10000, &err));
         wire_hello_fill(&hello, WIRE_MAIN, id);
         say(&main, WIRE_HELLO, &hello, sizeof(hello));
@@ -1166,7 +1002,7 @@ START_TEST(test_cut_at_the_switch)
         struct relay relay = {.to_dest = UINT64_MAX, .to_source = cuts[i].to_source};
         struct cut_result result = {0};
         move_over(&g, cuts[i].mode, &relay, &result);
-        ck_assert(relay.cut);
+        ck_assert(relay.harmed);
         ck_assert_msg((result.report.owner == SOURCE_RUNNING) == cuts[i].stays, "cut %u: owner %s",
                       i, owner_source_name(result.report.owner));
         follow(&g, &result);
@@ -1217,7 +1053,7 @@ START_TEST(test_postcopy_broken)
         guest_boot(&g, 1, 32 * MiB, 2048, 0, 0);
         guest_touches_all(&g); // 8 MiB to push: the cut comes long before the end
         move_over(&g, MIGRATE_POSTCOPY, &relay, &result);
-        ck_assert(connection || (relay.cut && result.ret < 0 && result.arrival.ret < 0));
+        ck_assert(connection || (relay.harmed && result.ret < 0 && result.arrival.ret < 0));
         printf("post-copy broken: %s | %s\n", result.err.text, result.arrival.err.text);
         ck_assert(result.report.owner == SOURCE_SEVERED ||
                   (connection && result.report.owner == SOURCE_GONE));
@@ -1225,7 +1061,8 @@ START_TEST(test_postcopy_broken)
         ck_assert(vm_paused(g.bare->vm));
         if (result.arrival.ret) {
             ck_assert_uint_gt(result.arrival.report.missing_pages, 0);
-            ck_assert(vm_paused(result.arrival.vm));
+            // A vCPU that waits for a page in the kernel parks when that has come.
+            ck_assert(vm_paused(result.arrival.vm) || atomic_load(&result.arrival.vm->pause));
         }
         vm_request_stop(result.arrival.vm, VM_STOP_HOST, 0, "test");
         arrival_free(&result.arrival);
@@ -1271,7 +1108,7 @@ static void postcopy_recovery(struct tls *tls)
     struct relay relay = {.to_dest = 2000000, .to_source = UINT64_MAX};
     guest_boot(&g, 2, 96 * MiB, PAGES, 0, 0);
     guest_touches_all(&g);
-    arrival_start(&a, &g);
+    arrival_begin(&a, &g);
     relay_start(&relay, a.address);
     struct migrate_params p = params_for(&a, MIGRATE_POSTCOPY);
     p.to = relay.address;
@@ -1347,7 +1184,7 @@ START_TEST(test_postcopy_paused)
     guest_boot(&g, 1, 64 * MiB, 8192, 0, 0);
     guest_touches_all(&g);
     g.prepaging = PREPAGE_NONE; // takes at least a second
-    arrival_start(&a, &g);
+    arrival_begin(&a, &g);
     struct migrate_params p = params_for(&a, MIGRATE_POSTCOPY);
     p.prepaging = PREPAGE_NONE;
     OK(migration_init(&m, &err));

@@ -1,0 +1,15 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <check.h>
+
+#include "vmm/error.h"
+
+// A call that must succeed, and takes &err for why it did not.
+#define OK(call)                                     \
+    do {                                             \
+        struct error err = {0};                      \
+        int ok_ret = (call);                         \
+        if (ok_ret)                                  \
+            ck_abort_msg("%s: %s", #call, err.text); \
+    } while (0)
