@@ -266,6 +266,8 @@ static const struct rule rules[] = {
     CALL(geteuid, LW),
     CALL(rename, LW),
     CALL(renameat, LW),
+    CALL(renameat2, LW), // vmm/listen.h
+    CALL(link, LW),
     CALL(mincore, LW),
     CALL(msync, LW),
     CALL(pipe2, LW),
