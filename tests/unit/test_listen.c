@@ -18,7 +18,7 @@
 #include "vmm/listen.h"
 #include "vmm/util.h"
 
-enum { ROUNDS = 300, LONGEST = sizeof(((struct sockaddr_un *)0)->sun_path) - 1 };
+enum { ROUNDS = 1000, LONGEST = sizeof(((struct sockaddr_un *)0)->sun_path) - 1 };
 
 static char dir[64];
 
