@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "devices/console_internal.h"
+#include "vmm/listen.h"
 #include "vmm/util.h"
 
 static void accept_event(struct loop_watch *watch, uint32_t revents)
@@ -61,11 +62,9 @@ int console_unix_open(struct console *c, struct error *err)
         return error_errno(err, "console unix:%s: mode 0600", c->path);
     if (socket_is_stale(&addr))
         unlink(c->path);
-    if (bind(c->listen_fd, (struct sockaddr *)&addr, sizeof(addr)))
+    if (listen_unix(c->listen_fd, &addr, 4))
         return error_errno(err, "console unix:%s", c->path);
     c->made_path = true;
-    if (listen(c->listen_fd, 4))
-        return error_errno(err, "console unix:%s: listen", c->path);
     int ret = loop_watch(c->loop, &c->accept, c->listen_fd, POLLIN, accept_event, err);
     c->in_loop += !ret;
     return ret;

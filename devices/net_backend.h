@@ -87,6 +87,8 @@ struct net_user_config {
     uint16_t mtu;        // 0 = NET_USER_MTU
     struct net_forward forwards[NET_FORWARDS_MAX];
     unsigned nr_forwards;
+    // Of net_user_starter, the caller's; NULL: the device makes its own, if its process still may.
+    struct starter *starter;
 };
 
 // The guest's network, the same on each host, so that an address survives a migration.
@@ -96,3 +98,6 @@ enum { NET_USER_MTU = 65520 }; // frames are not segmented, so large ones are wh
 
 // Unprivileged networking through passt(1), a process of its own that ends with us.
 int net_user_new(struct net_backend **out, const struct net_user_config *config, struct error *err);
+// What starts passt for devices with this config, for a process that soon may start nothing. One
+// device at a time uses it.
+int net_user_starter(const struct net_user_config *config, struct starter **out, struct error *err);

@@ -35,8 +35,8 @@ struct net_user {
     struct net_backend b; // first
     struct net_user_config config;
     char *program;
-    struct starter *starter;
-    int stderr_fd; // -1: none
+    struct starter *starter; // its own, or the config's
+    int stderr_fd;           // -1: none
     // What came: in[begin .. end). Frames are found here first, since their bounds are not known
     // before; one read brings many.
     uint8_t *in;
@@ -194,7 +194,8 @@ static void user_close(struct net_backend *b)
 static void user_free(struct net_backend *b)
 {
     struct net_user *u = user_of(b);
-    starter_destroy(u->starter);
+    if (u->starter != u->config.starter)
+        starter_destroy(u->starter);
     free(u->program);
     free(u->in);
     free(u->out);
@@ -255,7 +256,12 @@ static void forwards_add(struct arguments *a, const struct net_user_config *c, b
     }
 }
 
-static void arguments_make(struct arguments *a, const struct net_user *u)
+static uint16_t mtu_of(const struct net_user_config *c)
+{
+    return c->mtu ? c->mtu : NET_USER_MTU;
+}
+
+static void arguments_make(struct arguments *a, const struct net_user_config *c)
 {
     static const char *const words[] = {
         "passt", "--foreground", "--quiet",        "--stderr",     "--fd",
@@ -265,29 +271,29 @@ static void arguments_make(struct arguments *a, const struct net_user *u)
     for (size_t i = 0; i < ARRAY_SIZE(words); i++)
         argument(a, words[i]);
     char *mtu = a->words[a->nr_words++];
-    snprintf(mtu, WORD_MAX, "%u", u->b.mtu);
+    snprintf(mtu, WORD_MAX, "%u", mtu_of(c));
     argument(a, "--mtu");
     argument(a, mtu);
     if (!default_route()) {
         argument(a, "--interface");
         argument(a, "lo");
     }
-    if (u->config.no_host)
+    if (c->no_host)
         argument(a, "--no-map-gw");
-    forwards_add(a, &u->config, false);
-    forwards_add(a, &u->config, true);
+    forwards_add(a, c, false);
+    forwards_add(a, c, true);
     a->list[a->nr] = NULL;
 }
 
 // In the starter's process. fds: its socket, its stderr.
 static int program_start(void *arg, const int fds[2], pid_t *pid, struct error *err)
 {
-    const struct net_user *u = arg;
+    const struct net_user_config *c = arg;
     struct arguments a;
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attr;
     sigset_t none, all;
-    arguments_make(&a, u);
+    arguments_make(&a, c);
     sigemptyset(&none);
     sigfillset(&all);
     posix_spawn_file_actions_init(&actions);
@@ -302,7 +308,7 @@ static int program_start(void *arg, const int fds[2], pid_t *pid, struct error *
     // A group of its own: ^C is ours to handle, and the guest's network stays until we end it.
     posix_spawnattr_setflags(&attr, POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETSIGDEF |
                                         POSIX_SPAWN_SETPGROUP);
-    const char *program = u->program ? u->program : "passt";
+    const char *program = c->program ? c->program : "passt";
     int ret = posix_spawnp(pid, program, &actions, &attr, a.list, environ);
     posix_spawnattr_destroy(&attr);
     posix_spawn_file_actions_destroy(&actions);
@@ -459,6 +465,11 @@ static const struct net_backend_ops user_ops = {
     .flush = user_flush,
 };
 
+int net_user_starter(const struct net_user_config *config, struct starter **out, struct error *err)
+{
+    return starter_create(out, program_start, (void *)config, err);
+}
+
 int net_user_new(struct net_backend **out, const struct net_user_config *config, struct error *err)
 {
     struct net_user *u = calloc(1, sizeof(*u));
@@ -466,8 +477,9 @@ int net_user_new(struct net_backend **out, const struct net_user_config *config,
         return error_set(err, -ENOMEM, "no memory for user networking");
     u->b.ops = &user_ops;
     u->b.pairs = 1;
-    u->b.mtu = config->mtu ? config->mtu : NET_USER_MTU;
+    u->b.mtu = mtu_of(config);
     u->config = *config;
+    u->starter = config->starter;
     u->stderr_fd = -1;
     for (unsigned i = 0; i < NET_PAIRS_MAX; i++)
         u->b.fds[i] = -1;
@@ -478,7 +490,7 @@ int net_user_new(struct net_backend **out, const struct net_user_config *config,
         user_free(&u->b);
         return error_set(err, -ENOMEM, "no memory for user networking");
     }
-    int ret = starter_create(&u->starter, program_start, u, err);
+    int ret = u->starter ? 0 : net_user_starter(config, &u->starter, err);
     if (ret) {
         user_free(&u->b);
         return ret;

@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "devices/vsock_internal.h"
+#include "vmm/listen.h"
 #include "vmm/util.h"
 #include "vmm/vm.h"
 
@@ -347,9 +348,9 @@ int vsock_listen(struct virtio_vsock *s, struct error *err)
     if (fd < 0 || fchmod(fd, 0600))
         return error_errno(err, "vsock %s: socket", s->path);
     stale_remove(&addr);
-    if (bind(fd, (struct sockaddr *)&addr, sizeof(addr)))
+    if (listen_unix(fd, &addr, BACKLOG))
         return error_errno(err, "vsock %s", s->path);
-    if (lstat(s->path, &st) || listen(fd, BACKLOG)) {
+    if (lstat(s->path, &st)) {
         int ret = error_errno(err, "vsock %s: listen", s->path);
         unlink(s->path);
         return ret;

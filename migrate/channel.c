@@ -13,7 +13,10 @@
 #include <sys/socket.h>
 #include <sys/un.h>
 
+#include "vmm/listen.h"
+
 enum { TLS_CHUNK = 16 * 1024 }; // what goes into one record
+enum { BACKLOG = 16 };
 
 // How far a writer may run ahead of the bandwidth limit after an idle time.
 #define BURST_NS 20000000ull
@@ -584,7 +587,20 @@ static int listen_one(const struct sockaddr *sa, socklen_t len, const char *addr
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
     if (bind(fd, sa, len) < 0)
         return error_errno(err, "listening on %s", address);
-    if (listen(fd, 16) < 0)
+    if (listen(fd, BACKLOG) < 0)
+        return error_errno(err, "listening on %s", address);
+    *out = take_fd(&fd);
+    return 0;
+}
+
+static int listen_at_path(const char *address, int *out, struct error *err)
+{
+    struct sockaddr_un sun;
+    int ret = unix_address(address, &sun, err);
+    if (ret)
+        return ret;
+    autoclose int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd < 0 || listen_unix(fd, &sun, BACKLOG))
         return error_errno(err, "listening on %s", address);
     *out = take_fd(&fd);
     return 0;
@@ -609,10 +625,7 @@ int channel_listen(const char *address, int *fd, char *bound, size_t size, struc
 {
     int ret;
     if (!strncmp(address, "unix:", 5)) {
-        struct sockaddr_un sun;
-        ret = unix_address(address, &sun, err);
-        if (!ret)
-            ret = listen_one((struct sockaddr *)&sun, sizeof(sun), address, fd, err);
+        ret = listen_at_path(address, fd, err);
     } else if (!strncmp(address, "fd:", 3)) {
         ret = fd_address(address, fd, err);
         if (!ret && fcntl(*fd, F_SETFL, fcntl(*fd, F_GETFL) | O_NONBLOCK) < 0)

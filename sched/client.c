@@ -37,8 +37,10 @@ struct sched_client {
     struct sched_page *page;
     uint64_t seen_ns[SCHED_VCPUS_MAX]; // wait_ns, by each thread
     bool wants[SCHED_VCPUS_MAX];       // what each thread said last is not "running"
-    _Atomic int doorbell;              // eventfd, -1
-    int fd;                            // socket, -1; of whoever watches
+    // One number for good, too: a daemon's eventfd, or `silent`, which nobody reads. (A thread that
+    // is about to ring must not find another file there.)
+    int doorbell, silent;
+    int fd; // socket, -1; of whoever watches
     atomic_bool attached;
     pthread_mutex_t lock; // guards config.share, the broker, and the change of pages
     pthread_t thread;
@@ -187,11 +189,12 @@ static int daemon_connect(struct sched_client *c, struct error *err)
 
 // --- the page
 
-static int page_clear(struct sched_client *c)
+// Past TSan, which takes a mapping for a write to all of it: threads go on using what is there.
+static int page_replace(struct sched_client *c, int flags, int fd)
 {
-    void *p = mmap(c->page, SCHED_PAGE_BYTES, PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
-    return p == MAP_FAILED ? -errno : 0;
+    long ret = syscall(SYS_mmap, c->page, SCHED_PAGE_BYTES, PROT_READ | PROT_WRITE,
+                       flags | MAP_FIXED, fd, 0);
+    return ret == -1 ? -errno : 0;
 }
 
 static int page_map(struct sched_client *c, int fd, struct error *err)
@@ -201,9 +204,7 @@ static int page_map(struct sched_client *c, int fd, struct error *err)
     if (fstat(fd, &st) || st.st_size != SCHED_PAGE_BYTES || seals < 0 || !(seals & F_SEAL_SHRINK))
         return error_set(err, -EPROTO, "the scheduler's page is not a sealed file of %d bytes",
                          SCHED_PAGE_BYTES);
-    void *p =
-        mmap(c->page, SCHED_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0);
-    return p == MAP_FAILED ? error_errno(err, "mapping the scheduler's page") : 0;
+    return page_replace(c, MAP_SHARED, fd) ? error_errno(err, "mapping the scheduler's page") : 0;
 }
 
 static void freely(struct sched_client *c)
@@ -223,10 +224,8 @@ static void lost(struct sched_client *c)
         atomic_store(&c->page->slots[i].grant, GRANT_FREE);
         futex(&c->page->slots[i].grant, FUTEX_WAKE, INT_MAX);
     }
-    int bell = atomic_exchange(&c->doorbell, -1);
-    page_clear(c);
-    if (bell >= 0)
-        close(bell);
+    dup3(c->silent, c->doorbell, O_CLOEXEC);
+    page_replace(c, MAP_PRIVATE | MAP_ANONYMOUS, -1);
     if (c->fd >= 0)
         close(c->fd);
     c->fd = -1;
@@ -236,11 +235,9 @@ static void lost(struct sched_client *c)
 
 static void ring(struct sched_client *c)
 {
-    // Closed by another thread a moment ago: then nobody waits for it.
     const uint64_t one = 1;
-    int fd = atomic_load(&c->doorbell);
-    if (fd >= 0 && write(fd, &one, sizeof(one)) < 0)
-        return;
+    if (write(c->doorbell, &one, sizeof(one)) < 0)
+        return; // it rings already
 }
 
 int sched_client_attach(struct sched_client *c, struct error *err)
@@ -265,12 +262,12 @@ int sched_client_attach(struct sched_client *c, struct error *err)
     if (memory < 0 || bell < 0)
         return error_set(err, -EPROTO, "the scheduler gave no page");
     pthread_mutex_lock(&c->lock);
-    atomic_store(&c->doorbell, bell); // first: from the mapping on, threads ring it
-    ret = page_map(c, memory, err);
+    // First: from the mapping on, threads ring it.
+    ret = dup3(bell, c->doorbell, O_CLOEXEC) < 0 ? error_errno(err, "the scheduler's doorbell")
+                                                 : page_map(c, memory, err);
     if (ret) {
-        atomic_store(&c->doorbell, -1);
+        dup3(c->silent, c->doorbell, O_CLOEXEC);
     } else {
-        take_fd(&bell);
         c->fd = take_fd(&fd);
         atomic_store(&c->attached, true);
     }
@@ -368,9 +365,12 @@ int sched_client_create(struct sched_client **out, const struct sched_client_con
     strcpy(c->name, config->name);
     memcpy(c->tids, config->tids, config->nr * sizeof(c->tids[0]));
     c->fd = c->stop_fd = -1;
-    atomic_store(&c->doorbell, -1);
+    c->silent = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    c->doorbell = fcntl(c->silent, F_DUPFD_CLOEXEC, 0);
+    if (c->doorbell < 0)
+        ret = error_errno(err, "eventfd");
     pthread_mutex_init(&c->lock, NULL);
-    if (sched_getaffinity(c->tids[0], sizeof(c->affinity), &c->affinity))
+    if (!ret && sched_getaffinity(c->tids[0], sizeof(c->affinity), &c->affinity))
         ret = error_errno(err, "thread %d: its affinity", (int)c->tids[0]);
     c->page =
         mmap(NULL, SCHED_PAGE_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -401,8 +401,10 @@ void sched_client_destroy(struct sched_client *c)
     if (!c)
         return;
     sched_client_detach(c);
-    if (c->stop_fd >= 0)
-        close(c->stop_fd);
+    const int fds[] = {c->stop_fd, c->doorbell, c->silent};
+    for (size_t i = 0; i < ARRAY_SIZE(fds); i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
     if (c->page != MAP_FAILED)
         munmap(c->page, SCHED_PAGE_BYTES);
     pthread_mutex_destroy(&c->lock);

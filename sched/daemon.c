@@ -23,6 +23,7 @@
 #include "sched/client.h"
 #include "sched/daemon_internal.h"
 #include "sched/threads.h"
+#include "vmm/listen.h"
 #include "vmm/util.h"
 
 enum {
@@ -791,13 +792,12 @@ static int listen_at(struct sched_daemon *d, const char *path, struct error *err
     close(take_fd(&fd));
     fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     mode_t old = umask(0777 & ~(d->config.mode ? d->config.mode : 0600));
-    int ret = fd < 0 || bind(fd, (struct sockaddr *)&addr, sizeof(addr)) || listen(fd, 128)
+    // Connections inherit the option, so that no message comes without.
+    int ret = fd < 0 || setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &(int) {1}, sizeof(int)) ||
+                      listen_unix(fd, &addr, 128)
                   ? error_errno(err, "socket %s", path)
                   : 0;
     umask(old);
-    // Connections inherit it, so that no message comes without.
-    if (!ret && setsockopt(fd, SOL_SOCKET, SO_PASSCRED, &(int) {1}, sizeof(int)))
-        ret = error_errno(err, "socket %s", path);
     if (ret)
         return ret;
     strcpy(d->socket, path);

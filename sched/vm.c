@@ -72,7 +72,7 @@ static bool turn_take(struct vcpu_turns *turns, struct vcpu *vcpu)
     struct sched_tie *tie = container_of(turns, struct sched_tie, turns);
     if (__builtin_expect(sched_client_may(tie->client, vcpu->index), 1))
         return true;
-    uint64_t gpa;
+    uint64_t gpa = 0;
     struct steal_time *st = steal_find(vcpu, &gpa);
     if (st)
         steal_preempted(vcpu, st, gpa);

@@ -22,6 +22,7 @@
 #include <sys/stat.h>
 #include <sys/un.h>
 
+#include "vmm/listen.h"
 #include "vmm/util.h"
 
 // An answer on its way to the server's thread.
@@ -424,7 +425,7 @@ int http_listen(const char *path, int *out, struct error *err)
     if (fd < 0)
         return error_errno(err, "API socket");
     // fchmod before bind narrows the socket file itself.
-    if (fchmod(fd, 0600) || bind(fd, (struct sockaddr *)&addr, sizeof(addr)) || listen(fd, 128))
+    if (fchmod(fd, 0600) || listen_unix(fd, &addr, 128))
         return error_errno(err, "API socket %s", path);
     *out = take_fd(&fd);
     return 0;

@@ -266,10 +266,13 @@ static const struct rule rules[] = {
     CALL(geteuid, LW),
     CALL(rename, LW),
     CALL(renameat, LW),
+    CALL(renameat2, LW), // vmm/listen.h
+    CALL(link, LW),
     CALL(mincore, LW),
     CALL(msync, LW),
     CALL(pipe2, LW),
     CALL(dup, LW),
+    CALL(dup3, LW), // the doorbell: sched/client.c
     CALL(userfaultfd, LW),
     CALL(uname, LW),
     CALL_IF(prlimit64, 2, 0, LW), // read, not set

@@ -37,8 +37,18 @@ void thread_prompt(void)
     struct thread_attr attr;
     if (thread_attr_get(0, &attr) || attr.policy)
         return; // somebody gave it another policy
-    attr.flags = THREAD_RESET_ON_FORK;
+    // The kernel's reset gives new threads the ordinary slice, but takes a niceness below 0, too.
+    attr.flags = attr.nice < 0 ? 0 : THREAD_RESET_ON_FORK;
     attr.runtime = THREAD_SHORTEST_SLICE;
+    thread_attr_set(0, &attr);
+}
+
+void thread_ordinary(void)
+{
+    struct thread_attr attr;
+    if (thread_attr_get(0, &attr) || attr.policy)
+        return;
+    attr.runtime = 0;
     thread_attr_set(0, &attr);
 }
 

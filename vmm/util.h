@@ -82,8 +82,11 @@ int thread_attr_get(pid_t tid, struct thread_attr *attr);
 int thread_attr_set(pid_t tid, const struct thread_attr *attr);
 
 // The calling thread works in short turns, and somebody waits for each: it gets one soon, even
-// beside vCPUs that never sleep. (Linux 6.12 and later; before, nothing changes.)
+// beside vCPUs that never sleep. (Linux 6.12 and later; before, nothing changes.) Threads that it
+// starts are ordinary ones; but if its niceness is below 0 they inherit that, and this as well.
 void thread_prompt(void);
+// The calling thread works as long as it may, whoever started it; its niceness stays.
+void thread_ordinary(void);
 
 // "512M", "1G", "64" (plain numbers count units of `unit` bytes). 0 or -EINVAL/-ERANGE.
 int size_parse(const char *text, uint64_t unit, uint64_t *bytes);

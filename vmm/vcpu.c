@@ -343,6 +343,7 @@ static void *vcpu_main(void *arg)
     char name[16];
     snprintf(name, sizeof(name), "vcpu%u", vcpu->index);
     pthread_setname_np(pthread_self(), name);
+    thread_ordinary();
     own_run = vcpu->run;
     atomic_store(&vcpu->tid, gettid());
     sigset_t kick;

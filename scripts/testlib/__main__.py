@@ -12,7 +12,13 @@ from stages import Stages
 from tally import Tally
 
 
+TSAN = ["-Dferry_sanitize=thread"]
+
+
 def run(stages, options):
+    if options.tsan:
+        stages.build_and_test("tsan", TSAN)
+        return
     if options.quick:
         stages.build_and_test("gcc")
         for what in ("sanitizers", "clang build", "fuzzers", "Linux guests"):
@@ -25,7 +31,7 @@ def run(stages, options):
     stages.build_and_test("gcc", needed=bool(linux_files))
     stages.build_and_test("asan", ["-Dferry_sanitize=address"])
     if options.long:
-        stages.build_and_test("tsan", ["-Dferry_sanitize=thread"])
+        stages.build_and_test("tsan", TSAN)
         stages.guards()
     if shutil.which("clang"):
         stages.build_only("clang", compiler="clang")
@@ -40,10 +46,11 @@ def main():
     parser = argparse.ArgumentParser(prog="scripts/test", add_help=False)
     parser.add_argument("--long", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--tsan", action="store_true")
     parser.add_argument("--filter", default="")
     options = parser.parse_args()
-    if options.long and options.quick:
-        parser.error("--long and --quick exclude each other")
+    if options.long + options.quick + options.tsan > 1:
+        parser.error("--long, --quick and --tsan exclude each other")
 
     root = os.environ["FERRY_ROOT"]
     tally = Tally()

@@ -41,6 +41,7 @@ class Stages:
             **({"FERRY_LONG": "1"} if self.long else {}),
             "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=1",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
+            "TSAN_OPTIONS": "exitcode=66",  # after all that it finds in a test has been said
             **more,
         }
 
@@ -111,7 +112,8 @@ class Stages:
         names = tests if self.text else []
         argv = ["meson", "test", "-C", directory, "--no-rebuild", "--print-errorlogs",
                 "--timeout-multiplier", str(MESON_TIMEOUT_FACTOR[kind]), *names]
-        proc.logged(f"test {kind}", argv, log, env=self.environment())
+        slow = {"CK_TIMEOUT_MULTIPLIER": "6"} if kind == "tsan" else {}
+        proc.logged(f"test {kind}", argv, log, env=self.environment(**slow))
         seen = set()
         if os.path.exists(results):
             with open(results) as f:

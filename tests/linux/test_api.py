@@ -47,19 +47,15 @@ class Api:
 
 
 class ApiTest(lab.LabTest):
-    def waiting(self, *args):
+    def waiting(self, *args, **options):
         """A VM that waits for its configuration."""
         path = self.lab.path(self.lab.new_name() + ".api")
-        vm = self.lab.vm("run", "--api-sock", path, *args)
+        vm = self.lab.vm("run", "--api-sock", path, *args, **options)
         while not os.path.exists(path):
             self.assertIsNone(vm.child.poll(), vm.errors())
         api = Api(path)
-        while True:
-            try:
-                self.assertEqual(200, api.call("GET", "/")[0])
-                return vm, api
-            except ConnectionRefusedError:
-                self.assertIsNone(vm.child.poll(), vm.errors())
+        self.assertEqual(200, api.call("GET", "/")[0])
+        return vm, api
 
     def good(self, api, method, path, body=None, status=204):
         got = api.call(method, path, body)
@@ -413,6 +409,53 @@ class Life(ApiTest):
         self.assertEqual(("full", 1), kind(third))
         self.good(api, "PUT", "/stop", {})
         self.assertEnds(second, lab.STOPPED)
+
+    def test_load_with_other_networks(self):
+        """Another tap, another address or both; what is refused changes nothing."""
+        namespaces = lab.Namespaces()
+        self.addCleanup(namespaces.close)
+        host = namespaces.sides[0]
+        for name in ("tap0", "tap1", "tap2"):
+            host.run("ip", "tuntap", "add", name, "mode", "tap")
+        snap, memory = self.lab.path("snap"), self.lab.path("mem")
+        vm, api = self.waiting(namespace=host)
+        self.describe(api, lab.bare_guest("incr.elf"))
+        old = {"a": "06:00:00:00:00:0a", "b": "06:00:00:00:00:0b"}
+        for name, tap in (("a", "tap0"), ("b", "tap1")):
+            self.good(api, "PUT", "/network-interfaces/" + name,
+                      {"iface_id": name, "host_dev_name": tap, "guest_mac": old[name]})
+        self.start(api)
+        vm.wait_for(b"sync 1")
+        self.good(api, "PATCH", "/vm", {"state": "Paused"})
+        paths = {"snapshot_path": snap, "mem_file_path": memory}
+        self.good(api, "PUT", "/snapshot/create", paths)
+        self.good(api, "PUT", "/stop", {})
+        self.assertEnds(vm, lab.STOPPED)
+
+        there, api = self.waiting(namespace=host)
+        before = self.good(api, "GET", "/vm/config", status=200).keys()
+        for wrong, says in (({"iface_id": "c"}, r"network_overrides\[1\]: iface_id 'c'"),
+                            ({"iface_id": "a", "guest_mac": "x"}, "expected six bytes"),
+                            ({"iface_id": "a", "guest_mac": "01:00:00:00:00:01"}, "one station"),
+                            ({"iface_id": "a", "guest_mac": "06:00:00:00:00:0c"}, "another device"),
+                            ({"iface_id": "a", "host_dev_name": "nosuch0"}, "no such interface"),
+                            ({"host_dev_name": "tap0"}, "'iface_id' is missing")):
+            first = {"iface_id": "b", "guest_mac": "06:00:00:00:00:0c"}
+            self.bad(api, "PUT", "/snapshot/load", {**paths, "network_overrides": [first, wrong]}, says)
+            self.assertEqual(before, self.good(api, "GET", "/vm/config", status=200).keys())
+        overrides = [{"iface_id": "b", "host_dev_name": "tap2", "guest_mac": "06:00:00:00:00:0c"},
+                     {"iface_id": "a", "guest_mac": "auto", "host_dev_name": None}]
+        self.good(api, "PUT", "/snapshot/load",
+                  {**paths, "network_overrides": overrides, "resume_vm": True})
+        nets = [self.good(api, "GET", "/info", status=200)["devices"][name] for name in ("net0", "net1")]
+        self.assertEqual(["tap0", "tap2"], [net["tap"] for net in nets])
+        self.assertEqual("06:00:00:00:00:0c", nets[1]["mac"])
+        self.assertNotEqual(old["a"], nets[0]["mac"])
+        shown = self.good(api, "GET", "/vm/config", status=200)["network-interfaces"]
+        self.assertEqual([(net["tap"], net["mac"]) for net in nets],
+                         [(net["host_dev_name"], net["guest_mac"]) for net in shown])
+        self.good(api, "PUT", "/stop", {})
+        self.assertEnds(there, lab.STOPPED)
 
     def test_load_that_does_not_wait(self):
         """Lazily and mapped, under the filters: the same memory, read by a snapshot of the loaded VM, also of

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import select
+import shutil
 import socket
 import time
 import unittest
@@ -88,6 +89,20 @@ class Filters(lab.LabTest):
             status, text = JailTest.call(self, api, "PUT", "/" + route, body)
             self.assertEqual(204, status, text)
         self.filtered(vm, "ferry", "http", "vcpu0")
+
+    @unittest.skipUnless(shutil.which("passt"), "passt is missing (package passt)")
+    def test_before_the_start_with_user_networking(self):
+        """It is the same; passt was not started yet, and is by a process without filters."""
+        api = self.lab.path("api")
+        vm = self.lab.vm("run", "--api-sock", api, "--net", "user", "--seccomp", "on")
+        self.filtered(vm, "ferry", "http")
+        for route, body in (("boot-source", {"kernel_image_path": lab.bare_guest("serial.elf")}),
+                            ("actions", {"action_type": "InstanceStart"})):
+            status, text = JailTest.call(self, api, "PUT", "/" + route, body)
+            self.assertEqual(204, status, text)
+        self.filtered(vm, "ferry", "http", "vcpu0")
+        net = vm.ferry("info", "--json").json()["devices"]["net0"]
+        self.assertEqual(("user", "up"), (net["backend"], net["link"]))
 
     def test_off(self):
         vm = self.lab.vm("run", "-k", lab.bare_guest("serial.elf"), "--ucall", "--seccomp", "off")
@@ -310,6 +325,22 @@ class AsRoot(JailTest):
         self.assertEqual("starting", target.ferry("info", "--json").json()["state"])
         self.assertStatus(vm.ferry("migrate", address.decode()), lab.OK)
         self.assertEqual(target.pid, self.answers(target.name)["pid"])
+        self.assertStatus(target.ferry("stop"), lab.OK)
+        self.assertEqual(target.wait(), lab.STOPPED)
+
+    @unittest.skipUnless(shutil.which("passt"), "passt is missing (package passt)")
+    def test_receive_with_user_networking(self):
+        """passt is outside, and the filter is there before the guest."""
+        vm, _ = self.start("--net", "user")
+        target = self.lab.vm("receive", "--listen", "tcp:127.0.0.1:0", "--net", "user", "--jail",
+                             self.jail(), "--seccomp", "on")
+        address = target.stderr.wait(re.compile(rb"waiting for a guest on (tcp:\S+)\n")).group(1)
+        while status_of(target.pid)["Seccomp"].strip() == "0":
+            self.assertIsNone(target.child.poll(), target.errors())
+        self.assertStatus(vm.ferry("migrate", address.decode()), lab.OK)
+        self.answers(target.name)
+        net = target.ferry("info", "--json").json()["devices"]["net0"]
+        self.assertEqual(("user", "up"), (net["backend"], net["link"]))
         self.assertStatus(target.ferry("stop"), lab.OK)
         self.assertEqual(target.wait(), lab.STOPPED)
 

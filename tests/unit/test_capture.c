@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/random.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -34,7 +35,9 @@ struct world {
     unsigned sink_calls;
 };
 
-static void write_page(struct world *w, uint64_t page, uint64_t value)
+// As a guest does: what holds it up at a page is the kernel, which TSan does not see.
+__attribute__((no_sanitize("thread"))) static void write_page(struct world *w, uint64_t page,
+                                                              uint64_t value)
 {
     uint64_t *words = ram_page(&w->ram, page);
     words[page % 512] = value;
@@ -50,8 +53,10 @@ static void write_as_kernel(struct world *w, uint64_t page)
     ck_assert_int_eq(pipe(pipe_fd), 0);
     memset(bytes, (int)page, sizeof(bytes));
     ck_assert_int_eq(write(pipe_fd[1], bytes, sizeof(bytes)), sizeof(bytes));
-    ck_assert_int_eq(read(pipe_fd[0], (uint8_t *)ram_page(&w->ram, page) + 128, sizeof(bytes)),
-                     sizeof(bytes));
+    // Past TSan, for the same reason.
+    ck_assert_int_eq(
+        syscall(SYS_read, pipe_fd[0], (uint8_t *)ram_page(&w->ram, page) + 128, sizeof(bytes)),
+        sizeof(bytes));
     close(pipe_fd[0]);
     close(pipe_fd[1]);
     atomic_fetch_add(&w->written, 1);

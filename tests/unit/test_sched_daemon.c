@@ -70,7 +70,7 @@ static void on_kick(int sig)
 }
 
 struct burner {
-    struct sched_client **client;
+    struct sched_client *_Atomic *client;
     const struct vm_like *like;
     struct vm_told *told;
     unsigned i;
@@ -112,9 +112,9 @@ static void *burner_main(void *arg)
     sigset_t none;
     sigemptyset(&none);
     pthread_sigmask(SIG_SETMASK, &none, NULL);
-    while (!*(struct sched_client *volatile *)b->client)
+    while (!atomic_load(b->client))
         usleep(1000);
-    struct sched_client *c = *b->client;
+    struct sched_client *c = atomic_load(b->client);
     b->ran_ns = time_ns();
     while (!atomic_load(&b->told->end)) {
         look = 0;
@@ -149,7 +149,7 @@ static int fake_share(const struct vm_like *like, struct sched_share *share, str
 
 static void fake_main(const char *name, const struct vm_like *like, struct vm_told *told)
 {
-    static struct sched_client *client;
+    static struct sched_client *_Atomic client;
     static struct burner burners[THREADS];
     pid_t tids[THREADS];
     struct error err;
@@ -180,7 +180,7 @@ static void fake_main(const char *name, const struct vm_like *like, struct vm_to
         atomic_store(&told->error, ret);
         _exit(1);
     }
-    client = c;
+    atomic_store(&client, c);
     atomic_store(&told->pid, getpid());
     for (unsigned i = 0; i < like->nr; i++)
         pthread_join(burners[i].thread, NULL);

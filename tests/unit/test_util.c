@@ -3,9 +3,12 @@
 #include <check.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "vmm/error.h"
@@ -167,6 +170,63 @@ START_TEST(log_flood_is_limited)
 }
 END_TEST
 
+// --- threads that start others
+
+struct started {
+    struct thread_attr at_first, ordinary;
+};
+
+static void *attr_main(void *arg)
+{
+    struct started *s = arg;
+    ck_assert(!thread_attr_get(0, &s->at_first));
+    thread_ordinary();
+    ck_assert(!thread_attr_get(0, &s->ordinary));
+    return NULL;
+}
+
+static struct started start_one(void)
+{
+    struct started s;
+    pthread_t thread;
+    ck_assert(!pthread_create(&thread, NULL, attr_main, &s));
+    ck_assert(!pthread_join(thread, NULL));
+    return s;
+}
+
+// Whatever a thread that was prompt starts has its niceness; a vCPU has an ordinary slice.
+START_TEST(promptness_is_not_passed_on)
+{
+    struct thread_attr before, prompt;
+    ck_assert(!thread_attr_get(0, &before));
+    const int levels[] = {before.nice, 19, -5};
+    for (size_t i = 0; i < ARRAY_SIZE(levels); i++) {
+        pid_t child = fork(); // a priority cannot be raised again by everybody
+        if (!child) {
+            if (setpriority(PRIO_PROCESS, 0, levels[i]))
+                _exit(errno == EACCES && levels[i] < 0 ? 77 : 1);
+            thread_prompt();
+            ck_assert(!thread_attr_get(0, &prompt));
+            ck_assert_int_eq(prompt.nice, levels[i]);
+            struct started s = start_one();
+            ck_assert_int_eq(s.at_first.nice, prompt.nice);
+            ck_assert_int_eq(s.ordinary.nice, prompt.nice);
+            ck_assert_uint_eq(s.ordinary.runtime, before.runtime);
+            if (prompt.nice >= 0)
+                ck_assert_uint_eq(s.at_first.runtime, before.runtime);
+            _exit(0);
+        }
+        int status;
+        ck_assert_int_eq(waitpid(child, &status, 0), child);
+        ck_assert(WIFEXITED(status));
+        if (WEXITSTATUS(status) == 77)
+            printf("niceness %d: not allowed here\n", levels[i]);
+        else
+            ck_assert_int_eq(WEXITSTATUS(status), 0);
+    }
+}
+END_TEST
+
 int main(void)
 {
     TCase *tc = tcase_create("util");
@@ -177,6 +237,7 @@ int main(void)
     tcase_add_test(tc, errors_say_what);
     tcase_add_test(tc, log_lines);
     tcase_add_test(tc, log_flood_is_limited);
+    tcase_add_test(tc, promptness_is_not_passed_on);
     Suite *suite = suite_create("util");
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);

@@ -8,9 +8,11 @@
 #include <string.h>
 
 #include "devices/platform.h"
+#include "devices/virtio_net.h"
 #include "migrate/snapshot.h"
 #include "vmm/cli/api_pair.h"
 #include "vmm/cli/hinting.h"
+#include "vmm/cli/new_mac.h"
 #include "vmm/cli/session.h"
 
 struct api {
@@ -569,12 +571,86 @@ static int pair_configure(struct api *api, const char **path, const char *memory
     return ret;
 }
 
+// What Firecracker's clients say, and a new address: each names an interface of the configuration.
+static int net_override(struct api *api, json_t *override, struct error *err)
+{
+    json_t *nets = json_object_get(api->config, "network-interfaces");
+    const char *id = json_string_value(json_object_get(override, "iface_id"));
+    json_t *net = json_array_get(nets, element_find(nets, "iface_id", id));
+    const char *mac = json_string_value(json_object_get(override, "guest_mac"));
+    uint8_t bytes[6];
+    char text[18];
+    if (!net)
+        return error_set(err, -ENOENT, "iface_id '%s': the configuration has none", id);
+    int ret = !mac                  ? 0
+              : strcmp(mac, "auto") ? virtio_net_parse_mac(mac, bytes, err)
+                                    : virtio_net_draw_mac(bytes, err);
+    if (ret)
+        return ret;
+    if (json_is_string(json_object_get(override, "host_dev_name")))
+        json_object_set(net, "host_dev_name", json_object_get(override, "host_dev_name"));
+    if (!mac)
+        return 0;
+    snprintf(text, sizeof(text), "%02x:%02x:%02x:%02x:%02x:%02x", bytes[0], bytes[1], bytes[2],
+             bytes[3], bytes[4], bytes[5]);
+    json_object_set_new(net, "guest_mac", json_string(text));
+    return 0;
+}
+
+static int net_overrides(struct api *api, json_t *list, struct error *err)
+{
+    size_t i;
+    json_t *override;
+    json_array_foreach(list, i, override)
+    {
+        if (net_override(api, override, err))
+            return error_prefix(err, "network_overrides[%zu]", i);
+    }
+    return 0;
+}
+
+// Which of the network devices that is.
+static unsigned net_number(const struct vm_options *o, const char *id)
+{
+    unsigned n = 0;
+    for (unsigned i = 0; i < o->nr_devices; i++) {
+        if (strcmp(o->devices[i].kind->name, "net"))
+            continue;
+        if (o->devices[i].id && !strcmp(o->devices[i].id, id))
+            break;
+        n++;
+    }
+    return n;
+}
+
+// The address that a loaded device brings gives way to the one above.
+static int macs_renew(struct api *api, json_t *list, struct error *err)
+{
+    json_t *nets = json_object_get(api->config, "network-interfaces"), *override;
+    struct vm_options *o = api->session->options;
+    size_t i;
+    char text[64];
+    json_array_foreach(list, i, override)
+    {
+        const char *id = json_string_value(json_object_get(override, "iface_id"));
+        json_t *net = json_array_get(nets, element_find(nets, "iface_id", id));
+        if (!json_is_string(json_object_get(override, "guest_mac")))
+            continue;
+        snprintf(text, sizeof(text), "net%u=%s", net_number(o, id),
+                 json_string_value(json_object_get(net, "guest_mac")));
+        if (new_mac_apply(o, text, err))
+            return error_prefix(err, "network_overrides[%zu]", i);
+    }
+    return 0;
+}
+
 static int snapshot_take(struct api *api, json_t *args, struct error *err)
 {
     struct session *s = api->session;
     struct snapshot_report report;
     const char *path = json_string_value(json_object_get(args, "snapshot_path"));
     const char *memory = memory_path(args);
+    json_t *overrides = json_object_get(args, "network_overrides");
     enum lazy_mode mode;
     int ret = load_mode(args, &mode, err);
     if (ret)
@@ -582,7 +658,11 @@ static int snapshot_take(struct api *api, json_t *args, struct error *err)
     ret = pair_configure(api, &path, memory, err);
     json_object_del(api->config, "boot-source"); // what boots is in the snapshot
     if (!ret)
+        ret = net_overrides(api, overrides, err);
+    if (!ret)
         ret = api_machine(s, api->config, err);
+    if (!ret)
+        ret = macs_renew(api, overrides, err);
     if (!ret)
         ret = session_load(s, path, mode, &report, err);
     bool track = json_is_true(json_object_get(args, "track_dirty_pages")) ||
@@ -598,8 +678,17 @@ static int snapshot_take(struct api *api, json_t *args, struct error *err)
 
 static void put_snapshot_load(struct control_request *req, json_t *args, void *context)
 {
+    struct api *api = context;
     struct error err = {0};
-    reply(req, snapshot_take(context, args, &err), &err);
+    json_t *before = json_deep_copy(api->config);
+    int ret = snapshot_take(api, args, &err);
+    if (ret && life_get(&api->session->life) == LIFE_CREATED) { // it was not loaded
+        json_t *tried = api->config;
+        api->config = before;
+        before = tried;
+    }
+    json_decref(before);
+    reply(req, ret, &err);
 }
 
 // --- routes
@@ -646,6 +735,12 @@ static const struct schema_field backend_fields[] = {
     {"backend_path", SCHEMA_STRING, .required = true, .min = 1},
     {NULL},
 };
+static const struct schema_field override_fields[] = {
+    {"iface_id", SCHEMA_STRING, .required = true, .min = 1, .max = 64},
+    {"host_dev_name", SCHEMA_STRING, .min = 1, .max = IFNAMSIZ - 1},
+    {"guest_mac", SCHEMA_STRING, .min = 1, .max = 17},
+    {NULL},
+};
 static const struct schema_field load_fields[] = {
     {"snapshot_path", SCHEMA_STRING, .required = true, .min = 1},
     {"mem_file_path", SCHEMA_STRING, .min = 1},
@@ -653,6 +748,7 @@ static const struct schema_field load_fields[] = {
     {"resume_vm", SCHEMA_BOOL},
     {"track_dirty_pages", SCHEMA_BOOL},
     {"enable_diff_snapshots", SCHEMA_BOOL},
+    {"network_overrides", SCHEMA_LIST, .fields = override_fields},
     {"lazy", SCHEMA_BOOL},
     {"map", SCHEMA_BOOL},
     {NULL},
@@ -724,6 +820,8 @@ int api_create(struct api **out, struct session *session, struct error *err)
         return error_set(err, -ENOMEM, "no memory for the API");
     api->session = session;
     api->config = json_object();
+    for (unsigned i = 0; i < session->options->nr_devices; i++)
+        session->options->devices[i].given = true;
     *out = api;
     return 0;
 }

@@ -255,6 +255,15 @@ static int option(struct session *s, const char *name, const char *value, struct
     return value ? options_set(s->options, FOR_RUN, name, value, err) : 0;
 }
 
+// The API's first disk comes behind those of the command line.
+static char first_drive(const struct vm_options *o)
+{
+    char letter = 'a';
+    for (unsigned i = 0; i < o->nr_devices; i++)
+        letter += o->devices[i].given && !strcmp(o->devices[i].kind->name, "disk");
+    return letter <= 'z' ? letter : 'z';
+}
+
 // The guest's command line; a root device is named in it, as microVM clients expect.
 static int boot_args(struct session *s, json_t *boot, json_t *drives, struct error *err)
 {
@@ -262,10 +271,11 @@ static int boot_args(struct session *s, json_t *boot, json_t *drives, struct err
     json_t *drive;
     autofree char *args = NULL;
     const char *given = text_of(boot, "boot_args");
-    char root[128] = "";
-    json_array_foreach(drives, i, drive) if (is_true(drive, "is_root_device")) snprintf(
-        root, sizeof(root), " root=%s%s %s", text_of(drive, "partuuid") ? "PARTUUID=" : "",
-        text_of(drive, "partuuid") ?: "/dev/vda", is_true(drive, "is_read_only") ? "ro" : "rw");
+    char root[128] = "", first[] = "/dev/vda";
+    first[sizeof(first) - 2] = first_drive(s->options);
+    json_array_foreach(drives, i, drive) if (is_true(drive, "is_root_device"))
+        snprintf(root, sizeof(root), " root=%s%s %s", text_of(drive, "partuuid") ? "PARTUUID=" : "",
+                 text_of(drive, "partuuid") ?: first, is_true(drive, "is_read_only") ? "ro" : "rw");
     if (asprintf(&args, "%s%s", given ? given : "console=ttyS0 reboot=k panic=1", root) < 0)
         return error_set(err, -ENOMEM, "no memory for the command line");
     return option(s, "append", args, err);
@@ -329,8 +339,9 @@ int api_machine(struct session *s, json_t *config, struct error *err)
 {
     json_t *boot = json_object_get(config, "boot-source");
     json_t *drives = json_object_get(config, "drives");
-    while (s->options->nr_devices) // of an earlier attempt
-        options_remove_device(s->options, s->options->nr_devices - 1);
+    for (unsigned i = s->options->nr_devices; i > 0; i--)
+        if (!s->options->devices[i - 1].given) // of an earlier attempt
+            options_remove_device(s->options, i - 1);
     int ret = machine_config(s, json_object_get(config, "machine-config"), err);
     if (!ret && boot)
         ret = option(s, "kernel", text_of(boot, "kernel_image_path"), err);

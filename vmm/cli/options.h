@@ -25,6 +25,7 @@ struct device_option {
     char *text;                   // as given; empty for a switch, or for one that the API made
     char *id;                     // the API's name for it, or NULL
     struct virtio_attach *config; // of the kind's class
+    bool given;                   // by the command line: stays whatever the API describes
 };
 
 struct vm_options {

@@ -22,6 +22,7 @@
 #include "vmm/cli/rollback.h"
 #include "vmm/cli/supervise.h"
 #include "vmm/http.h"
+#include "vmm/starter.h"
 
 static void patience_ends(struct loop_timer *timer)
 {
@@ -112,6 +113,22 @@ static void control_publish(struct session *s, struct control *control)
     pthread_mutex_unlock(&s->life.lock);
 }
 
+// passt, which --net user needs, is started by somebody who stays outside of jail and filters.
+static int starters_make(struct session *s, struct error *err)
+{
+    int ret = 0;
+    for (unsigned i = 0; i < s->options->nr_devices && !ret; i++) {
+        const struct device_option *d = &s->options->devices[i];
+        struct virtio_net_config *c = (void *)d->config;
+        if (d->kind->class != &virtio_net_class || c->kind != NET_USER)
+            continue;
+        ret = net_user_starter(&c->user, &c->user.starter, err);
+        if (!ret)
+            s->starters[s->nr_starters++] = c->user.starter;
+    }
+    return ret;
+}
+
 int session_init(struct session *s, struct vm_options *options, struct error *err)
 {
     *s = (struct session) {
@@ -119,7 +136,9 @@ int session_init(struct session *s, struct vm_options *options, struct error *er
     life_init(&s->life);
     s->life.changed = state_changed;
     s->life.arg = s;
-    int ret = loop_create(&s->loop, err);
+    int ret = options->dry_run ? 0 : starters_make(s, err);
+    if (!ret)
+        ret = loop_create(&s->loop, err);
     if (!ret)
         ret = signals_watch(s, err);
     if (ret)
@@ -497,18 +516,12 @@ static int sockets_hand_over(struct session *s, struct error *err)
     return ret;
 }
 
-// Until there is a guest. passt, which --net user starts, would not work behind it.
+// Until there is a guest.
 static int setup_confine(struct session *s, struct error *err)
 {
-    const struct vm_options *o = s->options;
-    bool passt = false;
-    for (unsigned i = 0; i < o->nr_devices; i++)
-        passt |= o->devices[i].kind->class == &virtio_net_class &&
-                 ((const struct virtio_net_config *)(const void *)o->devices[i].config)->kind ==
-                     NET_USER;
-    if (s->setup || s->confined || passt)
+    if (s->setup || s->confined)
         return 0;
-    int ret = seccomp_enter(SECCOMP_SETUP, o->vm.seccomp, err);
+    int ret = seccomp_enter(SECCOMP_SETUP, s->options->vm.seccomp, err);
     s->setup = !ret;
     return ret;
 }
@@ -752,6 +765,8 @@ void session_destroy(struct session *s)
     if (s->signal_fd >= 0)
         close(s->signal_fd);
     loop_destroy(s->loop);
+    while (s->nr_starters)
+        starter_destroy(s->starters[--s->nr_starters]);
     outside_close(&s->outside);
     console_close(s->console); // after the loop, which may still hold its polls
     api_destroy(s->api);

@@ -20,6 +20,7 @@
 struct api;
 struct rollback;
 struct snapshot_report;
+struct starter;
 
 struct session {
     struct vm_options *options; // the caller's
@@ -39,8 +40,10 @@ struct session {
     struct api *api;
     struct migrate_commands *migrate;
     struct checkpoint_commands *checkpoints;
-    struct rollback *rollback; // one that is under way
-    struct outside outside;    // files of a VM in a jail
+    struct rollback *rollback;                    // one that is under way
+    struct outside outside;                       // files of a VM in a jail
+    struct starter *starters[VIRTIO_DEVICES_MAX]; // of the options' --net user
+    unsigned nr_starters;
     const char *from; // a checkpoint in the jail, which the guest is when it starts; NULL: none
     bool restored;    // the guest came from a file, though options->kernel may be set
     struct migrate_hooks hooks;
