@@ -44,6 +44,7 @@ void page_presence_free(struct page_presence *p)
     p->pagemap_fd = -1;
 }
 
+// Right for huge pages as well: they are not swapped, and mapped as long as they are in the file.
 static void presence_load_anonymous(struct page_presence *p, const uint8_t *hva)
 {
     uint64_t entries[512];
@@ -91,7 +92,7 @@ static bool page_absent(struct page_presence *p, const struct ram *ram, uint64_t
         memset(p->absent, 0, sizeof(p->absent));
         if (atomic_load(&ram->missing) || ram->file_mapped)
             return false;
-        if (ram->memfd >= 0)
+        if (ram->memfd >= 0 && ram->unit == PAGE_SIZE)
             presence_load_memfd(p, ram, ram_page(ram, page));
         else if (p->pagemap_fd >= 0)
             presence_load_anonymous(p, ram_page(ram, page));

@@ -2,15 +2,16 @@
 #include "migrate/postcopy_dest.h"
 
 #include <errno.h>
-#include <linux/userfaultfd.h>
 #include <poll.h>
 #include <pthread.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/uio.h>
 #include <time.h>
 
 #include "migrate/bitmap.h"
 #include "migrate/crc32c.h"
+#include "migrate/landing.h"
 #include "migrate/pages.h"
 #include "migrate/userfault.h"
 
@@ -25,15 +26,16 @@ struct wait {
 struct postcopy_dest {
     struct ram *ram;
     struct channel *demand;
-    int uffd;
+    struct landing landing;
     int stop_fd;
     pthread_t fault_thread, demand_thread;
     bool fault_started, demand_started;
 
     pthread_mutex_t lock; // guards what follows
     pthread_cond_t changed;
-    uint64_t *have;  // content is here: placed, or zero and placed at the first touch
-    uint64_t *asked; // requested, not yet here
+    uint64_t *have;   // content is here: placed, or zero and placed at the first touch
+    uint64_t *asked;  // requested, not yet here
+    uint64_t *coming; // somebody is about to place it
     uint64_t missing, arrived;
     uint64_t faults, requested;
     struct wait waits[WAITS_MAX];
@@ -47,37 +49,71 @@ struct postcopy_dest {
 
 // --- placing
 
-static int place_zero(struct postcopy_dest *pd, uint64_t page, struct error *err)
+// Under the lock: who asked for a page of these, which are shown, has it now.
+static void served(struct postcopy_dest *pd, uint64_t first, uint64_t count)
 {
-    return uffd_zero(pd->uffd, ram_page(pd->ram, page), PAGE_SIZE, err);
-}
-
-// Under the lock: who asked for the page has it now.
-static void served(struct postcopy_dest *pd, uint64_t page)
-{
-    for (unsigned i = 0; i < pd->nr_waits; i++) {
-        if (pd->waits[i].page != page)
+    uint64_t now = pd->nr_waits ? time_ns() : 0;
+    for (unsigned i = 0; i < pd->nr_waits;) {
+        if (pd->waits[i].page < first || pd->waits[i].page - first >= count) {
+            i++;
             continue;
-        uint64_t ns = time_ns() - pd->waits[i].since;
+        }
+        uint64_t ns = now - pd->waits[i].since;
         pd->latency.count[wire_latency_bucket(ns)]++;
         pd->latency.total_ns += ns;
         pd->latency.max_ns = ns > pd->latency.max_ns ? ns : pd->latency.max_ns;
         pd->waits[i] = pd->waits[--pd->nr_waits];
-        return;
     }
 }
 
 // Under the lock.
 static void arrived(struct postcopy_dest *pd, uint64_t page)
 {
-    if (bitmap_test(pd->asked, page))
-        served(pd, page);
     if (!bitmap_test(pd->have, page)) {
         bitmap_set(pd->have, page);
         pd->missing--;
         pd->arrived++;
     }
     bitmap_clear(pd->asked, page);
+    bitmap_clear(pd->coming, page);
+}
+
+// Pages of one unit that lie where the guest will find them. From the moment they count as here
+// only its own memory is newer than they are; so that comes first, and then they are shown.
+static int arrived_in_unit(struct postcopy_dest *pd, uint64_t first, uint64_t count,
+                           struct error *err)
+{
+    bool shown;
+    pthread_mutex_lock(&pd->lock);
+    // Who waits has asked for all that was missing then.
+    bool wanted = bitmap_find(pd->asked, first + count, first, true) < first + count;
+    for (uint64_t p = first; p < first + count; p++)
+        arrived(pd, p);
+    bool whole = landing_whole(&pd->landing, pd->have, first);
+    pthread_mutex_unlock(&pd->lock);
+    if (!whole)
+        return 0;
+    int ret = landing_show(&pd->landing, first, &shown, err);
+    if (!ret && !shown && wanted)
+        ret = landing_serve(&pd->landing, first, err);
+    pthread_mutex_lock(&pd->lock);
+    served(pd, landing_unit(&pd->landing, first), pd->landing.unit);
+    pthread_mutex_unlock(&pd->lock);
+    return ret;
+}
+
+static int take_run_huge(struct postcopy_dest *pd, const struct wire_run *run, struct error *err)
+{
+    uint64_t end = run->first + run->count;
+    int ret = 0;
+    for (uint64_t first = run->first, stop; !ret && first < end; first = stop) {
+        stop = landing_unit(&pd->landing, first) + pd->landing.unit;
+        stop = stop < end ? stop : end;
+        if (run->kind == WIRE_RUN_ZERO)
+            landing_clear(&pd->landing, first, stop - first);
+        ret = arrived_in_unit(pd, first, stop - first, err);
+    }
+    return ret;
 }
 
 // Zero pages are placed when they are touched; whoever waits for one already gets it now.
@@ -86,9 +122,12 @@ static int take_zero_run(struct postcopy_dest *pd, const struct wire_run *run, s
     int ret = 0;
     pthread_mutex_lock(&pd->lock);
     for (uint64_t p = run->first; !ret && p < run->first + run->count; p++) {
-        if (bitmap_test(pd->asked, p))
-            ret = place_zero(pd, p, err);
+        bool wanted = bitmap_test(pd->asked, p);
         arrived(pd, p);
+        if (wanted)
+            ret = landing_serve(&pd->landing, p, err);
+        if (wanted)
+            served(pd, p, 1);
     }
     pthread_mutex_unlock(&pd->lock);
     return ret;
@@ -97,58 +136,101 @@ static int take_zero_run(struct postcopy_dest *pd, const struct wire_run *run, s
 static int take_data_run(struct postcopy_dest *pd, const struct wire_run *run, const uint8_t *data,
                          struct error *err)
 {
-    for (uint64_t p = 0; p < run->count;) {
-        uint64_t n = ram_contiguous(pd->ram, run->first + p);
-        n = n < run->count - p ? n : run->count - p;
-        int ret = uffd_copy(pd->uffd, ram_page(pd->ram, run->first + p), data + p * PAGE_SIZE,
-                            n * PAGE_SIZE, err);
-        if (ret)
-            return ret;
-        p += n;
-    }
+    int ret = landing_copy(&pd->landing, run->first, data, run->count, err);
+    if (ret)
+        return ret;
     pthread_mutex_lock(&pd->lock);
     for (uint64_t p = run->first; p < run->first + run->count; p++)
         arrived(pd, p);
+    served(pd, run->first, run->count);
     pthread_mutex_unlock(&pd->lock);
     return 0;
 }
 
-static int check_run(struct postcopy_dest *pd, const struct wire_run *run, struct error *err)
+// From here until it is placed nobody else may send it: it would be written over the guest's.
+static int claim_run(struct postcopy_dest *pd, const struct wire_run *run, struct error *err)
 {
-    pthread_mutex_lock(&pd->lock);
     uint64_t end = run->first + run->count;
+    pthread_mutex_lock(&pd->lock);
     uint64_t twice = bitmap_find(pd->have, end, run->first, true);
+    uint64_t coming = bitmap_find(pd->coming, end, run->first, true);
+    if (twice == end && coming == end)
+        bitmap_fill(pd->coming, run->first, run->count, true);
     pthread_mutex_unlock(&pd->lock);
     if (twice != end)
         return error_set(err, -EPROTO, "page %llu sent though the guest has it already",
                          (unsigned long long)twice);
+    return coming == end ? 0
+                         : error_set(err, -EPROTO, "page %llu sent twice at the same time",
+                                     (unsigned long long)coming);
+}
+
+// Where each run of data goes: the file behind guest memory, or else the buffer.
+static int find_places(struct postcopy_dest *pd, const struct wire_pages_view *view,
+                       uint8_t *buffer, struct iovec *iov, unsigned *nr, struct error *err)
+{
+    for (uint32_t i = 0; i < view->head.nr_runs; i++) {
+        struct wire_run run = wire_pages_run(view, i);
+        int ret = claim_run(pd, &run, err);
+        if (ret)
+            return ret;
+        if (run.kind == WIRE_RUN_ZERO)
+            continue;
+        if (pd->landing.second)
+            ret = landing_room(&pd->landing, run.first, run.count, err);
+        if (ret)
+            return ret;
+        iov[(*nr)++] =
+            (struct iovec) {pd->landing.second ? landing_page(&pd->landing, run.first) : buffer,
+                            run.count * PAGE_SIZE};
+        buffer += run.count * PAGE_SIZE;
+    }
     return 0;
+}
+
+static int check_sums(const struct wire *w, const struct wire_record *record,
+                      const struct wire_pages_view *view, const struct iovec *iov, unsigned nr,
+                      struct error *err)
+{
+    uint32_t sum = 0;
+    for (unsigned i = 0; i < nr; i++)
+        for (size_t at = 0; at < iov[i].iov_len; at += PAGE_SIZE)
+            if (page_sum((const uint8_t *)iov[i].iov_base + at) != wire_pages_sum(view, sum++))
+                return error_set(err, -EBADMSG, "%s at byte %llu: page data damaged", w->name,
+                                 (unsigned long long)record->offset);
+    return 0;
+}
+
+static int place(struct postcopy_dest *pd, struct wire *w, const struct wire_record *record,
+                 void *buffer, struct error *err)
+{
+    struct wire_pages_view view;
+    struct iovec places[WIRE_RUNS_MAX], iov[WIRE_RUNS_MAX];
+    unsigned nr = 0, data = 0;
+    int ret = wire_pages_parse(record, pd->ram->pages, &view, err);
+    if (!ret)
+        ret = find_places(pd, &view, buffer, places, &nr, err);
+    memcpy(iov, places, nr * sizeof(iov[0])); // reading uses it up
+    if (!ret && nr)
+        ret = w->readv(w, iov, nr, err);
+    if (!ret)
+        ret = check_sums(w, record, &view, places, nr, err);
+    for (uint32_t i = 0; !ret && i < view.head.nr_runs; i++) {
+        struct wire_run run = wire_pages_run(&view, i);
+        if (pd->landing.second)
+            ret = take_run_huge(pd, &run, err);
+        else if (run.kind == WIRE_RUN_DATA)
+            ret = take_data_run(pd, &run, places[data++].iov_base, err);
+        else
+            ret = take_zero_run(pd, &run, err);
+    }
+    return ret;
 }
 
 int postcopy_dest_place(struct postcopy_dest *pd, struct wire *w, const struct wire_record *record,
                         void *buffer, struct error *err)
 {
-    struct wire_pages_view view;
-    int ret = wire_pages_parse(record, pd->ram->pages, &view, err);
-    if (!ret)
-        ret = wire_read(w, buffer, view.head.nr_data * PAGE_SIZE, err);
-    const uint8_t *data = buffer;
-    for (uint32_t i = 0; !ret && i < view.head.nr_data; i++)
-        if (page_sum(data + i * PAGE_SIZE) != wire_pages_sum(&view, i))
-            ret = error_set(err, -EBADMSG, "%s at byte %llu: page data damaged", w->name,
-                            (unsigned long long)record->offset);
-    for (uint32_t i = 0; !ret && i < view.head.nr_runs; i++) {
-        struct wire_run run = wire_pages_run(&view, i);
-        ret = check_run(pd, &run, err);
-        if (ret)
-            break;
-        if (run.kind == WIRE_RUN_ZERO) {
-            ret = take_zero_run(pd, &run, err);
-        } else {
-            ret = take_data_run(pd, &run, data, err);
-            data += run.count * PAGE_SIZE;
-        }
-    }
+    int ret = place(pd, w, record, buffer, err);
     pthread_mutex_lock(&pd->lock);
     pthread_cond_broadcast(&pd->changed);
     pthread_mutex_unlock(&pd->lock);
@@ -166,46 +248,70 @@ static void dest_failed(struct postcopy_dest *pd, int ret, const struct error *e
         pd->failure = ret;
         pd->err = *err;
         if (!pd->loaded)
-            uffd_unregister(pd->uffd, pd->ram->map, pd->ram->size);
+            landing_unguard(&pd->landing);
     }
     pthread_cond_broadcast(&pd->changed);
     pthread_mutex_unlock(&pd->lock);
 }
 
-// Decides what a fault needs: nothing (asked already), its zero page, or a request (appended).
-static int fault_sort(struct postcopy_dest *pd, uint64_t page, uint64_t *want, unsigned *nr,
-                      struct error *err)
+struct want {
+    struct wire_want head;
+    uint64_t pages[WIRE_WANT_MAX];
+};
+
+static int want_put(struct postcopy_dest *pd, struct want *want, struct error *err)
 {
-    pthread_mutex_lock(&pd->lock);
-    bool have = bitmap_test(pd->have, page);
-    pd->faults++;
-    if (!have && !bitmap_test(pd->asked, page)) {
-        bitmap_set(pd->asked, page);
-        if (pd->nr_waits < WAITS_MAX)
-            pd->waits[pd->nr_waits++] = (struct wait) {page, time_ns()};
-        pd->requested++;
-        want[(*nr)++] = page;
-    }
-    pthread_mutex_unlock(&pd->lock);
-    // A page that was placed meanwhile answers EEXIST, and who waits is woken.
-    return have ? place_zero(pd, page, err) : 0;
+    if (!want->head.nr)
+        return 0;
+    int ret = wire_put(&pd->demand->wire, WIRE_WANT, 0, want,
+                       sizeof(want->head) + want->head.nr * sizeof(want->pages[0]), NULL, 0, err);
+    want->head = (struct wire_want) {0};
+    return ret;
 }
 
+static int want_add(struct postcopy_dest *pd, struct want *want, uint64_t page, struct error *err)
+{
+    int ret = want->head.nr == WIRE_WANT_MAX ? want_put(pd, want, err) : 0;
+    want->pages[want->head.nr++] = page;
+    return ret;
+}
+
+// Decides what a fault needs: what is here (true), or a request of what is not here and not yet
+// asked for: appended to `lack`, `nr` of at most a unit's pages.
+static bool fault_sort(struct postcopy_dest *pd, uint64_t page, uint64_t *lack, unsigned *nr)
+{
+    uint64_t first = landing_unit(&pd->landing, page), end = first + pd->landing.unit;
+    pthread_mutex_lock(&pd->lock);
+    bool whole = landing_whole(&pd->landing, pd->have, page);
+    pd->faults++;
+    for (uint64_t p = first; !whole && p < end; p++) {
+        if (bitmap_test(pd->have, p) || bitmap_test(pd->asked, p))
+            continue;
+        bitmap_set(pd->asked, p);
+        lack[(*nr)++] = p;
+    }
+    if (*nr) {
+        pd->requested++;
+        if (pd->nr_waits < WAITS_MAX)
+            pd->waits[pd->nr_waits++] = (struct wait) {first, time_ns()};
+    }
+    pthread_mutex_unlock(&pd->lock);
+    return whole;
+}
 static int faults_take(struct postcopy_dest *pd, struct error *err)
 {
-    uint64_t pages[UFFD_BATCH];
-    unsigned nr;
-    struct {
-        struct wire_want head;
-        uint64_t pages[UFFD_BATCH];
-    } want = {0};
-    int ret = uffd_faults(pd->uffd, pd->ram, pages, &nr, err);
-    for (unsigned i = 0; i < nr && !ret; i++)
-        ret = fault_sort(pd, pages[i], want.pages, &want.head.nr, err);
-    if (ret || !want.head.nr)
-        return ret;
-    return wire_put(&pd->demand->wire, WIRE_WANT, 0, &want,
-                    sizeof(want.head) + want.head.nr * sizeof(want.pages[0]), NULL, 0, err);
+    uint64_t pages[UFFD_BATCH], lack[HUGE_PAGE / PAGE_SIZE];
+    unsigned nr, nr_lack;
+    struct want want = {0};
+    int ret = uffd_faults(pd->landing.uffd, pd->ram, pages, &nr, err);
+    for (unsigned i = 0; i < nr && !ret; i++) {
+        nr_lack = 0;
+        if (fault_sort(pd, pages[i], lack, &nr_lack))
+            ret = landing_serve(&pd->landing, pages[i], err);
+        for (unsigned k = 0; k < nr_lack && !ret; k++)
+            ret = want_add(pd, &want, lack[k], err);
+    }
+    return ret ? ret : want_put(pd, &want, err);
 }
 
 // Only while the state is loaded; a guest may wait for long, and the main connection has a
@@ -238,7 +344,7 @@ static void *fault_main(void *arg)
     struct error err = {0};
     int ret = 0;
     while (!ret) {
-        struct pollfd p[2] = {{.fd = pd->uffd, .events = POLLIN},
+        struct pollfd p[2] = {{.fd = pd->landing.uffd, .events = POLLIN},
                               {.fd = pd->stop_fd, .events = POLLIN}};
         int n = poll(p, 2, is_loaded(pd) ? -1 : (int)pd->load_ms);
         if (n < 0 && errno != EINTR)
@@ -276,29 +382,6 @@ static void *demand_main(void *arg)
 
 // --- life
 
-static int guard(struct postcopy_dest *pd, struct error *err)
-{
-    struct ram *ram = pd->ram;
-    int ret =
-        uffd_register(pd->uffd, ram->map, ram->size, UFFDIO_REGISTER_MODE_MISSING,
-                      1ull << _UFFDIO_COPY | 1ull << _UFFDIO_ZEROPAGE | 1ull << _UFFDIO_WAKE, err);
-    if (ret) {
-        error_prefix(err, "post-copy");
-        return ret;
-    }
-    // Guarded first, dropped second: nothing can slip in between.
-    for (uint64_t first = 0;;) {
-        first = bitmap_find(pd->have, ram->pages, first, false);
-        if (first == ram->pages)
-            return 0;
-        uint64_t end = bitmap_find(pd->have, ram->pages, first, true);
-        ret = ram_drop(ram, first, end - first, err);
-        if (ret)
-            return ret;
-        first = end;
-    }
-}
-
 static int threads_start(struct postcopy_dest *pd, struct error *err)
 {
     pd->demand->timeout_ms = 0; // the guest may need nothing for long
@@ -317,38 +400,32 @@ static int dest_start(struct postcopy_dest *pd, struct error *err)
     pd->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (pd->stop_fd < 0)
         return error_errno(err, "eventfd");
-    int ret = uffd_open(&pd->uffd, "post-copy", 0, err);
+    int ret = landing_open(&pd->landing, pd->ram, err);
     if (!ret)
-        ret = guard(pd, err);
+        ret = landing_guard(&pd->landing, pd->have, err);
     return ret ? ret : threads_start(pd, err);
 }
 
 static int ask_again(struct postcopy_dest *pd, struct error *err)
 {
-    struct {
-        struct wire_want head;
-        uint64_t pages[WIRE_WANT_MAX];
-    } want;
-    uint64_t page = 0, pages = pd->ram->pages;
-    for (;;) {
-        want.head = (struct wire_want) {0};
-        while (want.head.nr < WIRE_WANT_MAX &&
-               (page = bitmap_find(pd->asked, pages, page, true)) < pages)
-            want.pages[want.head.nr++] = page++;
-        if (!want.head.nr)
-            return 0;
-        int ret = wire_put(&pd->demand->wire, WIRE_WANT, 0, &want,
-                           sizeof(want.head) + want.head.nr * sizeof(want.pages[0]), NULL, 0, err);
-        if (ret)
-            return ret;
+    struct want want = {0};
+    int ret = 0;
+    uint64_t pages = pd->ram->pages;
+    for (uint64_t page = 0; !ret; page++) {
+        page = bitmap_find(pd->asked, pages, page, true);
+        if (page == pages)
+            return want_put(pd, &want, err);
+        ret = want_add(pd, &want, page, err);
     }
+    return ret;
 }
 
 int postcopy_dest_resume(struct postcopy_dest *pd, struct error *err)
 {
     eventfd_t drained;
     eventfd_read(pd->stop_fd, &drained);
-    pd->failure = 0; // no thread looks at it now
+    pd->failure = 0;                                      // no thread looks at it now
+    memset(pd->coming, 0, ram_bitmap_words(pd->ram) * 8); // it comes anew
     int ret = ask_again(pd, err);
     return ret ? ret : threads_start(pd, err);
 }
@@ -360,8 +437,11 @@ int postcopy_dest_create(struct postcopy_dest **out, struct ram *ram, const uint
     if (!pd)
         return error_set(err, -ENOMEM, "no memory for post-copy");
     size_t words = ram_bitmap_words(ram);
-    *pd = (struct postcopy_dest) {
-        .ram = ram, .demand = demand, .uffd = -1, .stop_fd = -1, .load_ms = demand->timeout_ms};
+    *pd = (struct postcopy_dest) {.ram = ram,
+                                  .demand = demand,
+                                  .landing = {.uffd = -1},
+                                  .stop_fd = -1,
+                                  .load_ms = demand->timeout_ms};
     ram_discard_block(ram); // a page given back now would be asked for again
     atomic_store(&ram->missing, true);
     pthread_mutex_init(&pd->lock, NULL);
@@ -372,7 +452,10 @@ int postcopy_dest_create(struct postcopy_dest **out, struct ram *ram, const uint
     pthread_condattr_destroy(&attr);
     pd->have = calloc(words, 8);
     pd->asked = calloc(words, 8);
-    int ret = pd->have && pd->asked ? 0 : error_set(err, -ENOMEM, "no memory for post-copy");
+    pd->coming = calloc(words, 8);
+    int ret = pd->have && pd->asked && pd->coming
+                  ? 0
+                  : error_set(err, -ENOMEM, "no memory for post-copy");
     if (!ret) {
         memcpy(pd->have, valid, words * 8);
         pd->missing = ram->pages - bitmap_count(pd->have, ram->pages);
@@ -479,14 +562,14 @@ void postcopy_dest_free(struct postcopy_dest *pd)
     if (!pd)
         return;
     postcopy_dest_stop(pd);
-    if (pd->uffd >= 0)
-        close(pd->uffd); // unregisters, wakes
+    landing_close(&pd->landing);
     atomic_store(&pd->ram->missing, false);
     ram_discard_unblock(pd->ram);
     if (pd->stop_fd >= 0)
         close(pd->stop_fd);
     free(pd->have);
     free(pd->asked);
+    free(pd->coming);
     pthread_cond_destroy(&pd->changed);
     pthread_mutex_destroy(&pd->lock);
     free(pd);

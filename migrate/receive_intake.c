@@ -4,8 +4,8 @@
 
 #include "migrate/bitmap.h"
 #include "migrate/crc32c.h"
+#include "migrate/landing.h"
 #include "migrate/receive_internal.h"
-#include "migrate/userfault.h"
 #include "vmm/stream.h"
 
 static int expect_streams(struct receive *r, struct error *err)
@@ -52,10 +52,7 @@ int receive_take_machine(struct receive *r, struct error *err)
     if (!ret)
         ret = page_intake_init(&r->intake, &r->vm->ram, err);
     if (!ret && machine.flags & WIRE_MACHINE_POSTCOPY) {
-        int probe = -1; // better now than at the switch
-        ret = uffd_open(&probe, "post-copy", 0, err);
-        if (!ret)
-            close(probe);
+        ret = landing_possible(&r->vm->ram, err); // better now than at the switch
         r->stale = calloc(ram_bitmap_words(&r->vm->ram), 8);
         r->buffer = malloc(WIRE_BATCH_PAGES * PAGE_SIZE);
         if (!ret && (!r->stale || !r->buffer))

@@ -143,3 +143,24 @@ int uffd_zero(int fd, void *start, uint64_t len, struct error *err)
     }
     return 0;
 }
+
+int uffd_continue(int fd, void *start, uint64_t len, uint64_t unit, struct error *err)
+{
+    for (uint64_t at = 0; at < len;) {
+        struct uffdio_continue show = {.range = {.start = (uintptr_t)start + at, .len = len - at}};
+        if (!ioctl(fd, UFFDIO_CONTINUE, &show))
+            return 0;
+        if (show.mapped > 0) {
+            at += (uint64_t)show.mapped;
+        } else if (errno == EEXIST) {
+            int ret = wake(fd, (uint8_t *)start + at, unit, err);
+            if (ret)
+                return ret;
+            at += unit;
+        } else if (errno != EAGAIN && errno != EINTR) {
+            return error_errno(err, "UFFDIO_CONTINUE of %llu KiB",
+                               (unsigned long long)((len - at) / KiB));
+        }
+    }
+    return 0;
+}

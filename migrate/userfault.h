@@ -30,3 +30,6 @@ int uffd_unprotect(int fd, const void *start, uint64_t len, struct error *err); 
 // Puts `len` bytes where nothing is; where something is already, that stays. Wakes.
 int uffd_copy(int fd, void *to, const void *from, uint64_t len, struct error *err);
 int uffd_zero(int fd, void *start, uint64_t len, struct error *err);
+// Shows what the file behind shared memory has there, whose pages are of `unit` bytes; where it is
+// shown already, fine. Wakes. -EFAULT: the file has nothing there.
+int uffd_continue(int fd, void *start, uint64_t len, uint64_t unit, struct error *err);

@@ -220,7 +220,7 @@ static void judge_uffd(struct judge *j, const struct host_facts *h)
     } rows[] = {
         {1 << 5, "userfaultfd: shared memory", "post-copy of memfd guests"},
         {1 << 4, "userfaultfd: huge pages", "post-copy of hugetlb guests"},
-        {1 << 10, "userfaultfd: minor faults", "clones that share memory"},
+        {1 << 9, "userfaultfd: minor faults", "post-copy of hugetlb guests"},
         {1 << 0, "userfaultfd: write-protect", "background snapshots"},
         {1 << 12, "userfaultfd: write-protect, shared", "background snapshots of memfd guests"},
         {UFFD_WP_ASYNC, "userfaultfd: asynchronous", "dirty tracking without KVM's log"},

@@ -144,6 +144,7 @@ static const struct rule rules[] = {
     IOCTL(UFFDIO_UNREGISTER, LW),
     IOCTL(UFFDIO_COPY, LW),
     IOCTL(UFFDIO_ZEROPAGE, LW),
+    IOCTL(UFFDIO_CONTINUE, LW),
     IOCTL(UFFDIO_WAKE, LW),
     // A snapshot of a running guest; a page of a lazy restore that cannot be had. Numbers of Linux
     // 6.6, not in older headers.

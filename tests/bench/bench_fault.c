@@ -3,8 +3,11 @@
 // on loopback. A thread touches pages that userfaultfd guards, another asks a peer for each and
 // copies what comes: nothing is queued, nothing is checked, nothing is noted.
 //
-//   bench_fault N     N faults; prints, in us: p50 p99 from the fault being read until its page is
-//                     placed, and p50 p99 as whoever touched the page has waited
+//   bench_fault N [WAY]   N faults; prints, in us: p50 p99 from the fault being read until its page
+//                         is placed, and p50 p99 as whoever touched the page has waited
+//
+// WAY: copy (default; private memory, UFFDIO_COPY), memfd (the same of a memfd), or minor (received
+// into the memfd through another mapping, UFFDIO_CONTINUE)
 #include <fcntl.h>
 #include <linux/userfaultfd.h>
 #include <netinet/in.h>
@@ -14,6 +17,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
@@ -28,7 +32,8 @@
 enum { FAULTS_MAX = 1 << 18, REQUEST_BYTES = 32 }; // a WANT record for one page is about as long
 
 struct floor {
-    uint8_t *memory;
+    uint8_t *memory, *second; // second: another mapping of it, or NULL
+    bool shared, minor;
     uint64_t faults, *served, *waited; // ns of each
     int uffd, peer;
 };
@@ -91,10 +96,12 @@ static void *serve(void *arg)
             exit(fail("read userfaultfd"));
         uint64_t start = time_ns();
         uint8_t *to = (uint8_t *)(uintptr_t)align_down(msg.arg.pagefault.address, PAGE_SIZE);
+        uint8_t *into = f->minor ? f->second + (to - f->memory) : page;
         if (send(f->peer, request, sizeof(request), MSG_NOSIGNAL) != sizeof(request) ||
-            !recv_all(f->peer, page, sizeof(page)))
+            !recv_all(f->peer, into, PAGE_SIZE))
             exit(fail("the peer"));
-        if (uffd_copy(f->uffd, to, page, PAGE_SIZE, &err)) {
+        if (f->minor ? uffd_continue(f->uffd, to, PAGE_SIZE, PAGE_SIZE, &err)
+                     : uffd_copy(f->uffd, to, page, PAGE_SIZE, &err)) {
             fprintf(stderr, "%s\n", err.text);
             exit(EXIT_FAILURE);
         }
@@ -103,19 +110,30 @@ static void *serve(void *arg)
     return NULL;
 }
 
+static void *map_memory(const struct floor *f, int fd, size_t len)
+{
+    return mmap(NULL, len, PROT_READ | PROT_WRITE,
+                f->shared ? MAP_SHARED | MAP_NORESERVE : MAP_PRIVATE | MAP_ANONYMOUS, fd, 0);
+}
+
 static int measure(struct floor *f)
 {
     struct error err;
     size_t len = f->faults * PAGE_SIZE;
     pthread_t thread;
-    f->memory = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    autoclose int fd = f->shared ? memfd_create("bench_fault", MFD_CLOEXEC) : -1;
+    if (f->shared && (fd < 0 || ftruncate(fd, (off_t)len)))
+        return fail("memfd");
+    f->memory = map_memory(f, fd, len);
+    f->second = f->minor ? map_memory(f, fd, len) : NULL;
     f->served = calloc(f->faults, sizeof(*f->served));
     f->waited = calloc(f->faults, sizeof(*f->waited));
-    if (f->memory == MAP_FAILED || !f->served || !f->waited)
+    if (f->memory == MAP_FAILED || f->second == MAP_FAILED || !f->served || !f->waited)
         return fail("memory");
     madvise(f->memory, len, MADV_NOHUGEPAGE);
-    if (uffd_open(&f->uffd, "bench_fault", 0, &err) ||
-        uffd_register(f->uffd, f->memory, len, UFFDIO_REGISTER_MODE_MISSING, 0, &err)) {
+    uint64_t mode = UFFDIO_REGISTER_MODE_MISSING | (f->minor ? UFFDIO_REGISTER_MODE_MINOR : 0ull);
+    if (uffd_open(&f->uffd, "bench_fault", f->minor ? UFFD_FEATURE_MINOR_SHMEM : 0, &err) ||
+        uffd_register(f->uffd, f->memory, len, mode, 0, &err)) {
         fprintf(stderr, "%s\n", err.text);
         return EXIT_FAILURE;
     }
@@ -145,10 +163,13 @@ static double percentile(uint64_t *ns, uint64_t nr, unsigned percent)
 
 int main(int argc, char **argv)
 {
-    struct floor f = {.faults = argc == 2 ? strtoull(argv[1], NULL, 10) : 0};
+    const char *way = argc == 3 ? argv[2] : "copy";
+    struct floor f = {.faults = argc == 2 || argc == 3 ? strtoull(argv[1], NULL, 10) : 0,
+                      .minor = !strcmp(way, "minor"),
+                      .shared = strcmp(way, "copy")};
     int fd[2], status;
-    if (!f.faults || f.faults > FAULTS_MAX) {
-        fprintf(stderr, "usage: bench_fault N (at most %d)\n", FAULTS_MAX);
+    if (!f.faults || f.faults > FAULTS_MAX || (f.shared && !f.minor && strcmp(way, "memfd"))) {
+        fprintf(stderr, "usage: bench_fault N [copy|memfd|minor] (at most %d)\n", FAULTS_MAX);
         return 2;
     }
     if (connect_pair(fd))

@@ -148,6 +148,27 @@ START_TEST(test_ping_pong_memfd)
 }
 END_TEST
 
+static bool huge_pages(uint64_t bytes)
+{
+    unsigned long long free_pages = 0;
+    FILE *f = fopen("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "r");
+    if (f && fscanf(f, "%llu", &free_pages) != 1)
+        free_pages = 0;
+    if (f)
+        fclose(f);
+    if (free_pages * HUGE_PAGE < bytes)
+        printf("skipped: %llu huge pages free (vm.nr_hugepages), %llu needed\n", free_pages,
+               (unsigned long long)(bytes / HUGE_PAGE));
+    return free_pages * HUGE_PAGE >= bytes;
+}
+
+START_TEST(test_ping_pong_hugetlb)
+{
+    if (huge_pages(2 * 64 * MiB))
+        ping_pong(2, 64 * MiB, 2048, 0, RAM_HUGETLB, bare_long() ? 60 : 3);
+}
+END_TEST
+
 // With dirty rings that are often full; every other time to a host without.
 START_TEST(test_ping_pong_dirty_ring)
 {
@@ -1096,10 +1117,10 @@ static void recover_once(struct guest *g, struct arrival *a, struct migrate_repo
     ck_assert(vm_paused(g->bare->vm));
 }
 
-static void postcopy_recovery(struct tls *tls)
+static void postcopy_recovery(struct tls *tls, enum ram_backing backing)
 {
     enum { CUTS = 10, PAGES = 16384 };
-    struct guest g = {.security = {.tls = tls}};
+    struct guest g = {.security = {.tls = tls}, .backing = backing};
     struct arrival a;
     struct migration m;
     struct migrate_report report;
@@ -1152,14 +1173,21 @@ static void postcopy_recovery(struct tls *tls)
 
 START_TEST(test_postcopy_recovery)
 {
-    postcopy_recovery(NULL);
+    postcopy_recovery(NULL, RAM_ANONYMOUS);
+}
+END_TEST
+
+START_TEST(test_postcopy_recovery_hugetlb)
+{
+    if (huge_pages(2 * 96 * MiB))
+        postcopy_recovery(NULL, RAM_HUGETLB);
 }
 END_TEST
 
 START_TEST(test_postcopy_recovery_tls)
 {
     struct tls *tls = shared_key();
-    postcopy_recovery(tls);
+    postcopy_recovery(tls, RAM_MEMFD);
     tls_free(tls);
 }
 END_TEST
@@ -1222,6 +1250,7 @@ static void add_tests(TCase *tc)
     tcase_add_test(tc, test_ping_pong_tls);
     tcase_add_test(tc, test_ping_pong_2cpu);
     tcase_add_test(tc, test_ping_pong_memfd);
+    tcase_add_test(tc, test_ping_pong_hugetlb);
     tcase_add_test(tc, test_ping_pong_dirty_ring);
     tcase_add_test(tc, test_ping_pong_streams);
     tcase_add_test(tc, test_ping_pong_above_3g);
@@ -1245,6 +1274,7 @@ static void add_tests(TCase *tc)
     tcase_add_test(tc, test_postcopy_broken);
     tcase_add_test(tc, test_postcopy_recovery);
     tcase_add_test(tc, test_postcopy_recovery_tls);
+    tcase_add_test(tc, test_postcopy_recovery_hugetlb);
     tcase_add_test(tc, test_postcopy_paused);
 }
 

@@ -497,13 +497,19 @@ END_TEST
 // Untouched memory is known to be zero without being read; touched memory never is called absent.
 START_TEST(test_presence)
 {
-    static const enum ram_backing backings[] = {RAM_ANONYMOUS, RAM_MEMFD};
+    static const enum ram_backing backings[] = {RAM_ANONYMOUS, RAM_MEMFD, RAM_HUGETLB};
     for (unsigned i = 0; i < ARRAY_SIZE(backings); i++) {
         const struct ram_config config = {.size = MEMORY, .backing = backings[i]};
+        const uint64_t far = MEMORY / PAGE_SIZE - 2;
         struct ram ram;
         struct page_presence presence;
         struct page_batch *batch = malloc(sizeof(*batch));
-        ck_assert_int_eq(ram_create(&ram, &config, NULL), 0);
+        int ret = ram_create(&ram, &config, NULL);
+        if (ret && backings[i] == RAM_HUGETLB) { // none on this machine
+            free(batch);
+            continue;
+        }
+        ck_assert_int_eq(ret, 0);
         memset(ram_page(&ram, 100), 1, PAGE_SIZE);
         memset(ram_page(&ram, 1000), 2, 3 * PAGE_SIZE);
         uint64_t *todo = calloc(ram_bitmap_words(&ram), 8), cursor = 0;
@@ -515,7 +521,7 @@ START_TEST(test_presence)
         ck_assert_uint_eq(batch->nr_data, 4);
         ck_assert_uint_eq(batch->nr_zero, ram.pages - 4);
         unsigned char resident[2];
-        ck_assert_int_eq(mincore(ram_page(&ram, 500), 2 * PAGE_SIZE, resident), 0);
+        ck_assert_int_eq(mincore(ram_page(&ram, far), 2 * PAGE_SIZE, resident), 0);
         ck_assert_uint_eq(resident[0] & 1, 0); // looking at it did not allocate it
         page_presence_free(&presence);
         free(todo);
