@@ -12,7 +12,8 @@
 struct blk_absent {
     void (*ring)(void *arg, unsigned queue);
     void *arg;
-    uint64_t nr; // blocks, the last one perhaps a part of one
+    uint64_t size; // bytes of the disk
+    uint64_t nr;   // blocks, the last one perhaps a part of one
 
     pthread_mutex_t lock; // guards what follows
     uint64_t *missing;
@@ -45,13 +46,14 @@ static size_t words(const struct blk_absent *a)
     return (size_t)(a->nr / 64 + 1);
 }
 
-struct blk_absent *blk_absent_create(uint64_t *missing, uint64_t nr, int wake_fd,
+struct blk_absent *blk_absent_create(uint64_t *missing, uint64_t size, int wake_fd,
                                      void (*ring)(void *arg, unsigned queue), void *arg)
 {
     struct blk_absent *a = calloc(1, sizeof(*a));
     if (!a)
         return NULL;
-    *a = (struct blk_absent) {.ring = ring, .arg = arg, .nr = nr, .wake_fd = wake_fd};
+    uint64_t nr = (size + DISK_BLOCK - 1) / DISK_BLOCK;
+    *a = (struct blk_absent) {.ring = ring, .arg = arg, .size = size, .nr = nr, .wake_fd = wake_fd};
     pthread_mutex_init(&a->lock, NULL);
     a->filling = calloc(words(a), 8);
     a->waited = calloc(words(a), 8);
@@ -107,8 +109,7 @@ static struct stretch stretch_of(const struct blk_absent *a, const struct blk_ra
 {
     uint64_t end = s->offset + s->len;
     struct stretch t = {.first = s->offset / DISK_BLOCK, .last = (end - 1) / DISK_BLOCK};
-    // The end of the disk is the end of its last block.
-    bool ends = !(end % DISK_BLOCK) || t.last == a->nr - 1;
+    bool ends = !(end % DISK_BLOCK) || end == a->size; // of the block
     t.whole_last = ends && (t.last > t.first || !(s->offset % DISK_BLOCK));
     t.whole_first = t.first == t.last ? t.whole_last : !(s->offset % DISK_BLOCK);
     return t;

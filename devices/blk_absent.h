@@ -28,11 +28,11 @@ enum blk_absent_verdict {
     BLK_ABSENT_PARK, // not now: its queue will be told
 };
 
-// `missing`: a bit for each of `nr` blocks, malloc'd and taken over; none beyond `nr`. An eventfd
+// `missing`: a bit for each block of a disk of `size` bytes, malloc'd and taken over. An eventfd
 // `wake_fd` is written to when there is something to ask the source for, and when nothing is
 // missing any more. `ring` is called, without the lock, for a queue whose parked requests may go
 // on. NULL: no memory.
-struct blk_absent *blk_absent_create(uint64_t *missing, uint64_t nr, int wake_fd,
+struct blk_absent *blk_absent_create(uint64_t *missing, uint64_t size, int wake_fd,
                                      void (*ring)(void *arg, unsigned queue), void *arg);
 void blk_absent_free(struct blk_absent *a); // NULL is fine
 

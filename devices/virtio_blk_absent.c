@@ -64,9 +64,9 @@ static void ring(void *arg, unsigned queue)
 int blk_lack(struct device *dev, uint64_t *missing, int wake_fd, struct error *err)
 {
     struct virtio_blk *b = blk_of_device(dev);
-    uint64_t nr = (b->capacity + DISK_BLOCK - 1) / DISK_BLOCK;
-    struct blk_absent *a =
-        has_overlay(b) || b->absent ? NULL : blk_absent_create(missing, nr, wake_fd, ring, &b->v);
+    struct blk_absent *a = has_overlay(b) || b->absent
+                               ? NULL
+                               : blk_absent_create(missing, b->capacity, wake_fd, ring, &b->v);
     if (!a) {
         free(missing);
         return has_overlay(b) || b->absent
