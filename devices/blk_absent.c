@@ -276,7 +276,8 @@ void blk_absent_again(struct blk_absent *a)
 {
     pthread_mutex_lock(&a->lock);
     for (uint64_t i = 0; i < (a->nr + 63) / 64; i++)
-        a->untold[i] = a->waited[i] & ~a->filling[i];
+        if (a->waited[i]) // of a large disk little is: the rest of the map stays untouched
+            a->untold[i] = a->waited[i] & ~a->filling[i];
     a->untold_lowest = 0;
     pthread_mutex_unlock(&a->lock);
 }
