@@ -22,9 +22,10 @@ static int absent_put(struct wire *w, unsigned disk, const uint64_t *map, uint64
         return error_set(err, -ENOMEM, "no memory for a list of blocks");
     int ret = 0;
     for (uint64_t first = 0; !ret;) {
-        first = bitmap_find(map, nr, first, true) / 64 * 64;
-        if (first >= nr || bitmap_find(map, nr, first, true) == nr)
+        first = bitmap_find(map, nr, first, true);
+        if (first >= nr)
             return 0;
+        first = first / 64 * 64;
         uint64_t n = nr - first < most ? nr - first : most;
         struct wire_absent head = {.disk = disk, .first = first, .blocks = n};
         memcpy(meta, &head, sizeof(head));

@@ -24,7 +24,7 @@
             ck_abort_msg("%s: %s", #call, err.text); \
     } while (0)
 
-enum { MEMORY = 48 * MiB, BLOCKS = 48, STRIDE_KIB = 64, DISK = 12 * MiB, NAME = 64 };
+enum { MEMORY = 48 * MiB, BLOCKS = 48, STRIDE_KIB = 64, DISK = 12 * MiB + 4096, NAME = 64 };
 
 // --- a guest with a disk
 
