@@ -33,6 +33,7 @@ struct place { // where it may be
     struct virtio_blk_config disk;
     struct bare_device device;
     char image[NAME];
+    atomic_uint severed; // times that it has stopped here for want of pages or blocks
 };
 
 static void *loop_main(void *arg)
@@ -122,10 +123,20 @@ static void destroy_vm(void *context, struct vm *vm)
     place_end(context);
 }
 
+static void severed(void *context, struct vm *vm, const struct error *why)
+{
+    struct place *p = context;
+    if (why)
+        atomic_fetch_add(&p->severed, 1);
+}
+
 static struct migrate_hooks hooks_of(struct place *p)
 {
-    return (struct migrate_hooks) {
-        .context = p, .describe = describe, .create_vm = create_vm, .destroy_vm = destroy_vm};
+    return (struct migrate_hooks) {.context = p,
+                                   .describe = describe,
+                                   .create_vm = create_vm,
+                                   .destroy_vm = destroy_vm,
+                                   .severed = severed};
 }
 
 // --- a link whose first connection breaks after so many bytes; later ones do not
@@ -455,13 +466,13 @@ static int late_try(struct late *l, uint64_t down,
 }
 
 // Both stand still; what is missing there is here, and nobody can have it.
-static void late_severed(struct late *l, uint64_t sum)
+static void late_severed(struct late *l, unsigned times, uint64_t sum)
 {
     struct vm *vm = l->to->bare->vm;
     uint64_t limit = time_ns() + BARE_WAIT_SECONDS * 1000000000ull;
     struct stream_mem state;
     struct error err = {0};
-    while (!vm_paused(vm)) {
+    while (atomic_load(&l->to->severed) < times || !vm_paused(vm)) {
         ck_assert_uint_lt(time_ns(), limit);
         usleep(1000);
     }
@@ -499,8 +510,8 @@ static void comes_later(enum migrate_mode mode, const uint64_t *cuts)
     l.p.bandwidth = 6000000; // so that the guest asks for much of it
     int ret = late_try(&l, *cuts ? *cuts : UINT64_MAX, migrate_out);
     uint64_t sum = image_sum(places[0].image);
-    while (ret) {
-        late_severed(&l, sum);
+    for (unsigned times = 1; ret; times++) {
+        late_severed(&l, times, sum);
         cuts++;
         ret = late_try(&l, *cuts ? *cuts : UINT64_MAX, migrate_recover);
     }
