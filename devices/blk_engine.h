@@ -58,6 +58,7 @@ struct blk_request {
     uint32_t from;      // where the data begins in its part of the chain
     unsigned nr_ranges; // read, write: 1; flush: 0
     struct blk_range ranges[BLK_RANGES_MAX];
+    bool fills; // blocks that were missing (devices/blk_absent.h)
 
     // The engine's.
     struct blk_piece piece;

@@ -25,7 +25,7 @@ struct range_segment {
 
 // --- ends of a request
 
-static void request_free(struct virtio_blk *b, struct blk_request *r)
+void blk_request_free(struct virtio_blk *b, struct blk_request *r)
 {
     r->next = b->free;
     b->free = r;
@@ -46,7 +46,12 @@ static void request_answer(struct virtio_blk *b, struct blk_request *r, uint8_t 
     virtio_push(&b->v, r->queue, c, written > UINT32_MAX ? UINT32_MAX : (uint32_t)written);
     b->touched |= 1u << r->queue;
     b->count.errors += status != S_OK;
-    request_free(b, r);
+    blk_request_free(b, r);
+}
+
+void blk_request_skip(struct virtio_blk *b, struct blk_request *r)
+{
+    request_answer(b, r, S_OK);
 }
 
 static void latency_count(struct virtio_blk *b, const struct blk_request *r)
@@ -83,6 +88,8 @@ void blk_request_done(struct blk_engine *e, struct blk_request *r, int error)
     struct virtio_blk *b = container_of(e, struct virtio_blk, engine);
     bool unsupported = r->type == T_DISCARD && error == -EOPNOTSUPP;
     latency_count(b, r);
+    if (r->fills)
+        blk_absent_done(b->absent, r, !error);
     if ((b->written || b->since) &&
         (r->op == BLK_WRITE || r->op == BLK_DISCARD || r->op == BLK_ZERO))
         blk_written(b, r); // also after an error: part of it may be there
@@ -226,6 +233,7 @@ static int request_prepare(struct virtio_blk *b, struct blk_request *r, const st
 {
     r->type = h->type;
     r->nr_ranges = 0;
+    r->fills = false;
     switch (h->type) {
     case T_IN:
     case T_OUT:
@@ -247,7 +255,7 @@ static void start(struct virtio_blk *b, struct blk_request *r)
 {
     if (b->lost)
         request_answer(b, r, S_IOERR);
-    else
+    else if (!b->absent || blk_absent_admit(b, r))
         blk_start(&b->engine, r);
 }
 
@@ -338,7 +346,7 @@ static bool request_run(struct virtio_blk *b, struct blk_request *r)
     if (got < sizeof(h) || !r->chain.in_len) {
         bool header = r->chain.in_len;
         virtio_push(&b->v, r->queue, &r->chain, 0);
-        request_free(b, r);
+        blk_request_free(b, r);
         virtio_break(&b->v, r->queue, "request without %s", header ? "header" : "status byte");
         return true;
     }
@@ -353,6 +361,8 @@ static bool blk_run(struct virtio *v, unsigned queue)
 {
     struct virtio_blk *b = blk_of(v);
     bool all = !(b->waiting_queues >> queue & 1);
+    if (b->parked)
+        blk_parked_run(b, queue);
     while (all && virtio_next(v, queue, &request_next_free(b)->chain)) {
         struct blk_request *r = b->free;
         b->free = r->next;
@@ -367,11 +377,14 @@ static bool blk_run(struct virtio *v, unsigned queue)
 static void blk_reset(struct virtio *v)
 {
     struct virtio_blk *b = blk_of(v);
-    for (struct blk_request *next, *r = b->waiting; r; r = next) {
-        next = r->next;
-        request_free(b, r);
-    }
+    struct blk_request *lists[] = {b->waiting, b->parked};
+    for (unsigned i = 0; i < ARRAY_SIZE(lists); i++)
+        for (struct blk_request *next, *r = lists[i]; r; r = next) {
+            next = r->next;
+            blk_request_free(b, r);
+        }
     blk_waiting_clear(b);
+    b->parked = NULL;
 }
 
 const struct virtio_ops blk_ops = {.id = VIRTIO_ID_BLK,

@@ -12,16 +12,26 @@ void blk_show(struct device *dev, json_t *out)
     unsigned waiting = 0;
     for (const struct blk_request *r = b->waiting; r; r = r->next)
         waiting++;
+    unsigned parked = 0;
+    for (const struct blk_request *r = b->parked; r; r = r->next)
+        parked++;
     const struct {
         const char *name;
         uint64_t value;
     } numbers[] = {
-        {"size", b->capacity},         {"queues", b->config.queues},
-        {"reads", b->count.reads},     {"read-bytes", b->count.read_bytes},
-        {"writes", b->count.writes},   {"written-bytes", b->count.written_bytes},
-        {"flushes", b->count.flushes}, {"discards", b->count.discards},
-        {"errors", b->count.errors},   {"in-flight", b->engine.in_flight},
+        {"size", b->capacity},
+        {"queues", b->config.queues},
+        {"reads", b->count.reads},
+        {"read-bytes", b->count.read_bytes},
+        {"writes", b->count.writes},
+        {"written-bytes", b->count.written_bytes},
+        {"flushes", b->count.flushes},
+        {"discards", b->count.discards},
+        {"errors", b->count.errors},
+        {"in-flight", b->engine.in_flight},
         {"waiting", waiting},
+        {"absent-blocks", blk_absent_left(b)},
+        {"parked", parked},
     };
     json_object_set_new(out, "path", json_string(b->config.path));
     if (has_overlay(b))
@@ -65,6 +75,10 @@ static int file_resize(struct virtio_blk *b, uint64_t size, bool shrink, struct 
 static int size_set(struct virtio_blk *b, const char *value, bool shrink, struct error *err)
 {
     uint64_t size;
+    if (b->gone || blk_absent_left(b))
+        return error_set(err, -EBUSY, "%s: %s: its size is fixed", written_image(b)->path,
+                         b->gone ? "the guest has left, and may still need it"
+                                 : "blocks of it are still at the host that the guest came from");
     if (b->written)
         return error_set(err, -EBUSY, "%s: a migration moves it: its size is fixed until that ends",
                          written_image(b)->path);

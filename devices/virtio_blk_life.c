@@ -193,6 +193,7 @@ static void blk_close(struct virtio_blk *b)
         blk_image_close(&b->overlay.file);
     blk_image_close(&b->image);
     blk_since_drop(b);
+    blk_absent_free(b->absent);
     free(b->pool); // of a request the kernel has a copy (IORING_FEAT_SUBMIT_STABLE)
 }
 
@@ -264,6 +265,12 @@ static const struct state_field blk_fields[] = {
 static int durable(struct virtio_blk *b, struct error *err)
 {
     blk_answer(b);
+    uint64_t absent = blk_absent_left(b);
+    if (absent)
+        return error_set(err, -EBUSY,
+                         "%s: %llu blocks of it are still at the host that the guest came from: "
+                         "it cannot be saved or moved before they are here",
+                         b->image.path, (unsigned long long)absent);
     if (b->engine.in_flight)
         return error_set(err, -EBUSY,
                          "%s: %u requests without an answer: a disk that may still read or write "

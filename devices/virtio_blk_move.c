@@ -95,10 +95,15 @@ static int move_watch(struct device *dev, _Atomic uint64_t *written, struct erro
 {
     struct virtio_blk *b = blk_of_device(dev);
     pthread_mutex_lock(&dev->lock);
-    bool busy = written && b->written;
-    if (!busy)
+    bool busy = written && b->written, absent = written && blk_absent_left(b);
+    if (!busy && !absent)
         b->written = written;
     pthread_mutex_unlock(&dev->lock);
+    if (absent)
+        return error_set(err, -EBUSY,
+                         "%s: blocks of it are still at the host that the guest came "
+                         "from: it can move on when they are here",
+                         b->image.path);
     return busy ? error_set(err, -EBUSY, "%s: is moved already", written_image(b)->path) : 0;
 }
 
@@ -195,6 +200,9 @@ static bool left_is(const struct blk_image *i, const uint8_t id[DISK_ID_LEN])
 static void move_left(struct device *dev, const uint8_t id[DISK_ID_LEN])
 {
     struct virtio_blk *b = blk_of_device(dev);
+    pthread_mutex_lock(&dev->lock);
+    b->gone = true;
+    pthread_mutex_unlock(&dev->lock);
     if (!has_overlay(b))
         left_write(&b->image, id);
 }
@@ -386,10 +394,17 @@ static int move_write(struct device *dev, uint64_t offset, const void *data, uin
 static int move_sync(struct device *dev, struct error *err)
 {
     struct virtio_blk *b = blk_of_device(dev);
+    if (!has_overlay(b)) { // without the lock: the guest may run, with blocks still to come
+        if (fdatasync(b->image.fd))
+            return error_errno(err, "%s", b->image.path);
+        // The kernel tells an error once: it may have told the guest's own flush.
+        bool failed = __atomic_load_n(&b->engine.flush_failed, __ATOMIC_RELAXED);
+        return failed && !b->flush_failed
+                   ? error_set(err, -EIO, "%s: could not be written", b->image.path)
+                   : 0;
+    }
     pthread_mutex_lock(&dev->lock);
-    int ret = has_overlay(b)           ? blk_overlay_sync(&b->overlay, err)
-              : fdatasync(b->image.fd) ? error_errno(err, "%s", b->image.path)
-                                       : 0;
+    int ret = blk_overlay_sync(&b->overlay, err);
     pthread_mutex_unlock(&dev->lock);
     return ret;
 }
@@ -426,6 +441,12 @@ const struct disk_ops blk_disk_ops = {
     .sync = move_sync,
     .arrived = move_arrived,
     .forget = move_forget,
+    .lack = blk_lack,
+    .wanted = blk_wanted,
+    .fill_begin = blk_fill_begin,
+    .fill_end = blk_fill_end,
+    .missing = blk_missing,
+    .lack_end = blk_lack_end,
     .is_overlay = blk_is_overlay,
     .settle = blk_settle,
     .freeze = blk_freeze,

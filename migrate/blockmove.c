@@ -21,7 +21,7 @@ static struct device *disk_after(struct device *dev)
     return dev;
 }
 
-static uint64_t block_len(const struct block_disk *d, uint64_t block)
+uint64_t block_len(const struct block_disk *d, uint64_t block)
 {
     uint64_t left = d->info.size - block * DISK_BLOCK;
     return left < DISK_BLOCK ? left : DISK_BLOCK;
@@ -147,7 +147,9 @@ int block_move_start(struct block_move *bm, const struct wire_record *record, st
     struct wire_kept kept;
     wire_fixed(record, &kept, sizeof(kept));
     int ret = 0;
+    bm->late = kept.flags & WIRE_KEPT_LATE;
     for (unsigned i = 0; i < WIRE_DISKS_MAX && !ret; i++) {
+        bm->late &= i >= bm->nr || !bm->disks[i].info.overlay;
         bool is = kept.disks >> i & 1;
         if (is && (i >= bm->nr || !memcmp(bm->disks[i].info.since, none, WIRE_ID_LEN)))
             return error_set(err, -EPROTO, "kept record: disks 0x%x", kept.disks);
@@ -164,12 +166,17 @@ void block_move_left(struct block_move *bm, const uint8_t id[WIRE_ID_LEN])
         bm->disks[i].ops->left(bm->disks[i].dev, id);
 }
 
-void block_move_pass(struct block_move *bm)
+void block_move_collect(struct block_move *bm)
 {
     for (unsigned i = 0; i < bm->nr; i++)
         for (size_t w = 0; w < bitmap_words(bm->disks[i].nr); w++)
             if (atomic_load_explicit(&bm->disks[i].written[w], memory_order_relaxed))
                 bm->disks[i].todo[w] |= atomic_exchange(&bm->disks[i].written[w], 0);
+}
+
+void block_move_pass(struct block_move *bm)
+{
+    block_move_collect(bm);
     bm->disk = 0;
     bm->next = 0;
     bm->passes++;
@@ -194,7 +201,7 @@ struct block_record {
     uint64_t len;
 };
 
-static bool all_zero(const uint8_t *data, size_t len)
+bool block_zero(const uint8_t *data, size_t len)
 {
     return !*data && !memcmp(data, data + 1, len - 1);
 }
@@ -203,7 +210,7 @@ static bool all_zero(const uint8_t *data, size_t len)
 static void extent_add(struct block_move *bm, struct block_disk *d, struct block_record *r,
                        uint64_t offset, uint64_t len)
 {
-    bool zero = all_zero(bm->buffer + r->len, len);
+    bool zero = block_zero(bm->buffer + r->len, len);
     uint64_t block = offset / DISK_BLOCK;
     if (zero && !d->info.overlay && !bitmap_test(d->sent, block))
         return; // the image there is empty
@@ -306,6 +313,7 @@ static int disk_expect(struct block_intake *in, struct vm *vm, const struct wire
     struct block_disk *d = &in->disks[in->nr++];
     *d = (struct block_disk) {.dev = dev,
                               .ops = dev->class->disk,
+                              .nr = (disk->size + DISK_BLOCK - 1) / DISK_BLOCK,
                               .info = {.size = disk->size,
                                        .overlay = disk->flags & WIRE_DISK_OVERLAY,
                                        .base_size = disk->base_size}};
@@ -315,9 +323,18 @@ static int disk_expect(struct block_intake *in, struct vm *vm, const struct wire
     return ret;
 }
 
+bool block_intake_may_lack(const struct block_intake *in)
+{
+    bool may = in->nr;
+    for (unsigned i = 0; i < in->nr; i++)
+        may &= !in->disks[i].info.overlay && in->disks[i].ops->lack;
+    return may;
+}
+
 int block_intake_kept(const struct block_intake *in, struct wire *w, struct error *err)
 {
-    struct wire_kept kept = {.disks = in->kept};
+    struct wire_kept kept = {.disks = in->kept,
+                             .flags = block_intake_may_lack(in) ? WIRE_KEPT_LATE : 0};
     return wire_put(w, WIRE_KEPT, 0, &kept, sizeof(kept), NULL, 0, err);
 }
 
@@ -431,6 +448,10 @@ void block_intake_forget(struct vm *vm)
 
 void block_intake_free(struct block_intake *in)
 {
+    for (unsigned i = 0; i < in->nr; i++) {
+        free(in->disks[i].todo);
+        in->disks[i].todo = NULL;
+    }
     free(in->buffer);
     in->buffer = NULL;
 }

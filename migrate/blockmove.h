@@ -47,11 +47,15 @@ struct block_move {
     unsigned disk; // of the pass
     uint64_t next; // its block
     uint8_t *buffer;
-    uint64_t total_bytes;            // of all disks
-    uint64_t data_bytes, zero_bytes; // sent
-    unsigned passes;                 // begun
-    unsigned kept;                   // disks of which only changes are sent
+    uint64_t total_bytes;                    // of all disks
+    _Atomic uint64_t data_bytes, zero_bytes; // sent
+    unsigned passes;                         // begun
+    unsigned kept;                           // disks of which only changes are sent
+    bool late; // the guest may run there before all is sent (migrate/blockpost.h)
 };
+
+uint64_t block_len(const struct block_disk *d, uint64_t block); // bytes; the last may have fewer
+bool block_zero(const uint8_t *data, size_t len);
 
 // From here on what the guest writes is noted. -ENOENT: it has no disk that could move.
 int block_move_create(struct block_move **bm, struct vm *vm, struct error *err);
@@ -62,6 +66,8 @@ int block_move_start(struct block_move *bm, const struct wire_record *kept, stru
 // The guest runs at the destination.
 void block_move_left(struct block_move *bm, const uint8_t id[WIRE_ID_LEN]);
 
+// What the guest has written is to be sent.
+void block_move_collect(struct block_move *bm);
 // A pass goes once over everything that is to be sent now.
 void block_move_pass(struct block_move *bm);
 // The next record of the pass, of at most `max` bytes of data, but one block; *more: there may be
@@ -74,18 +80,26 @@ uint64_t block_move_todo(const struct block_move *bm);
 // --- the destination
 
 struct block_intake {
-    struct block_disk disks[WIRE_DISKS_MAX]; // only dev, ops and info
+    struct block_disk disks[WIRE_DISKS_MAX]; // only dev, ops, info and nr; todo: what ABSENT says
     unsigned nr;
     uint8_t *buffer;
     uint64_t unsynced; // bytes
     uint32_t kept;     // a bit for each disk whose image was here
     uint64_t data_bytes, zero_bytes;
+    // Blocks that come after the guest (migrate/blockpost.h).
+    bool late;
+    int wake_fd;                    // while `late`
+    uint32_t lacking;               // a bit for each disk that had some missing
+    _Atomic uint64_t late_unsynced; // bytes
+    atomic_bool late_failed;        // to sync
 };
 
 // The DISKS record: the VM's images are empty and as large as those that come.
 int block_intake_disks(struct block_intake *in, struct vm *vm, const struct wire_record *record,
                        struct error *err);
-// Says which images were here already.
+// Whether its disks can come after the guest.
+bool block_intake_may_lack(const struct block_intake *in);
+// Says which images were here already, and that.
 int block_intake_kept(const struct block_intake *in, struct wire *w, struct error *err);
 // A BLOCKS record, with its data.
 int block_intake_record(struct block_intake *in, struct wire *w, const struct wire_record *record,

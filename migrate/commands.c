@@ -123,6 +123,8 @@ static json_t *json_report(const struct migrate_report *r)
         {"disk_zero_bytes", r->disk_zero_bytes},
         {"disk_passes", r->disk_passes},
         {"disks_kept", r->disks_kept},
+        {"pushed_blocks", r->pushed_blocks},
+        {"demand_blocks", r->demand_blocks},
         {"total_us", r->total_ns / 1000},
         {"postcopy_us", r->postcopy_ns / 1000},
     };

@@ -118,6 +118,7 @@ struct migrate_report {
     uint64_t state_bytes, wire_bytes;
     uint64_t disk_bytes, disk_zero_bytes; // of disks that went with it
     uint32_t disk_passes;
+    uint64_t pushed_blocks, demand_blocks; // of 64 KiB, after the guest
     uint32_t disks_kept; // that the destination had, and of which only changes were sent
     uint64_t total_ns;
     uint64_t postcopy_ns; // from RUNNING to COMPLETE

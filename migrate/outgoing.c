@@ -350,7 +350,9 @@ static int send_rest(struct outgoing *out, bool postcopy, struct error *err)
     struct wire_prepare prepare = {.flags = (postcopy ? WIRE_PREPARE_POSTCOPY : 0u) |
                                             (out->was_running ? 0u : WIRE_PREPARE_STAY_PAUSED),
                                    .stale = postcopy ? stale : 0};
-    int ret = disks_pass(out, err);
+    bool blocks = false;
+    int ret = disks_late(out, postcopy) ? disks_say(out, &blocks, err) : disks_pass(out, err);
+    prepare.flags |= blocks ? WIRE_PREPARE_BLOCKS : 0u;
     if (!ret)
         ret = postcopy ? postcopy_begin(out, err) : precopy_pass(out, err);
     prepare.pass = streams_passes(out);
@@ -582,13 +584,13 @@ static int settle(struct outgoing *out, struct error *err)
     if (!ret)
         return 0;
     const char *text = atomic_load(&out->m->severed) ? "paused by the user" : why.text;
-    return error_set(err, ret,
-                     "post-copy broke off: %s. The guest belongs to %s and waits there for pages "
-                     "that are still here (%llu were not sent); both sides stay paused. When "
-                     "the link is back: ferry migrate recover %s %s",
-                     text, out->params->to,
-                     (unsigned long long)bitmap_count(out->todo, out->vm->ram.pages), out->vm->name,
-                     out->params->to);
+    return error_set(
+        err, ret,
+        "post-copy broke off: %s. The guest belongs to %s and waits there for what is "
+        "still here (%llu pages and %llu blocks of 64 KiB were not sent); both sides "
+        "stay paused. When the link is back: ferry migrate recover %s %s",
+        text, out->params->to, (unsigned long long)bitmap_count(out->todo, out->vm->ram.pages),
+        (unsigned long long)(disks_left(out) / DISK_BLOCK), out->vm->name, out->params->to);
 }
 
 static int migrate_run(struct outgoing *out, struct error *err)
@@ -623,7 +625,8 @@ static int hear_missing(struct outgoing *out, struct error *err)
         int ret = wire_get(&out->main.wire, &out->record, err);
         if (ret || out->record.header.type == WIRE_READY)
             return ret;
-        ret = out->record.header.type == WIRE_DISCARD
+        ret = out->record.header.type == WIRE_ABSENT ? disks_hear(out, err)
+              : out->record.header.type == WIRE_DISCARD
                   ? wire_discard_parse(&out->record, out->vm->ram.pages, out->todo, err)
                   : wire_unexpected(&out->main.wire, &out->record, "discard or ready", err);
         if (ret)

@@ -81,6 +81,12 @@ int disks_begin(struct outgoing *out, struct error *err);
 int disks_agree(struct outgoing *out, struct error *err); // hears what the destination has
 int disks_first(struct outgoing *out, struct error *err);
 int disks_pass(struct outgoing *out, struct error *err);
+// Whether the guest may run there before its disks are there (migrate/blockpost.h).
+bool disks_late(const struct outgoing *out, bool postcopy);
+// At such a switch, instead of disks_pass: what is missing there. *any: something is.
+int disks_say(struct outgoing *out, bool *any, struct error *err);
+// What the destination says, when a broken post-copy goes on.
+int disks_hear(struct outgoing *out, struct error *err);
 uint64_t disks_left(const struct outgoing *out); // bytes
 void disks_gone(struct outgoing *out);           // the guest is the destination's
 void disks_end(struct outgoing *out);

@@ -2,6 +2,7 @@
 // The disks of a guest on their way, beside its memory.
 #include <errno.h>
 
+#include "migrate/blockpost.h"
 #include "migrate/outgoing.h"
 
 enum {
@@ -33,10 +34,10 @@ void disks_end(struct outgoing *out)
 {
     const struct block_move *bm = out->disks;
     if (bm) {
-        out->report->disk_bytes = bm->data_bytes;
-        out->report->disk_zero_bytes = bm->zero_bytes;
-        out->report->disk_passes = bm->passes;
-        out->report->disks_kept = bm->kept;
+        out->report->disk_bytes += bm->data_bytes;
+        out->report->disk_zero_bytes += bm->zero_bytes;
+        out->report->disk_passes += bm->passes;
+        out->report->disks_kept += bm->kept;
     }
     block_move_free(out->disks);
     out->disks = NULL;
@@ -72,6 +73,27 @@ int disks_pass(struct outgoing *out, struct error *err)
         }
     }
     return ret;
+}
+
+bool disks_late(const struct outgoing *out, bool postcopy)
+{
+    return postcopy && out->disks && out->disks->late;
+}
+
+int disks_say(struct outgoing *out, bool *any, struct error *err)
+{
+    uint64_t blocks;
+    int ret = block_post_say(out->disks, &out->main.wire, &blocks, err);
+    *any = blocks;
+    return ret;
+}
+
+int disks_hear(struct outgoing *out, struct error *err)
+{
+    int ret = out->disks ? 0 : disks_begin(out, err);
+    if (!ret && !out->disks)
+        ret = wire_unexpected(&out->main.wire, &out->record, "discard or ready", err);
+    return ret ? ret : block_post_hear(out->disks, &out->record, err);
 }
 
 int disks_first(struct outgoing *out, struct error *err)

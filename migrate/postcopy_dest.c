@@ -10,6 +10,7 @@
 #include <time.h>
 
 #include "migrate/bitmap.h"
+#include "migrate/blockpost.h"
 #include "migrate/crc32c.h"
 #include "migrate/landing.h"
 #include "migrate/pages.h"
@@ -27,6 +28,7 @@ struct postcopy_dest {
     struct ram *ram;
     struct channel *demand;
     struct landing landing;
+    struct block_intake *disks;
     int stop_fd;
     pthread_t fault_thread, demand_thread;
     bool fault_started, demand_started;
@@ -237,6 +239,17 @@ int postcopy_dest_place(struct postcopy_dest *pd, struct wire *w, const struct w
     return ret;
 }
 
+int postcopy_dest_late(struct postcopy_dest *pd, struct wire *w, const struct wire_record *record,
+                       void *buffer, struct error *err)
+{
+    int ret = block_late_take(pd->disks, w, record, buffer, err);
+    pthread_mutex_lock(&pd->lock);
+    pd->arrived++;
+    pthread_cond_broadcast(&pd->changed);
+    pthread_mutex_unlock(&pd->lock);
+    return ret;
+}
+
 // --- faults
 
 // Whoever loads the state may wait for a page, in the kernel, and would wait for ever. What it then
@@ -337,6 +350,16 @@ static bool is_loaded(struct postcopy_dest *pd)
     return loaded;
 }
 
+// A request of the guest waits for a block, or the guest has written the last one that was missing.
+static int blocks_woke(struct postcopy_dest *pd, struct error *err)
+{
+    int ret = block_late_ask(pd->disks, &pd->demand->wire, false, err);
+    pthread_mutex_lock(&pd->lock);
+    pthread_cond_broadcast(&pd->changed);
+    pthread_mutex_unlock(&pd->lock);
+    return ret;
+}
+
 static void *fault_main(void *arg)
 {
     struct postcopy_dest *pd = arg;
@@ -344,17 +367,20 @@ static void *fault_main(void *arg)
     struct error err = {0};
     int ret = 0;
     while (!ret) {
-        struct pollfd p[2] = {{.fd = pd->landing.uffd, .events = POLLIN},
-                              {.fd = pd->stop_fd, .events = POLLIN}};
-        int n = poll(p, 2, is_loaded(pd) ? -1 : (int)pd->load_ms);
+        struct pollfd p[3] = {{.fd = pd->landing.uffd, .events = POLLIN},
+                              {.fd = pd->stop_fd, .events = POLLIN},
+                              {.fd = block_late_fd(pd->disks), .events = POLLIN}};
+        int n = poll(p, 3, is_loaded(pd) ? -1 : (int)pd->load_ms);
         if (n < 0 && errno != EINTR)
             ret = error_errno(&err, "poll");
         else if (n <= 0)
             ret = waits_check(pd, &err);
         else if (p[1].revents)
             break;
-        else if (p[0].revents)
+        else if (p[0].revents) // pages first: a vCPU stands still for one
             ret = faults_take(pd, &err);
+        else if (p[2].revents)
+            ret = blocks_woke(pd, &err);
     }
     if (ret)
         dest_failed(pd, ret, &err);
@@ -370,9 +396,13 @@ static void *demand_main(void *arg)
     void *buffer = malloc(WIRE_BATCH_PAGES * PAGE_SIZE);
     int ret = buffer ? 0 : error_set(&err, -ENOMEM, "no memory to receive pages");
     while (!ret) {
-        ret = wire_expect(&pd->demand->wire, &record, WIRE_PAGES, &err);
-        if (!ret)
+        ret = wire_get(&pd->demand->wire, &record, &err);
+        if (!ret && record.header.type == WIRE_LATE)
+            ret = postcopy_dest_late(pd, &pd->demand->wire, &record, buffer, &err);
+        else if (!ret && record.header.type == WIRE_PAGES)
             ret = postcopy_dest_place(pd, &pd->demand->wire, &record, buffer, &err);
+        else if (!ret)
+            ret = wire_unexpected(&pd->demand->wire, &record, "pages", &err);
     }
     dest_failed(pd, ret, &err); // also the ordinary end: nobody looks at it then
     free(buffer);
@@ -427,11 +457,13 @@ int postcopy_dest_resume(struct postcopy_dest *pd, struct error *err)
     pd->failure = 0;                                      // no thread looks at it now
     memset(pd->coming, 0, ram_bitmap_words(pd->ram) * 8); // it comes anew
     int ret = ask_again(pd, err);
+    if (!ret)
+        ret = block_late_ask(pd->disks, &pd->demand->wire, true, err);
     return ret ? ret : threads_start(pd, err);
 }
 
 int postcopy_dest_create(struct postcopy_dest **out, struct ram *ram, const uint64_t *valid,
-                         struct channel *demand, struct error *err)
+                         struct channel *demand, struct block_intake *disks, struct error *err)
 {
     struct postcopy_dest *pd = calloc(1, sizeof(*pd));
     if (!pd)
@@ -439,6 +471,7 @@ int postcopy_dest_create(struct postcopy_dest **out, struct ram *ram, const uint
     size_t words = ram_bitmap_words(ram);
     *pd = (struct postcopy_dest) {.ram = ram,
                                   .demand = demand,
+                                  .disks = disks,
                                   .landing = {.uffd = -1},
                                   .stop_fd = -1,
                                   .load_ms = demand->timeout_ms};
@@ -484,15 +517,16 @@ int postcopy_dest_wait(struct postcopy_dest *pd, unsigned timeout_ms, struct err
 {
     int ret = 0;
     pthread_mutex_lock(&pd->lock);
-    while (pd->missing && !pd->failure && !ret) {
+    while ((pd->missing || block_late_missing(pd->disks)) && !pd->failure && !ret) {
         uint64_t before = pd->arrived;
         struct timespec end = time_deadline(timeout_ms);
         int late = pthread_cond_timedwait(&pd->changed, &pd->lock, &end);
         if (late == ETIMEDOUT && pd->arrived == before)
-            ret = error_set(err, -ETIMEDOUT, "%llu pages have not come",
-                            (unsigned long long)pd->missing);
+            ret = error_set(err, -ETIMEDOUT, "%llu pages and %llu blocks have not come",
+                            (unsigned long long)pd->missing,
+                            (unsigned long long)block_late_missing(pd->disks));
     }
-    if (!ret && pd->missing) {
+    if (!ret && (pd->missing || block_late_missing(pd->disks))) {
         ret = pd->failure;
         if (err)
             *err = pd->err;

@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include "migrate/blockmove.h"
 #include "migrate/channel.h"
 #include "vmm/error.h"
 #include "vmm/ram.h"
@@ -12,9 +13,10 @@
 struct postcopy_dest;
 
 // `valid` has a bit for each page whose content is here (copied). All others are dropped, and from
-// now on whoever touches one waits until it has come. `demand` must outlive this.
+// now on whoever touches one waits until it has come. `demand` and `disks`, whose blocks may come
+// as well (migrate/blockpost.h), must outlive this.
 int postcopy_dest_create(struct postcopy_dest **pd, struct ram *ram, const uint64_t *valid,
-                         struct channel *demand, struct error *err);
+                         struct channel *demand, struct block_intake *disks, struct error *err);
 
 // The guest's state has been loaded, which may have touched missing pages. Before this a failure,
 // or a page that takes longer than `demand`'s time-out, ends the guard, so that loading goes on and
@@ -26,8 +28,12 @@ int postcopy_dest_loaded(struct postcopy_dest *pd, struct error *err);
 int postcopy_dest_place(struct postcopy_dest *pd, struct wire *w, const struct wire_record *record,
                         void *buffer, struct error *err);
 
-// Waits until every page is here. -ETIMEDOUT when none came for timeout_ms; the demand connection's
-// error when it broke.
+// The same for a LATE record: blocks of a disk.
+int postcopy_dest_late(struct postcopy_dest *pd, struct wire *w, const struct wire_record *record,
+                       void *buffer, struct error *err);
+
+// Waits until every page and every block is here. -ETIMEDOUT when none came for timeout_ms; the
+// demand connection's error when it broke.
 int postcopy_dest_wait(struct postcopy_dest *pd, unsigned timeout_ms, struct error *err);
 
 // When its own threads failed, puts their error in `err`: the main connection's is a consequence.

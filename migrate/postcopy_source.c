@@ -8,11 +8,13 @@
 #include <string.h>
 
 #include "migrate/bitmap.h"
+#include "migrate/blockpost.h"
 #include "migrate/outgoing.h"
 #include "migrate/switchover.h"
 
 // Pushed at a time: what a demanded page may find queued before it in this host's send path.
-#define PUSH_PAGES 64
+#define PUSH_PAGES  64
+#define PUSH_BLOCKS 4 // of disks: as much
 // Runs in a pushed record at most: each bubble adds one.
 #define PUSH_RUNS 256
 
@@ -28,12 +30,14 @@
 struct postcopy_source {
     struct outgoing *out;
     pthread_t thread;
-    pthread_mutex_t lock; // guards out->todo, order and asked_ns
+    pthread_mutex_t lock; // guards out->todo, out->disks' todo, order and asked_ns
     struct prepage order;
     uint64_t asked_ns;        // when the last request came (--prepaging none)
     struct page_batch *batch; // of the demand thread
     uint64_t demanded;        // pages sent on request
     uint64_t demanded_zero;
+    uint64_t demanded_blocks;
+    uint8_t *blocks[2];   // WIRE_BLOCKS_DATA of the demand thread and the pusher; NULL: no disks
     atomic_bool finished; // COMPLETE has come
     bool ended;           // the thread has been joined
     int failure;          // of the thread; read after it has ended
@@ -47,6 +51,7 @@ struct postcopy_source {
     uint64_t seq, acked;               // counts
     uint64_t delivered, rate;          // bytes; bytes/s
     uint64_t fastest_ns;               // echo
+    uint64_t pushed_blocks;
     struct wire_end end;
 };
 
@@ -87,23 +92,53 @@ static int answer_want(struct postcopy_source *ps, const uint64_t *pages, unsign
     return page_batch_put(ps->batch, &out->demand.wire, 0, err);
 }
 
+static int take_want(struct postcopy_source *ps, const struct wire_record *record,
+                     struct error *err)
+{
+    uint64_t pages[WIRE_WANT_MAX];
+    unsigned nr;
+    int ret = wire_want_parse(record, ps->out->vm->ram.pages, pages, &nr, err);
+    if (ret)
+        return ret;
+    qsort(pages, nr, sizeof(pages[0]), compare_pages);
+    return answer_want(ps, pages, nr, err);
+}
+
+// One by one: whoever waits for the first need not wait for the last.
+static int take_ask(struct postcopy_source *ps, const struct wire_record *record, struct error *err)
+{
+    struct outgoing *out = ps->out;
+    struct block_claim claim = {.nr = 1};
+    uint64_t blocks[WIRE_WANT_MAX];
+    unsigned nr;
+    int ret = block_post_ask_parse(out->disks, record, &claim.disk, blocks, &nr, err);
+    for (unsigned i = 0; i < nr && !ret; i++) {
+        pthread_mutex_lock(&ps->lock);
+        bool mine = block_post_asked(out->disks, claim.disk, blocks[i]);
+        pthread_mutex_unlock(&ps->lock);
+        claim.first = blocks[i];
+        if (mine)
+            ret = block_post_put(out->disks, &out->demand.wire, &claim, ps->blocks[0], err);
+        ps->demanded_blocks += mine;
+    }
+    return ret;
+}
+
 static void *demand_main(void *arg)
 {
     struct postcopy_source *ps = arg;
     struct outgoing *out = ps->out;
     struct wire_record record = {0};
-    uint64_t pages[WIRE_WANT_MAX];
-    unsigned nr;
     int ret = 0;
     thread_prompt();
     while (!ret) {
-        ret = wire_expect(&out->demand.wire, &record, WIRE_WANT, &ps->err);
-        if (!ret)
-            ret = wire_want_parse(&record, out->vm->ram.pages, pages, &nr, &ps->err);
-        if (ret)
-            break;
-        qsort(pages, nr, sizeof(pages[0]), compare_pages);
-        ret = answer_want(ps, pages, nr, &ps->err);
+        ret = wire_get(&out->demand.wire, &record, &ps->err);
+        if (!ret && record.header.type == WIRE_ASK && ps->blocks[0])
+            ret = take_ask(ps, &record, &ps->err);
+        else if (!ret && record.header.type == WIRE_WANT)
+            ret = take_want(ps, &record, &ps->err);
+        else if (!ret)
+            ret = wire_unexpected(&out->demand.wire, &record, "want", &ps->err);
     }
     wire_record_free(&record);
     ps->failure = ret;
@@ -121,17 +156,42 @@ int postcopy_discard(struct outgoing *out, struct error *err)
     return wire_discard_put(&out->main.wire, out->todo, out->vm->ram.pages, err);
 }
 
-int postcopy_serve(struct outgoing *out, struct error *err)
+static void source_free(struct postcopy_source *ps)
+{
+    if (!ps)
+        return;
+    free(ps->blocks[0]);
+    free(ps->blocks[1]);
+    free(ps->batch);
+    free(ps);
+}
+
+static struct postcopy_source *source_new(struct outgoing *out)
 {
     struct postcopy_source *ps = calloc(1, sizeof(*ps));
-    struct page_batch *batch = malloc(sizeof(*batch));
-    if (!ps || !batch) {
-        free(ps);
-        free(batch);
+    if (!ps)
+        return NULL;
+    *ps = (struct postcopy_source) {.out = out,
+                                    .batch = malloc(sizeof(*ps->batch)),
+                                    .window = WINDOW_MIN,
+                                    .fastest_ns = UINT64_MAX};
+    bool good = ps->batch;
+    for (unsigned i = 0; i < ARRAY_SIZE(ps->blocks) && out->disks; i++)
+        if (posix_memalign((void **)&ps->blocks[i], DISK_UNIT, WIRE_BLOCKS_DATA)) {
+            ps->blocks[i] = NULL;
+            good = false;
+        }
+    if (good)
+        return ps;
+    source_free(ps);
+    return NULL;
+}
+
+int postcopy_serve(struct outgoing *out, struct error *err)
+{
+    struct postcopy_source *ps = source_new(out);
+    if (!ps)
         return error_set(err, -ENOMEM, "no memory for post-copy");
-    }
-    *ps = (struct postcopy_source) {
-        .out = out, .batch = batch, .window = WINDOW_MIN, .fastest_ns = UINT64_MAX};
     pthread_mutex_init(&ps->lock, NULL);
     prepage_init(&ps->order, out->params->prepaging, out->vm->ram.pages);
     page_presence_begin(&out->presence);
@@ -142,8 +202,7 @@ int postcopy_serve(struct outgoing *out, struct error *err)
     channel_quick(&out->demand);
     int ret = pthread_create(&ps->thread, NULL, demand_main, ps);
     if (ret) {
-        free(batch);
-        free(ps);
+        source_free(ps);
         return error_set(err, -ret, "post-copy: cannot start a thread");
     }
     out->postcopy = ps;
@@ -225,15 +284,14 @@ static void acknowledged(struct postcopy_source *ps)
                                        : (unsigned)window;
 }
 
-static int push_batch(struct postcopy_source *ps, struct page_batch *batch, struct error *err)
+// A record has gone, which began at byte `before`: with an echo to come, and not too many under
+// way.
+static int pushed(struct postcopy_source *ps, uint64_t before, struct error *err)
 {
     struct outgoing *out = ps->out;
-    uint64_t before = out->main.wire.out;
-    int ret = page_batch_put(batch, &out->main.wire, 0, err);
-    ps->end.data_pages += batch->nr_data;
-    ps->end.zero_pages += batch->nr_zero;
-    if (ret || out->version < 2)
-        return ret;
+    int ret;
+    if (out->version < 2)
+        return 0;
     struct wire_round round = {.round = (uint32_t)ps->seq, .data_pages = ps->end.data_pages};
     unsigned slot = ps->seq++ % WINDOW_MAX;
     ps->sent[slot].at = time_ns();
@@ -247,6 +305,15 @@ static int push_batch(struct postcopy_source *ps, struct page_batch *batch, stru
             acknowledged(ps);
     }
     return ret;
+}
+
+static int push_batch(struct postcopy_source *ps, struct page_batch *batch, struct error *err)
+{
+    uint64_t before = ps->out->main.wire.out;
+    int ret = page_batch_put(batch, &ps->out->main.wire, 0, err);
+    ps->end.data_pages += batch->nr_data;
+    ps->end.zero_pages += batch->nr_zero;
+    return ret ? ret : pushed(ps, before, err);
 }
 
 // --prepaging none: what nobody asks for is sent when nobody has asked for anything for a while. No
@@ -294,6 +361,38 @@ static int wait_complete(struct postcopy_source *ps, struct error *err)
     }
 }
 
+// Behind the pages: a vCPU stands still for one of those, a block delays what waits for it.
+static int push_blocks(struct postcopy_source *ps, struct error *err)
+{
+    struct outgoing *out = ps->out;
+    uint64_t report_at = 0;
+    int ret = 0;
+    if (!ps->blocks[1])
+        return 0;
+    outgoing_round(out, disks_left(out));
+    while (!ret) {
+        struct block_claim claim;
+        uint64_t before = out->main.wire.out;
+        if (atomic_load(&out->m->severed))
+            return error_set(err, -ECANCELED, "paused by the user");
+        pthread_mutex_lock(&ps->lock);
+        bool more = block_post_next(out->disks, PUSH_BLOCKS, &claim);
+        uint64_t left = time_ns() >= report_at ? disks_left(out) : UINT64_MAX;
+        pthread_mutex_unlock(&ps->lock);
+        if (!more)
+            return 0;
+        if (left != UINT64_MAX) {
+            outgoing_progress(out, MIGRATE_PUSHING, left);
+            report_at = time_ns() + 200000000;
+        }
+        ret = block_post_put(out->disks, &out->main.wire, &claim, ps->blocks[1], err);
+        ps->pushed_blocks += claim.nr;
+        if (!ret)
+            ret = pushed(ps, before, err);
+    }
+    return ret;
+}
+
 static int push_all(struct outgoing *out, struct error *err)
 {
     struct postcopy_source *ps = out->postcopy;
@@ -317,6 +416,8 @@ static int push_all(struct outgoing *out, struct error *err)
             report_at = time_ns() + 200000000;
         }
     } while (!ret && out->batch->nr_runs);
+    if (!ret)
+        ret = push_blocks(ps, err);
     if (!ret)
         ret = wire_put(&out->main.wire, WIRE_END, 0, &ps->end, sizeof(ps->end), NULL, 0, err);
     return ret ? ret : wait_complete(ps, err);
@@ -359,8 +460,9 @@ void postcopy_end(struct outgoing *out)
     out->report->demand_pages += ps->demanded;
     out->report->data_pages += ps->end.data_pages + ps->demanded;
     out->report->zero_pages += ps->demanded_zero;
+    out->report->pushed_blocks += ps->pushed_blocks;
+    out->report->demand_blocks += ps->demanded_blocks;
     pthread_mutex_destroy(&ps->lock);
-    free(ps->batch);
-    free(ps);
+    source_free(ps);
     out->postcopy = NULL;
 }

@@ -305,7 +305,7 @@ int precopy_rounds(struct outgoing *out, bool *postcopy, struct error *err)
     *postcopy = out->params->mode == MIGRATE_POSTCOPY || out->params->mode == MIGRATE_HYBRID;
     if (out->params->mode == MIGRATE_LOCAL)
         return 0; // nothing to send
-    int ret = disks_first(out, err);
+    int ret = disks_late(out, *postcopy) ? 0 : disks_first(out, err);
     if (ret)
         return ret;
     squeeze_begin(out);

@@ -6,6 +6,7 @@
 #include <sys/eventfd.h>
 #include <time.h>
 
+#include "migrate/blockpost.h"
 #include "migrate/receive_internal.h"
 
 enum {
@@ -192,6 +193,7 @@ static void give_up(struct receive *r, int ret, struct error *err)
         streams_dest_end(r->streams); // the VM goes whose memory they fill
     postcopy_dest_free(r->postcopy);
     r->postcopy = NULL;
+    block_late_end(&r->disks);
     if (r->vm)
         block_intake_forget(r->vm);
     if (r->vm) // before the source hears of it: it needs the images back
@@ -288,6 +290,7 @@ void receive_free(struct receive *r)
     if (!r)
         return;
     postcopy_dest_free(r->postcopy);
+    block_late_end(&r->disks);
     pthread_mutex_lock(&r->lock);
     r->ending = true;
     pthread_cond_broadcast(&r->changed);

@@ -25,7 +25,7 @@ struct receive_report {
     enum owner_dest owner;
     uint64_t data_pages, zero_pages, faults, requested;
     uint64_t load_ns, resume_ns;
-    uint64_t missing_pages; // post-copy that broke: pages that never came
+    uint64_t missing_pages, missing_blocks; // post-copy that broke: what never came
     uint32_t recoveries;
 };
 

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include "migrate/bitmap.h"
+#include "migrate/blockpost.h"
 #include "migrate/crc32c.h"
 #include "migrate/landing.h"
 #include "migrate/receive_internal.h"
@@ -176,6 +177,9 @@ static int take_records(struct receive *r, struct error *err)
         case WIRE_BLOCKS:
             ret = block_intake_record(&r->disks, &r->main.wire, &r->record, err);
             break;
+        case WIRE_ABSENT:
+            ret = block_late_absent(&r->disks, &r->record, err);
+            break;
         case WIRE_ROUND:
             ret = receive_echo_round(r, err);
             break;
@@ -241,7 +245,8 @@ static int begin_postcopy(struct receive *r, uint64_t stale, struct error *err)
     if (ret)
         return ret;
     r->demand.cancel_fd = -1; // a cancel is seen on the main connection, while it has effect
-    return postcopy_dest_create(&r->postcopy, &r->vm->ram, r->intake.seen, &r->demand, err);
+    return postcopy_dest_create(&r->postcopy, &r->vm->ram, r->intake.seen, &r->demand, &r->disks,
+                                err);
 }
 
 int receive_prepare(struct receive *r, struct error *err)
@@ -249,13 +254,17 @@ int receive_prepare(struct receive *r, struct error *err)
     struct wire_prepare prep;
     uint64_t start = time_ns();
     wire_fixed(&r->record, &prep, sizeof(prep));
-    if (prep.flags & ~(uint32_t)(WIRE_PREPARE_POSTCOPY | WIRE_PREPARE_STAY_PAUSED))
+    const uint32_t late = WIRE_PREPARE_POSTCOPY | WIRE_PREPARE_BLOCKS;
+    if (prep.flags & ~(late | WIRE_PREPARE_STAY_PAUSED) ||
+        (prep.flags & late) == WIRE_PREPARE_BLOCKS)
         return error_set(err, -EPROTO, "prepare record: flags 0x%x are not known", prep.flags);
     if (!r->state)
         return error_set(err, -EPROTO, "prepare record without state");
     r->stay_paused = prep.flags & WIRE_PREPARE_STAY_PAUSED;
     r->report->postcopy = prep.flags & WIRE_PREPARE_POSTCOPY;
-    int ret = r->report->postcopy ? begin_postcopy(r, prep.stale, err) : check_precopy(r, err);
+    int ret = prep.flags & WIRE_PREPARE_BLOCKS ? block_late_begin(&r->disks, err) : 0;
+    if (!ret)
+        ret = r->report->postcopy ? begin_postcopy(r, prep.stale, err) : check_precopy(r, err);
     if (ret)
         return ret;
     ret = block_intake_sync(&r->disks, err);

@@ -3,11 +3,22 @@
 #include <limits.h>
 
 #include "migrate/bitmap.h"
+#include "migrate/blockpost.h"
 #include "migrate/receive_internal.h"
 
 enum {
     PAUSE_MS = 2000, // a guest without its pages: what is not quiet by then waits for one
+    LATE_SYNC_BYTES = 64 * 1024 * 1024,
 };
+
+// Pushed behind all pages. A sync at the end that takes longer than the source waits would be the
+// end of all.
+static int take_late(struct receive *r, struct error *err)
+{
+    int ret = postcopy_dest_late(r->postcopy, &r->main.wire, &r->record, r->buffer, err);
+    bool much = atomic_load(&r->disks.late_unsynced) >= LATE_SYNC_BYTES;
+    return ret || !much ? ret : block_late_sync(&r->disks, err);
+}
 
 static int take_pushed(struct receive *r, struct error *err)
 {
@@ -19,6 +30,8 @@ static int take_pushed(struct receive *r, struct error *err)
             break;
         if (r->record.header.type == WIRE_PAGES)
             ret = postcopy_dest_place(r->postcopy, &r->main.wire, &r->record, r->buffer, err);
+        else if (r->record.header.type == WIRE_LATE)
+            ret = take_late(r, err);
         else if (r->record.header.type == WIRE_ROUND)
             ret = receive_echo_round(r, err);
         else
@@ -27,6 +40,8 @@ static int take_pushed(struct receive *r, struct error *err)
             return ret;
     }
     int ret = postcopy_dest_wait(r->postcopy, r->params.idle_ms, err);
+    if (!ret)
+        ret = block_late_sync(&r->disks, err); // the source may let its images go
     if (ret)
         return ret;
     receive_herald_end(r); // whoever hears that it is complete finds it listening
@@ -61,7 +76,7 @@ static int postcopy_finish(struct receive *r, struct error *err)
 {
     enum owner_action action;
     int ret = take_pushed(r, err);
-    if (!postcopy_dest_missing(r->postcopy))
+    if (!postcopy_dest_missing(r->postcopy) && !block_late_missing(&r->disks))
         receive_owner_step(r, DEST_EV_WHOLE, &action);
     // Until it has said good-bye the source may believe that it still owes pages.
     return ret ? ret : wire_expect(&r->main.wire, &r->record, WIRE_BYE, err);
@@ -142,12 +157,20 @@ static void sever(struct receive *r, struct error *err)
     channel_close(&r->demand);
     pthread_mutex_unlock(&r->lock);
     r->report->missing_pages = postcopy_dest_missing(r->postcopy);
+    r->report->missing_blocks = block_late_missing(&r->disks);
     receive_owner_step(r, DEST_EV_LOST, &action);
     if (action != OWNER_HOLD)
         return;
     halt(r);
-    error_prefix(err, "post-copy broke off, %llu pages of the guest are still at the source",
-                 (unsigned long long)r->report->missing_pages);
+    if (r->report->missing_blocks)
+        error_prefix(err,
+                     "post-copy broke off, %llu pages of the guest and %llu blocks (of 64 KiB) of "
+                     "its disks are still at the source",
+                     (unsigned long long)r->report->missing_pages,
+                     (unsigned long long)r->report->missing_blocks);
+    else
+        error_prefix(err, "post-copy broke off, %llu pages of the guest are still at the source",
+                     (unsigned long long)r->report->missing_pages);
     if (r->hooks->severed)
         r->hooks->severed(r->hooks->context, r->vm, err);
 }
@@ -160,6 +183,8 @@ static int say_missing(struct receive *r, struct error *err)
         return error_set(err, -ENOMEM, "no memory for the list of missing pages");
     postcopy_dest_lacks(r->postcopy, missing);
     int ret = wire_discard_put(&r->main.wire, missing, pages, err);
+    if (!ret)
+        ret = block_late_say(&r->disks, &r->main.wire, err);
     return ret ? ret : wire_put(&r->main.wire, WIRE_READY, 0, NULL, 0, NULL, 0, err);
 }
 
@@ -188,7 +213,12 @@ static int rejoin(struct receive *r, struct error *err)
     return ret;
 }
 
-// Until every page is here, over as many connections as it takes.
+static bool lacks(const struct receive *r)
+{
+    return r->report->missing_pages || r->report->missing_blocks;
+}
+
+// Until every page and every block is here, over as many connections as it takes.
 static int postcopy_settle(struct receive *r, int ret, struct error *err)
 {
     if (!ret)
@@ -196,20 +226,24 @@ static int postcopy_settle(struct receive *r, int ret, struct error *err)
     while (ret) {
         sever(r, err);
         // A whole guest needs nobody; the source may still want to hear that.
-        unsigned wait_ms = r->report->missing_pages ? r->params.recover_ms : r->params.linger_ms;
+        unsigned wait_ms = lacks(r) ? r->params.recover_ms : r->params.linger_ms;
         if (!receive_wait_for(r, receive_came_back, wait_ms ? wait_ms : UINT_MAX))
             break;
         ret = rejoin(r, err);
         if (!ret)
             ret = postcopy_finish(r, err);
     }
-    if (r->report->missing_pages && ret)
+    if (lacks(r) && ret)
         return ret;
-    r->report->missing_pages = 0;
+    r->report->missing_pages = r->report->missing_blocks = 0;
     unhalt(r);
     receive_pauser_end(r);
     postcopy_dest_free(r->postcopy);
     r->postcopy = NULL;
+    struct error why; // the source has not heard that all is here: nobody else has synced
+    if (block_late_sync(&r->disks, &why))
+        log_write(&r->vm->log, LOG_ERROR, "%s", why.text);
+    block_late_end(&r->disks);
     return 0;
 }
 

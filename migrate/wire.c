@@ -15,7 +15,8 @@ _Static_assert(sizeof(struct wire_run) == 16 && sizeof(struct wire_pages) == 16,
 _Static_assert(sizeof(struct wire_packed_page) == 16 && sizeof(struct wire_packed) == 8,
                "no padding");
 _Static_assert(sizeof(struct wire_disk) == 48 && sizeof(struct wire_blocks) == 16 &&
-                   sizeof(struct wire_extent) == 16,
+                   sizeof(struct wire_extent) == 16 && sizeof(struct wire_absent) == 24 &&
+                   sizeof(struct wire_late) == 24,
                "no padding");
 _Static_assert(sizeof(struct kvm_cpuid_entry2) == 40, "CPUID entries travel as KVM has them");
 
@@ -68,6 +69,13 @@ static const struct wire_limit limits[WIRE_TYPES] = {
     [WIRE_BLOCKS] = {"blocks", sizeof(struct wire_blocks) + sizeof(struct wire_extent),
                      sizeof(struct wire_blocks) + WIRE_EXTENTS_MAX * sizeof(struct wire_extent),
                      WIRE_BLOCKS_DATA},
+    [WIRE_ABSENT] = {"absent", sizeof(struct wire_absent) + sizeof(uint64_t),
+                     sizeof(struct wire_absent) + WIRE_DISCARD_WORDS * sizeof(uint64_t), 0},
+    [WIRE_LATE] = {"late", sizeof(struct wire_late),
+                   sizeof(struct wire_late) + WIRE_EXTENTS_MAX * sizeof(struct wire_extent),
+                   WIRE_BLOCKS_DATA},
+    [WIRE_ASK] = {"ask", sizeof(struct wire_ask) + sizeof(uint64_t),
+                  sizeof(struct wire_ask) + WIRE_WANT_MAX * sizeof(uint64_t), 0},
 };
 
 const char *wire_type_name(unsigned type)

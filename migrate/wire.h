@@ -5,8 +5,8 @@
 //   record := header (16 bytes), meta (meta_len), data (data_len)        all little endian
 //   header := u16 type, u16 flags, u32 meta_len, u32 data_len, u32 crc
 //   crc    := CRC-32C of the header's first 12 bytes and meta
-//   data   := only after PAGES (4 KiB pages, each with its sum in meta), STATE and BLOCKS (crc in
-//             meta)
+//   data   := only after PAGES (4 KiB pages, each with its sum in meta), STATE, BLOCKS and LATE
+//             (crc in meta)
 //
 //   source                                                   destination
 //     |  main connection                                          |
@@ -22,23 +22,23 @@
 //     | DISCARD ... ROUND --------------------------------------> | (post-copy)
 //     | <--------------------------------------------------- ROUND|
 //     | = guest paused =                                          |
-//     | PAGES ... (pre-copy) | DISCARD ... (post-copy) ---------> |
+//     | PAGES ... (pre-copy) | DISCARD, ABSENT ... (post-copy) -> |
 //     | STATE, PREPARE -----------------------------------------> | loads
 //     | <------------------------------------------------ PREPARED|
 //     | COMMIT -------------------------------------------------> | = guest runs =
 //     | <------------------------------------------------- RUNNING|
 //     |   post-copy only:                                         |
-//     | PAGES, ROUND ... (pushed) ------------------------------> |
+//     | PAGES, LATE, ROUND ... (pushed) ------------------------> |
 //     | <----------------------- ROUND for each, when it is placed|
-//     |   demand: <------------------------------------------ WANT|
-//     |   demand: PAGES ----------------------------------------> |
+//     |   demand: <------------------------------------- WANT, ASK|
+//     |   demand: PAGES, LATE ----------------------------------> |
 //     | END ----------------------------------------------------> |
 //     | <---------------------------------------- FAULTS, COMPLETE|
 //     | BYE ----------------------------------------------------> |
 //     |                                                           |
 //     |   post-copy broke off, over new connections:              |
 //     | HELLO(recover, id) -------------------------------------> |
-//     | <------------------------------ HELLO, DISCARD ..., READY |
+//     | <---------------------- HELLO, DISCARD, ABSENT ..., READY |
 //     |   demand: HELLO(demand, id) ----------------------------> | = guest runs again =
 //     | PAGES ... as before                                       |
 //     |                                                           |
@@ -86,6 +86,9 @@ enum wire_type {
     WIRE_DISKS,
     WIRE_BLOCKS,
     WIRE_KEPT,
+    WIRE_ABSENT,
+    WIRE_LATE,
+    WIRE_ASK,
     WIRE_TYPES,
 };
 
@@ -104,6 +107,7 @@ enum {
     WIRE_DISKS_MAX = 32,            // that go with a guest
     WIRE_EXTENTS_MAX = 512,         // in a BLOCKS record
     WIRE_BLOCKS_DATA = 1024 * 1024, // bytes of data in one, at most
+    WIRE_LATE_MAX = 16,             // blocks in a LATE record
 };
 
 #define WIRE_MAGIC "FERRYMIG" // 8 bytes, no terminator on the wire
@@ -209,7 +213,34 @@ struct wire_disk {     // DISKS: one for each disk that goes with the guest
 // From the destination, before READY: of those in DISKS it has what left by the move `since`.
 struct wire_kept {
     uint32_t disks; // a bit each
+    uint32_t flags;
+};
+
+// It can run the guest before all blocks are there; who does not know the flag sends or sees 0.
+enum { WIRE_KEPT_LATE = 1 };
+
+// Then u64 words[]: a set bit = this block is not at the destination. Before PREPARE with
+// WIRE_PREPARE_BLOCKS, and from the destination, when it recovers.
+struct wire_absent {
+    uint32_t disk; // place in DISKS
     uint32_t reserved;
+    uint64_t first; // block, a multiple of 64
+    uint64_t blocks;
+};
+
+// Then wire_extent[nr]; the data of those that have some follow. After COMMIT: what those blocks
+// are; where no extent is they stay as they are.
+struct wire_late {
+    uint32_t disk;
+    uint32_t nr;
+    uint32_t sum;    // CRC-32C of all data
+    uint32_t blocks; // 1 to WIRE_LATE_MAX
+    uint64_t first;
+};
+
+struct wire_ask { // then u64 block[nr]: somebody waits for them
+    uint32_t nr;  // 1 to WIRE_WANT_MAX
+    uint32_t disk;
 };
 
 struct wire_blocks { // then wire_extent[nr]; the data of those that have some follow
@@ -230,7 +261,7 @@ struct wire_state {
     uint32_t crc; // CRC-32C of the blob
 };
 
-enum { WIRE_PREPARE_POSTCOPY = 1, WIRE_PREPARE_STAY_PAUSED = 2 };
+enum { WIRE_PREPARE_POSTCOPY = 1, WIRE_PREPARE_STAY_PAUSED = 2, WIRE_PREPARE_BLOCKS = 4 };
 
 struct wire_prepare {
     uint32_t flags;

@@ -66,11 +66,27 @@ struct disk_ops {
     int (*write)(struct device *dev, uint64_t offset, const void *data, uint64_t len,
                  struct error *err);
     int (*sync)(struct device *dev, struct error *err); // what was written is durable
-    // All of it is here, by this move, and the guest is about to run.
+    // It is here, by this move, or `lack` knows what is not; the guest is about to run.
     void (*arrived)(struct device *dev, const uint8_t id[DISK_ID_LEN]);
     // It came to nothing: an image that was made is removed, one that was filled is emptied, one
     // that was kept can be kept again.
     void (*forget)(struct device *dev);
+
+    // The guest runs here while blocks are still at the source (migrate/blockpost.h); overlays
+    // cannot. Before the guest is loaded: `missing` has their bits (malloc'd, the device's from now
+    // on). A request that needs one waits, and `wake_fd`, an eventfd, is written to. None of these
+    // calls waits for the guest.
+    int (*lack)(struct device *dev, uint64_t *missing, int wake_fd, struct error *err);
+    // Blocks that are waited for and have not been named before (`again`: since now), at most
+    // `max`.
+    unsigned (*wanted)(struct device *dev, uint64_t *blocks, unsigned max, bool again);
+    // Whether the block is missing and nobody fills it: then the caller does so, with `write`, and
+    // calls fill_end. Else it is here, newer than anything that comes, or soon.
+    bool (*fill_begin)(struct device *dev, uint64_t block);
+    void (*fill_end)(struct device *dev, uint64_t block, bool written);
+    // How many are missing; `copy`, if not NULL, gets their bits.
+    uint64_t (*missing)(struct device *dev, uint64_t *copy);
+    void (*lack_end)(struct device *dev); // nobody looks at wake_fd any more; harmless without lack
 
     // For a snapshot of a guest that goes on. Is `path` the overlay that it writes?
     bool (*is_overlay)(struct device *dev, const char *path);

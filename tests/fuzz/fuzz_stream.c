@@ -4,7 +4,7 @@
 #include <string.h>
 
 #include "migrate/bitmap.h"
-#include "migrate/blockmove.h"
+#include "migrate/blockpost.h"
 #include "migrate/crc32c.h"
 #include "migrate/pages.h"
 #include "migrate/wire.h"
@@ -24,6 +24,12 @@ static void checksums_repair(uint8_t *data, size_t size)
             return;
         struct wire_blocks blocks;
         uint8_t *meta = data + at + sizeof(h);
+        struct wire_late late;
+        if (h.type == WIRE_LATE && h.data_len <= size - at - sizeof(h) - h.meta_len) {
+            memcpy(&late, meta, sizeof(late));
+            late.sum = crc32c(0, meta + h.meta_len, h.data_len);
+            memcpy(meta, &late, sizeof(late));
+        }
         if (h.type == WIRE_BLOCKS && h.data_len <= size - at - sizeof(h) - h.meta_len) {
             memcpy(&blocks, meta, sizeof(blocks));
             blocks.sum = crc32c(0, meta + h.meta_len, h.data_len);
@@ -84,6 +90,15 @@ static int record_take(struct wire *w, const struct wire_record *record, struct 
         return disks_take(record, disk);
     case WIRE_BLOCKS:
         return block_intake_record(blocks, w, record, &err);
+    case WIRE_ABSENT:
+        return block_late_absent(blocks, record, &err);
+    case WIRE_PREPARE: // the guest runs; what is missing of its disk comes
+        return blocks->late ? -1 : block_late_begin(blocks, &err);
+    case WIRE_LATE:
+        skip = malloc(WIRE_BLOCKS_DATA);
+        ret = block_late_take(blocks, w, record, skip, &err);
+        free(skip);
+        return ret;
     case WIRE_DISCARD:
         return wire_discard_parse(record, intake->ram->pages, stale, &err);
     case WIRE_WANT:
@@ -127,6 +142,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         ram_destroy(&ram);
     }
     wire_record_free(&record);
+    block_late_end(&blocks);
     block_intake_free(&blocks);
     fake_free(disk);
     free(stale);

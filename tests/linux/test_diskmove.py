@@ -202,6 +202,73 @@ class DiskMoves(LabTest):
         self.moved(vm, b, "--disk")
         self.assertEqual(2 * DISK, os.path.getsize(b))
 
+    def late(self, vm, disk, hurt):
+        """A post-copy whose blocks take some seconds; hurt(target) when the guest runs there."""
+        target, address = self.receiver(disk)
+        client = self.lab.start(lab.Process(
+            [lab.FERRY, "migrate", vm.name, address, "--disk", "--mode", "postcopy",
+             "--bandwidth", "3M", "--json"], env=self.lab.env))
+        target.stderr.wait(re.compile(rb"arrived, runs here"))
+        hurt(target)
+        return target, client, address
+
+    def test_comes_later(self):
+        """The guest is there before its disk; until that is there it goes nowhere else."""
+        a, b = self.image("a"), self.lab.path("b")
+        before = self.static(a)
+
+        def hurt(target):
+            for command, status in ((("snapshot", self.lab.path("s")), lab.FAILED),
+                                    (("set", "disk0.size=1G"), None),
+                                    (("migrate", "tcp:127.0.0.1:9", "--disk"), None)):
+                result = target.ferry(*command)
+                self.assertNotEqual(lab.OK, result.status)
+                self.assertIn("still at the host", result.stderr)
+            self.assertFalse(os.path.exists(self.lab.path("s")))
+            self.assertStatus(self.lab.ferry("migrate", "pause", vm.name), lab.OK)
+            target.stderr.wait(re.compile(rb"and [1-9]\d* blocks \(of 64 KiB\) of its disks are still"))
+
+        vm = self.walker(a)
+        target, client, address = self.late(vm, b, hurt)
+        self.assertEqual(lab.FAILED, client.wait())
+        self.stranger(a)
+        self.stranger(b)
+        result = self.lab.ferry("set", vm.name, f"disk0.size={2 * DISK}")
+        self.assertIn("its size is fixed", result.stderr)
+        again = self.assertStatus(
+            self.lab.ferry("migrate", "recover", vm.name, address, "--json"), lab.OK).json()
+        self.assertEnds(vm, lab.OK, "migrated")
+        self.assertGreater(again["pushed_blocks"], 100)
+        self.assertEqual(1, again["recoveries"])
+        self.walks(target)
+        self.assertEqual(before, self.static(b))
+        self.assertStatus(target.ferry("snapshot", self.lab.path("s")), lab.OK)
+        vm, report = self.moved(target, a, "--disk", "--mode", "hybrid")  # and back
+        self.assertEqual(1, report["disks_kept"])
+        self.assertEqual(before, self.static(a))
+
+    def test_comes_later_and_one_dies(self):
+        """The source: what is missing is said, and the guest stands still. The destination: the
+        source's images are as they were."""
+        a, b = self.image("a"), self.lab.path("b")
+        before = self.static(a)
+        vm = self.walker(a)
+        target, client, _ = self.late(vm, b, lambda _: vm.child.kill())
+        client.wait()
+        target.stderr.wait(re.compile(rb"and [1-9]\d* blocks \(of 64 KiB\) of its disks are still"))
+        state = self.lab.ferry("info", target.name)
+        self.assertIn("paused", state.stdout)
+        self.stranger(b)
+        target.child.kill()
+        target.wait()
+        self.assertEqual(before, self.static(a))
+        os.unlink(b)
+        vm = self.walker(a)  # begins with what it was at the switch
+        target, client, _ = self.late(vm, b, lambda target: target.child.kill())
+        self.assertEqual(lab.FAILED, client.wait())
+        self.assertEqual(before, self.static(a))
+        self.stranger(a)  # until somebody ends the source
+
     def test_overlay(self):
         """Only the overlay goes, over a base that is the same there."""
         base, twin, other = self.image("base"), self.lab.path("twin"), self.image("other")

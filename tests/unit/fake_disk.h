@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "devices/blk_absent.h"
 #include "vmm/device.h"
 #include "vmm/disk.h"
 #include "vmm/vm.h"
@@ -25,6 +26,7 @@ struct fake_disk {
     uint64_t changed;           // the first 64 blocks
     unsigned synced, forgotten; // calls
     uint64_t read_bytes, write_bytes;
+    struct blk_absent *absent;
     // Called in the middle of a read: the guest goes on meanwhile.
     void (*reading)(struct fake_disk *f, uint64_t offset);
 };
@@ -136,6 +138,45 @@ static inline void fake_forget(struct device *dev)
     fake_of(dev)->forgotten++;
 }
 
+static inline void fake_ring(void *arg, unsigned queue)
+{
+}
+
+static inline int fake_lack(struct device *dev, uint64_t *missing, int wake_fd, struct error *err)
+{
+    struct fake_disk *f = fake_of(dev);
+    blk_absent_free(f->absent);
+    f->absent = blk_absent_create(missing, f->size, wake_fd, fake_ring, f);
+    return f->absent ? 0 : error_set(err, -ENOMEM, "no memory");
+}
+
+static inline unsigned fake_wanted(struct device *dev, uint64_t *blocks, unsigned max, bool again)
+{
+    if (again)
+        blk_absent_again(fake_of(dev)->absent);
+    return blk_absent_wanted(fake_of(dev)->absent, blocks, max);
+}
+
+static inline bool fake_fill_begin(struct device *dev, uint64_t block)
+{
+    return blk_absent_fill_begin(fake_of(dev)->absent, block);
+}
+
+static inline void fake_fill_end(struct device *dev, uint64_t block, bool written)
+{
+    blk_absent_fill_end(fake_of(dev)->absent, block, written);
+}
+
+static inline uint64_t fake_missing(struct device *dev, uint64_t *copy)
+{
+    return blk_absent_missing(fake_of(dev)->absent, copy);
+}
+
+static inline void fake_lack_end(struct device *dev)
+{
+    blk_absent_wake_fd(fake_of(dev)->absent, -1);
+}
+
 static const struct disk_ops fake_ops = {.info = fake_info,
                                          .base_sum = fake_base_sum,
                                          .watch = fake_watch,
@@ -147,7 +188,13 @@ static const struct disk_ops fake_ops = {.info = fake_info,
                                          .changed = fake_changed,
                                          .left = fake_named,
                                          .arrived = fake_named,
-                                         .forget = fake_forget};
+                                         .forget = fake_forget,
+                                         .lack = fake_lack,
+                                         .wanted = fake_wanted,
+                                         .fill_begin = fake_fill_begin,
+                                         .fill_end = fake_fill_end,
+                                         .missing = fake_missing,
+                                         .lack_end = fake_lack_end};
 static const struct device_class fake_class = {.name = "fake", .disk = &fake_ops};
 
 static inline struct fake_disk *fake_new(uint64_t size, bool overlay)
@@ -166,6 +213,7 @@ static inline struct fake_disk *fake_new(uint64_t size, bool overlay)
 
 static inline void fake_free(struct fake_disk *f)
 {
+    blk_absent_free(f->absent);
     free(f->vm);
     free(f->bytes);
     free(f);

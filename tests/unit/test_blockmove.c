@@ -5,6 +5,9 @@
 #include <check.h>
 #include <stdio.h>
 
+#include "devices/blk_engine.h"
+#include "migrate/bitmap.h"
+#include "migrate/blockpost.h"
 #include "tests/check_ok.h"
 #include "tests/unit/fake_disk.h"
 
@@ -55,6 +58,10 @@ static int link_take(struct link *l, struct block_intake *in, struct fake_disk *
         ret = wire_get(&l->in.wire, &l->record, err);
         if (!ret && l->record.header.type == WIRE_DISKS)
             ret = block_intake_disks(in, to->vm, &l->record, err);
+        else if (!ret && l->record.header.type == WIRE_ABSENT)
+            ret = block_late_absent(in, &l->record, err);
+        else if (!ret && l->record.header.type == WIRE_LATE)
+            ret = block_late_take(in, &l->in.wire, &l->record, in->buffer, err);
         else if (!ret)
             ret = block_intake_record(in, &l->in.wire, &l->record, err);
         l->records++;
@@ -253,6 +260,171 @@ START_TEST(test_race)
 }
 END_TEST
 
+// --- blocks after the guest
+
+// The guest there: its request waits for these blocks, or writes them.
+static enum blk_absent_verdict asks(struct fake_disk *f, enum blk_op op, uint64_t block,
+                                    uint64_t nr)
+{
+    const struct blk_request r = {
+        .op = op, .nr_ranges = 1, .ranges[0] = {block * DISK_BLOCK, nr * DISK_BLOCK, false}};
+    enum blk_absent_verdict verdict = blk_absent_look(f->absent, &r);
+    if (verdict == BLK_ABSENT_FILL) {
+        fake_guest(f, block * DISK_BLOCK, 0xee, nr * DISK_BLOCK);
+        blk_absent_done(f->absent, &r, true);
+    }
+    return verdict;
+}
+
+// Takes the ASK that there must be, and answers it; how many blocks that had not been sent.
+static unsigned answers(struct block_move *bm, struct link *l, struct block_intake *in, bool again,
+                        uint8_t *buffer)
+{
+    struct block_claim claim = {.nr = 1};
+    uint64_t blocks[WIRE_WANT_MAX];
+    unsigned nr, sent = 0;
+    OK(block_late_ask(in, &l->wire, again, &err));
+    wire_mem_init(&l->in, l->data, l->len);
+    OK(wire_expect(&l->in.wire, &l->record, WIRE_ASK, &err));
+    l->len = 0;
+    OK(block_post_ask_parse(bm, &l->record, &claim.disk, blocks, &nr, &err));
+    for (unsigned i = 0; i < nr; i++) {
+        claim.first = blocks[i];
+        if (block_post_asked(bm, claim.disk, blocks[i])) {
+            OK(block_post_put(bm, &l->wire, &claim, buffer, &err));
+            sent++;
+        }
+    }
+    return sent;
+}
+
+static void lates(unsigned seed)
+{
+    struct fake_disk *a = fake_new(SIZE, false), *b = fake_new(SIZE, false);
+    struct block_intake in = {0};
+    struct block_move *bm;
+    struct block_claim claim;
+    struct link l;
+    autofree uint8_t *buffer = malloc(WIRE_BLOCKS_DATA);
+    uint64_t nr, missing[1] = {0};
+    link_open(&l);
+    fill(a, seed);
+    OK(block_move_create(&bm, a->vm, &err));
+    agree(bm, &l, &in, b);
+    ck_assert(bm->late);
+    pass(bm, &l, UINT64_MAX);
+    OK(link_take(&l, &in, b, &err));
+    fake_guest(a, 5 * DISK_BLOCK, 0, 4 * DISK_BLOCK); // some of it zeroes
+    fake_guest(a, 20 * DISK_BLOCK, 1 + (int)seed, 9 * DISK_BLOCK);
+    fake_guest(a, SIZE - 512, 7, 512);
+    OK(block_post_say(bm, &l.wire, &nr, &err));
+    ck_assert_uint_eq(nr, 14);
+    OK(link_take(&l, &in, b, &err));
+    OK(block_late_begin(&in, &err));
+    ck_assert_uint_eq(block_late_missing(&in), nr);
+    // Asked for; written there; the rest pushed from there on.
+    ck_assert_int_eq(asks(b, BLK_READ, 24, 2), BLK_ABSENT_PARK);
+    ck_assert_uint_eq(answers(bm, &l, &in, false, buffer), 2);
+    ck_assert_int_eq(asks(b, BLK_WRITE, 22, 2), BLK_ABSENT_FILL);
+    OK(link_take(&l, &in, b, &err));
+    ck_assert_uint_eq(block_late_missing(&in), nr - 4);
+    ck_assert_int_eq(asks(b, BLK_READ, 22, 4), BLK_ABSENT_GO);
+    ck_assert(block_post_next(bm, 4, &claim));
+    ck_assert(claim.first == 26 && claim.nr == 3 && !claim.disk);
+    OK(block_post_put(bm, &l.wire, &claim, buffer, &err));
+    // Asked for what is under way: it is not sent again. The link breaks, and it is lost.
+    ck_assert_int_eq(asks(b, BLK_READ, 26, 1), BLK_ABSENT_PARK);
+    l.len = 0;
+    ck_assert_uint_eq(answers(bm, &l, &in, false, buffer), 0);
+    block_move_free(bm);
+    OK(block_move_create(&bm, a->vm, &err));
+    OK(block_late_say(&in, &l.wire, &err));
+    wire_mem_init(&l.in, l.data, l.len);
+    OK(wire_expect(&l.in.wire, &l.record, WIRE_ABSENT, &err));
+    OK(block_post_hear(bm, &l.record, &err));
+    ck_assert_uint_eq(block_move_todo(bm) / DISK_BLOCK, nr - 4);
+    l.len = 0;
+    ck_assert_uint_eq(answers(bm, &l, &in, true, buffer), 1);
+    OK(link_take(&l, &in, b, &err));
+    while (block_post_next(bm, 4, &claim))
+        OK(block_post_put(bm, &l.wire, &claim, buffer, &err));
+    size_t len = l.len;
+    OK(link_take(&l, &in, b, &err));
+    ck_assert_uint_eq(block_late_missing(&in), 0);
+    b->dev.class->disk->missing(&b->dev, missing);
+    ck_assert_uint_eq(missing[0], 0);
+    b->synced = 0;
+    OK(block_late_sync(&in, &err));
+    OK(block_late_sync(&in, &err));
+    ck_assert_uint_eq(b->synced, 1);
+    fake_guest(a, 22 * DISK_BLOCK, 0xee, 2 * DISK_BLOCK); // what was written there
+    ck_assert(!memcmp(a->bytes, b->bytes, SIZE));
+    // Once more: nothing of it is wanted.
+    fake_guest(b, 0, 0xdd, SIZE);
+    uint64_t before = b->write_bytes;
+    l.len = len;
+    OK(link_take(&l, &in, b, &err));
+    ck_assert_uint_eq(b->write_bytes, before);
+    block_late_end(&in);
+    block_move_free(bm);
+    block_intake_free(&in);
+    link_close(&l);
+    fake_free(a);
+    fake_free(b);
+}
+
+START_TEST(test_late)
+{
+    for (unsigned seed = 1; seed < 10; seed++)
+        lates(seed);
+}
+END_TEST
+
+// An image that cannot be written is not whole, whatever comes.
+START_TEST(test_late_unwritten)
+{
+    struct fake_disk *a = fake_new(SIZE, false), *b = fake_new(SIZE, false);
+    struct block_intake in = {0};
+    struct block_move *bm;
+    struct block_claim claim;
+    struct link l;
+    struct error why;
+    uint8_t *buffer = malloc(WIRE_BLOCKS_DATA);
+    uint64_t nr;
+    link_open(&l);
+    fake_guest(a, 0, 1, 4 * DISK_BLOCK);
+    OK(block_move_create(&bm, a->vm, &err));
+    agree(bm, &l, &in, b);
+    OK(block_post_say(bm, &l.wire, &nr, &err));
+    OK(link_take(&l, &in, b, &err));
+    OK(block_late_begin(&in, &err));
+    for (unsigned i = 0; i < 2; i++) {
+        ck_assert(block_post_next(bm, 2, &claim));
+        OK(block_post_put(bm, &l.wire, &claim, buffer, &err));
+        b->refuse = i ? 0 : -ENOSPC;
+        ck_assert_int_eq(link_take(&l, &in, b, &why), i ? 0 : -ENOSPC);
+        ck_assert_uint_eq(block_late_missing(&in), i ? 2 : 4);
+    }
+    bitmap_fill(bm->disks[0].todo, 0, 2, true);
+    ck_assert(block_post_next(bm, 2, &claim));
+    OK(block_post_put(bm, &l.wire, &claim, buffer, &err));
+    OK(link_take(&l, &in, b, &err));
+    ck_assert_uint_eq(block_late_missing(&in), 0);
+    b->refuse = -EIO;
+    ck_assert_int_eq(block_late_sync(&in, &why), -EIO);
+    b->refuse = 0;
+    ck_assert_int_eq(block_late_sync(&in, &why), -EIO); // the kernel says it once
+    ck_assert_uint_gt(block_late_missing(&in), 0);
+    block_late_end(&in);
+    block_move_free(bm);
+    block_intake_free(&in);
+    link_close(&l);
+    free(buffer);
+    fake_free(a);
+    fake_free(b);
+}
+END_TEST
+
 START_TEST(test_errors)
 {
     struct fake_disk *a = fake_new(SIZE, false);
@@ -370,6 +542,119 @@ START_TEST(test_hostile_blocks)
 }
 END_TEST
 
+static int record_send(enum wire_type type, const void *meta, size_t meta_len, uint32_t data_len,
+                       struct fake_disk *b, struct block_intake *in, struct error *err)
+{
+    static uint8_t zeroes[WIRE_BLOCKS_DATA];
+    struct link l;
+    struct iovec data = {zeroes, data_len};
+    link_open(&l);
+    int ret = wire_put(&l.wire, type, 0, meta, meta_len, &data, !!data_len, err);
+    if (!ret)
+        ret = link_take(&l, in, b, err);
+    link_close(&l);
+    return ret;
+}
+
+START_TEST(test_hostile_late)
+{
+    const uint64_t last = SIZE / DISK_BLOCK; // 1536 bytes of it
+    const struct {
+        struct wire_absent head;
+        uint64_t word;
+    } maps[] = {{{.disk = 1, .blocks = 41}, 1},
+                {{.disk = 0, .reserved = 1, .blocks = 41}, 1},
+                {{.first = 1, .blocks = 40}, 1},
+                {{.first = 64, .blocks = 1}, 1},
+                {{.blocks = 42}, 1},
+                {{.blocks = 0}, 1},
+                {{.blocks = UINT64_MAX}, 1},
+                {{.blocks = 41}, 1ull << 41}};
+    const struct {
+        struct wire_late head;
+        struct wire_extent extents[2];
+        uint32_t data_len;
+    } rows[] = {
+        {{.disk = 1, .blocks = 1}, {{0}}, 0},
+        {{.blocks = 0}, {{0}}, 0},
+        {{.blocks = WIRE_LATE_MAX + 1}, {{0}}, 0},
+        {{.blocks = 2, .first = last}, {{0}}, 0},
+        {{.blocks = 1, .first = UINT64_MAX}, {{0}}, 0},
+        {{.blocks = 1, .nr = 2}, {{0, DISK_BLOCK, 0}, {DISK_BLOCK, DISK_BLOCK, 0}}, 0},
+        {{.blocks = 2, .nr = UINT32_MAX}, {{0}}, 0},
+        {{.blocks = 1, .nr = 1}, {{4096, DISK_BLOCK, 0}}, 0},
+        {{.blocks = 1, .nr = 1}, {{0, 4096, 0}}, 0},
+        {{.blocks = 1, .nr = 1}, {{DISK_BLOCK, DISK_BLOCK, 0}}, 0},
+        {{.blocks = 1, .nr = 1}, {{0, DISK_BLOCK, 2}}, 0},
+        {{.blocks = 1, .nr = 1}, {{0, DISK_BLOCK, WIRE_RUN_DATA}}, 512},
+        {{.blocks = 1, .nr = 1, .sum = 1}, {{0, DISK_BLOCK, WIRE_RUN_DATA}}, DISK_BLOCK},
+        {{.blocks = 2, .nr = 2}, {{DISK_BLOCK, DISK_BLOCK, 0}, {0, DISK_BLOCK, 0}}, 0},
+        {{.blocks = 2, .nr = 2}, {{0, DISK_BLOCK, 0}, {0, DISK_BLOCK, 0}}, 0},
+        {{.blocks = 1, .nr = 1, .first = last}, {{last * DISK_BLOCK, DISK_BLOCK, 0}}, 0},
+    };
+    struct fake_disk *b = fake_new(SIZE, false), *o = fake_new(SIZE, true);
+    struct block_intake in;
+    struct error why;
+    intake_open(&in, b);
+    for (unsigned i = 0; i < ARRAY_SIZE(maps); i++)
+        ck_assert_msg(record_send(WIRE_ABSENT, &maps[i], sizeof(maps[i]), 0, b, &in, &why) ==
+                          -EPROTO,
+                      "map %u", i);
+    struct wire_late early = {.blocks = 1};
+    ck_assert_int_eq(record_send(WIRE_LATE, &early, sizeof(early), 0, b, &in, &why), -EPROTO);
+    const struct {
+        struct wire_absent head;
+        uint64_t word;
+    } good = {{.blocks = 41}, (1ull << 41) - 1};
+    OK(record_send(WIRE_ABSENT, &good, sizeof(good), 0, b, &in, &err));
+    OK(block_late_begin(&in, &err));
+    ck_assert_int_eq(record_send(WIRE_ABSENT, &good, sizeof(good), 0, b, &in, &why), -EPROTO);
+    for (unsigned i = 0; i < ARRAY_SIZE(rows); i++) {
+        uint32_t nr = rows[i].head.nr < 2 ? rows[i].head.nr : 2;
+        int ret =
+            record_send(WIRE_LATE, &rows[i], sizeof(rows[i].head) + nr * sizeof(rows[i].extents[0]),
+                        rows[i].data_len, b, &in, &why);
+        ck_assert_msg(ret == -EPROTO || ret == -EBADMSG, "row %u: %d", i, ret);
+    }
+    ck_assert_uint_eq(b->write_bytes, 0);
+    ck_assert_uint_eq(block_late_missing(&in), 41);
+    block_late_end(&in);
+    block_intake_free(&in);
+    // Of an overlay all is to come before the guest.
+    const struct wire_disk says = {.size = SIZE, .base_size = SIZE, .flags = WIRE_DISK_OVERLAY};
+    in = (struct block_intake) {0};
+    OK(record_send(WIRE_DISKS, &says, sizeof(says), 0, o, &in, &err));
+    ck_assert(!block_intake_may_lack(&in));
+    ck_assert_int_eq(record_send(WIRE_ABSENT, &good, sizeof(good), 0, o, &in, &why), -EPROTO);
+    block_intake_free(&in);
+    fake_free(b);
+    fake_free(o);
+}
+END_TEST
+
+START_TEST(test_hostile_asks)
+{
+    struct fake_disk *a = fake_new(SIZE, false);
+    struct block_move *bm;
+    const struct {
+        struct wire_ask head;
+        uint64_t block;
+    } rows[] = {{{.nr = 0}, 0},          {{.nr = 2}, 0},
+                {{.nr = UINT32_MAX}, 0}, {{.nr = 1, .disk = 1}, 0},
+                {{.nr = 1}, 41},         {{.nr = 1}, UINT64_MAX}};
+    OK(block_move_create(&bm, a->vm, &err));
+    for (unsigned i = 0; i < ARRAY_SIZE(rows); i++) {
+        struct wire_record record = {.header = {.meta_len = sizeof(rows[i])},
+                                     .meta = (uint8_t *)(uintptr_t)&rows[i]};
+        uint64_t blocks[WIRE_WANT_MAX];
+        unsigned disk, nr;
+        ck_assert_int_eq(block_post_ask_parse(bm, &record, &disk, blocks, &nr, NULL), -EPROTO);
+    }
+    block_move_free(bm);
+    fake_free(a);
+}
+END_TEST
+
 START_TEST(test_hostile_disks)
 {
     static const struct wire_disk rows[] = {
@@ -418,6 +703,10 @@ int main(void)
     tcase_add_test(tc, test_errors);
     tcase_add_test(tc, test_hostile_blocks);
     tcase_add_test(tc, test_hostile_disks);
+    tcase_add_test(tc, test_late);
+    tcase_add_test(tc, test_late_unwritten);
+    tcase_add_test(tc, test_hostile_late);
+    tcase_add_test(tc, test_hostile_asks);
     suite_add_tcase(suite, tc);
     SRunner *runner = srunner_create(suite);
     srunner_run_all(runner, CK_NORMAL);

@@ -15,8 +15,9 @@
 #include "migrate/receive.h"
 #include "tests/bare/moves.h"
 #include "tests/check_ok.h"
+#include "vmm/stream.h"
 
-enum { MEMORY = 48 * MiB, BLOCKS = 48, STRIDE_KIB = 64, DISK = 4 * MiB, NAME = 64 };
+enum { MEMORY = 48 * MiB, BLOCKS = 48, STRIDE_KIB = 64, DISK = 12 * MiB + 4096, NAME = 64 };
 
 // --- a guest with a disk
 
@@ -25,6 +26,7 @@ struct place { // where it may be
     struct virtio_blk_config disk;
     struct bare_device device;
     char image[NAME];
+    atomic_uint severed; // times that it has stopped here for want of pages or blocks
 };
 
 static void *loop_main(void *arg)
@@ -114,10 +116,20 @@ static void destroy_vm(void *context, struct vm *vm)
     place_end(context);
 }
 
+static void severed(void *context, struct vm *vm, const struct error *why)
+{
+    struct place *p = context;
+    if (why)
+        atomic_fetch_add(&p->severed, 1);
+}
+
 static struct migrate_hooks hooks_of(struct place *p)
 {
-    return (struct migrate_hooks) {
-        .context = p, .describe = describe, .create_vm = create_vm, .destroy_vm = destroy_vm};
+    return (struct migrate_hooks) {.context = p,
+                                   .describe = describe,
+                                   .create_vm = create_vm,
+                                   .destroy_vm = destroy_vm,
+                                   .severed = severed};
 }
 
 // --- a move
@@ -238,8 +250,160 @@ START_TEST(test_with_its_disk)
 }
 END_TEST
 
+// --- the guest before its disk
+
+// Something in every byte: no block is a hole, and the guest writes only 4 KiB of most of them.
+static void image_fill(const char *path)
+{
+    autofree uint8_t *data = malloc(DISK);
+    int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+    for (size_t i = 0; i < DISK; i++)
+        data[i] = (uint8_t)(i * 2654435761u >> 13 | 1);
+    ck_assert(fd >= 0 && write(fd, data, DISK) == DISK);
+    close(fd);
+}
+
+// What the guest never writes is the same in both.
+static void images_compare(const char *a, const char *b)
+{
+    autofree uint8_t *x = malloc(DISK), *y = malloc(DISK);
+    int fds[2] = {open(a, O_RDONLY | O_CLOEXEC), open(b, O_RDONLY | O_CLOEXEC)};
+    ck_assert(fds[0] >= 0 && fds[1] >= 0);
+    ck_assert(read(fds[0], x, DISK) == DISK && read(fds[1], y, DISK) == DISK);
+    for (size_t at = 0; at < DISK; at += 4096)
+        if (at % (STRIDE_KIB * 1024) || at / (STRIDE_KIB * 1024) >= BLOCKS)
+            ck_assert_msg(!memcmp(x + at, y + at, 4096), "byte %zu", at);
+    close(fds[0]);
+    close(fds[1]);
+}
+
+static uint64_t image_sum(const char *path)
+{
+    autofree uint64_t *data = malloc(DISK);
+    uint64_t sum = 0;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    ck_assert(fd >= 0 && read(fd, data, DISK) == DISK);
+    close(fd);
+    for (size_t i = 0; i < DISK / 8; i++)
+        sum = sum * 1099511628211u + data[i];
+    return sum;
+}
+
+struct late {
+    struct arrival a;
+    struct place *from, *to;
+    struct migrate_hooks here;
+    struct migrate_params p;
+    struct migrate_report report;
+};
+
+// Over a link that breaks after `down` bytes to the destination. `out`: migrate_out or
+// migrate_recover.
+static int late_try(struct late *l, uint64_t down,
+                    int (*out)(struct vm *, const struct migrate_params *, struct migration *,
+                               struct migrate_report *, struct error *))
+{
+    struct relay relay = {.to_source = UINT64_MAX, .to_dest = down};
+    struct migration m;
+    struct error why = {0};
+    relay_start(&relay, l->a.address);
+    l->p.to = relay.address;
+    OK(migration_init(&m, &err));
+    int ret = out(l->from->bare->vm, &l->p, &m, &l->report, &why);
+    migration_free(&m);
+    ck_assert_msg(ret ? down != UINT64_MAX && l->report.owner == SOURCE_SEVERED
+                      : l->report.owner == SOURCE_GONE,
+                  "%s: %s", owner_source_name(l->report.owner), why.text);
+    if (!ret)
+        arrival_wait(&l->a); // the good-bye may still be in the relay
+    relay_end(&relay);
+    return ret;
+}
+
+// Both stand still; what is missing there is here, and nobody can have it.
+static void late_severed(struct late *l, unsigned times, uint64_t sum)
+{
+    struct vm *vm = l->to->bare->vm;
+    uint64_t limit = time_ns() + BARE_WAIT_SECONDS * 1000000000ull;
+    struct stream_mem state;
+    struct error err = {0};
+    while (atomic_load(&l->to->severed) < times || !vm_paused(vm)) {
+        ck_assert_uint_lt(time_ns(), limit);
+        usleep(1000);
+    }
+    ck_assert(vm_paused(l->from->bare->vm));
+    ck_assert(locked(l->from->image) && locked(l->to->image));
+    ck_assert_uint_eq(image_sum(l->from->image), sum);
+    stream_mem_writer(&state, "state", WIRE_STATE_MAX);
+    ck_assert_int_eq(vm_save(vm, &state.stream, &err), -EBUSY);
+    ck_assert_msg(strstr(err.text, "still at the host"), "%s", err.text);
+    stream_mem_free(&state);
+}
+
+// `cuts`: where the link breaks, up to a 0.
+static void comes_later(enum migrate_mode mode, const uint64_t *cuts)
+{
+    struct place places[2] = {0};
+    struct late l = {.from = &places[0], .to = &places[1]};
+    struct receive_params arriving = arrival_params();
+    for (unsigned i = 0; i < 2; i++)
+        snprintf(places[i].image, NAME, "/tmp/ferry-late-%d-%u", getpid(), i);
+    image_fill(places[0].image);
+    place_boot(&places[0]);
+    walks(&places[0]);
+    l.here = hooks_of(l.from);
+    l.a.hooks = hooks_of(l.to);
+    arrival_start(&l.a, NULL, &arriving);
+    migrate_params_default(&l.p);
+    l.p.mode = mode;
+    l.p.hooks = &l.here;
+    l.p.disks = true;
+    l.p.bandwidth = 6000000; // so that the guest asks for much of it
+    int ret = late_try(&l, *cuts ? *cuts : UINT64_MAX, migrate_out);
+    uint64_t sum = image_sum(places[0].image);
+    for (unsigned times = 1; ret; times++) {
+        late_severed(&l, times, sum);
+        cuts++;
+        ret = late_try(&l, *cuts ? *cuts : UINT64_MAX, migrate_recover);
+    }
+    ck_assert_uint_eq(*cuts, 0);
+    printf("%s: %llu blocks pushed, %llu demanded, %u recoveries, downtime %llu us\n",
+           migrate_mode_name(mode), (unsigned long long)l.report.pushed_blocks,
+           (unsigned long long)l.report.demand_blocks, l.report.recoveries,
+           (unsigned long long)l.report.downtime.total / 1000);
+    ck_assert_uint_gt(l.report.pushed_blocks + l.report.demand_blocks, 0);
+    ck_assert_int_eq(l.a.ret, 0);
+    ck_assert_uint_eq(l.a.report.missing_blocks, 0);
+    ck_assert_int_eq(l.a.report.owner, DEST_RUNNING);
+    arrival_free(&l.a);
+    place_end(&places[0]);
+    walks(&places[1]);
+    place_end(&places[1]);
+    images_compare(places[0].image, places[1].image);
+    for (unsigned i = 0; i < 2; i++)
+        unlink(places[i].image);
+}
+
+START_TEST(test_before_its_disk)
+{
+    static const uint64_t none[] = {0};
+    comes_later(MIGRATE_POSTCOPY, none);
+    comes_later(MIGRATE_HYBRID, none);
+}
+END_TEST
+
+// The link breaks while blocks are on the way: nothing is lost, and it goes on.
+START_TEST(test_before_its_disk_broken)
+{
+    static const uint64_t cuts[] = {1200000, 400000, 3000, 500000, 0};
+    comes_later(MIGRATE_POSTCOPY, cuts);
+}
+END_TEST
+
 static void add_tests(TCase *tc)
 {
+    tcase_add_test(tc, test_before_its_disk);
+    tcase_add_test(tc, test_before_its_disk_broken);
     tcase_add_test(tc, test_shared);
     tcase_add_test(tc, test_with_its_disk);
 }
