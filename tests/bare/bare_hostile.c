@@ -128,8 +128,11 @@ static void canaries_check(struct bare *b)
         memset(p, HOSTILE_CANARY, bytes);
     }
     ck_assert_uint_ge(areas, 10);
-    const uint8_t *all = ram_at(&b->vm->ram, HOSTILE_ARENA, MEMORY - HOSTILE_ARENA);
-    for (size_t i = 0; i < MEMORY - HOSTILE_ARENA; i++)
+    const size_t size = MEMORY - HOSTILE_ARENA;
+    const uint8_t *all = ram_at(&b->vm->ram, HOSTILE_ARENA, size);
+    if (all[0] == HOSTILE_CANARY && !memcmp(all, all + 1, size - 1))
+        return; // byte by byte it takes longer than the attack, above all with sanitizers
+    for (size_t i = 0; i < size; i++)
         if (all[i] != HOSTILE_CANARY)
             ck_abort_msg("guest memory at 0x%zx was written: 0x%02x", i + HOSTILE_ARENA, all[i]);
 }

@@ -406,7 +406,9 @@ static uint32_t piece(struct flow *f, uint32_t max)
 static void flow_take(struct flow *f, const uint8_t *data, uint64_t len)
 {
     for (uint64_t i = 0; i < len; i++)
-        ck_assert_uint_eq(data[i], byte_at(f->got + i));
+        if (data[i] != byte_at(f->got + i)) // an assertion for each byte would be a message each
+            ck_abort_msg("byte %llu is %u, expected %u", (unsigned long long)(f->got + i), data[i],
+                         byte_at(f->got + i));
     f->got += len;
 }
 
