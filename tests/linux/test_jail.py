@@ -512,11 +512,14 @@ class AsOrdinaryUser(JailTest):
         for path, wanted in ((secret, "Permission denied"), (f"{self.dir}/kernel", None)):
             if not wanted:
                 self.copy("serial.elf", path)
+                vsock = {"guest_cid": 5, "uds_path": f"{self.dir}/vsock"}
+                self.assertEqual(self.call(api, "PUT", "/vsock", vsock)[0], 204)
             answer = self.call(api, "PUT", "/boot-source", {"kernel_image_path": path})
             if answer[0] == 204:
                 answer = self.call(api, "PUT", "/actions", {"action_type": "InstanceStart"})
             self.assertEqual(answer[0], 400 if wanted else 204, answer)
             self.assertIn(wanted or "", answer[1])
+        self.assertEqual(["kernel", "vsock"], sorted(os.listdir(self.dir)))  # listened on inside
         vm.child.terminate()
         self.assertEqual(vm.wait(), lab.STOPPED)
         self.assertEqual(os.listdir(self.run_dir), [])
