@@ -8,11 +8,16 @@
 #include <string.h>
 
 #include "migrate/bitmap.h"
+#include "migrate/firsttouch.h"
 #include "migrate/outgoing.h"
 #include "migrate/switchover.h"
 
-// Pushed at a time: what a demanded page may find queued before it in this host's send path.
-#define PUSH_PAGES 64
+// Pushed at a time: what a demanded page may find queued before it in this host's send path. More
+// where the link is so fast that several such records are under way: each wakes threads at both
+// ends, and a guest that sweeps through memory stops at the end of each.
+#define PUSH_PAGES      64
+#define PUSH_PAGES_MAX  128
+#define RECORDS_AT_ONCE 4
 // Runs in a pushed record at most: each bubble adds one.
 #define PUSH_RUNS 256
 
@@ -34,13 +39,15 @@ struct postcopy_source {
     struct page_batch *batch; // of the demand thread
     uint64_t demanded;        // pages sent on request
     uint64_t demanded_zero;
-    atomic_bool finished; // COMPLETE has come
-    bool ended;           // the thread has been joined
-    int failure;          // of the thread; read after it has ended
+    uint64_t first, first_zero; // what firsttouch.h says, before anybody asks
+    atomic_bool finished;       // COMPLETE has come
+    bool ended;                 // the thread has been joined
+    int failure;                // of the thread; read after it has ended
     struct error err;
 
     // The pusher's.
     unsigned window, under_way;
+    unsigned push_pages; // at a time
     struct {
         uint64_t at, bytes, delivered; // delivered: all that was echoed by then
     } sent[WINDOW_MAX];                // records under way, a ring
@@ -87,6 +94,28 @@ static int answer_want(struct postcopy_source *ps, const uint64_t *pages, unsign
     return page_batch_put(ps->batch, &out->demand.wire, 0, err);
 }
 
+// Before the guest runs there: what it needs at once.
+static int send_first(struct postcopy_source *ps, struct error *err)
+{
+    struct outgoing *out = ps->out;
+    struct first_touch f;
+    if (ps->order.kind == PREPAGE_NONE)
+        return 0;
+    first_touch_find(&f, out->vm);
+    page_batch_reset(ps->batch, &out->vm->ram);
+    pthread_mutex_lock(&ps->lock);
+    for (unsigned i = 0; i < f.nr; i++) {
+        if (!bitmap_test(out->todo, f.page[i]))
+            continue;
+        bitmap_clear(out->todo, f.page[i]);
+        page_batch_add(ps->batch, f.page[i], page_is_zero(ram_page(&out->vm->ram, f.page[i])));
+    }
+    pthread_mutex_unlock(&ps->lock);
+    ps->first = ps->batch->nr_data;
+    ps->first_zero = ps->batch->nr_zero;
+    return page_batch_put(ps->batch, &out->demand.wire, 0, err);
+}
+
 static void *demand_main(void *arg)
 {
     struct postcopy_source *ps = arg;
@@ -94,8 +123,8 @@ static void *demand_main(void *arg)
     struct wire_record record = {0};
     uint64_t pages[WIRE_WANT_MAX];
     unsigned nr;
-    int ret = 0;
     thread_prompt();
+    int ret = send_first(ps, &ps->err);
     while (!ret) {
         ret = wire_expect(&out->demand.wire, &record, WIRE_WANT, &ps->err);
         if (!ret)
@@ -130,8 +159,11 @@ int postcopy_serve(struct outgoing *out, struct error *err)
         free(batch);
         return error_set(err, -ENOMEM, "no memory for post-copy");
     }
-    *ps = (struct postcopy_source) {
-        .out = out, .batch = batch, .window = WINDOW_MIN, .fastest_ns = UINT64_MAX};
+    *ps = (struct postcopy_source) {.out = out,
+                                    .batch = batch,
+                                    .window = WINDOW_MIN,
+                                    .push_pages = PUSH_PAGES,
+                                    .fastest_ns = UINT64_MAX};
     pthread_mutex_init(&ps->lock, NULL);
     prepage_init(&ps->order, out->params->prepaging, out->vm->ram.pages);
     page_presence_begin(&out->presence);
@@ -180,15 +212,15 @@ static uint64_t claim_next(struct postcopy_source *ps, uint64_t max, uint64_t *f
     return n;
 }
 
-// Claims pages in the order of pre-paging until there are PUSH_PAGES of data. A record's pages
+// Claims pages in the order of pre-paging until there are push_pages of data. A record's pages
 // ascend, so they are put in order first.
 static void claim(struct postcopy_source *ps, struct page_batch *batch)
 {
     struct ram *ram = &ps->out->vm->ram;
-    struct run runs[PUSH_RUNS + PUSH_PAGES];
+    struct run runs[PUSH_RUNS + PUSH_PAGES_MAX];
     unsigned nr = 0, data = 0;
-    while (data < PUSH_PAGES && nr < PUSH_RUNS) {
-        uint64_t first = 0, n = claim_next(ps, PUSH_PAGES - data, &first);
+    while (data < ps->push_pages && nr < PUSH_RUNS) {
+        uint64_t first = 0, n = claim_next(ps, ps->push_pages - data, &first);
         if (!n)
             break;
         for (uint64_t p = first; p < first + n; p++) {
@@ -223,6 +255,10 @@ static void acknowledged(struct postcopy_source *ps)
     ps->window = window < WINDOW_MIN   ? WINDOW_MIN
                  : window > WINDOW_MAX ? WINDOW_MAX
                                        : (unsigned)window;
+    uint64_t pages = (uint64_t)(room / PAGE_SIZE / RECORDS_AT_ONCE);
+    ps->push_pages = pages < PUSH_PAGES       ? PUSH_PAGES
+                     : pages > PUSH_PAGES_MAX ? PUSH_PAGES_MAX
+                                              : (unsigned)pages;
 }
 
 static int push_batch(struct postcopy_source *ps, struct page_batch *batch, struct error *err)
@@ -357,8 +393,9 @@ void postcopy_end(struct outgoing *out)
     if (!ps->ended)
         pthread_join(ps->thread, NULL);
     out->report->demand_pages += ps->demanded;
-    out->report->data_pages += ps->end.data_pages + ps->demanded;
-    out->report->zero_pages += ps->demanded_zero;
+    out->report->pushed_pages += ps->first;
+    out->report->data_pages += ps->end.data_pages + ps->demanded + ps->first;
+    out->report->zero_pages += ps->demanded_zero + ps->first_zero;
     pthread_mutex_destroy(&ps->lock);
     free(ps->batch);
     free(ps);
