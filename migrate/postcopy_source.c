@@ -39,7 +39,8 @@ struct postcopy_source {
     struct page_batch *batch; // of the demand thread
     uint64_t demanded;        // pages sent on request
     uint64_t demanded_zero;
-    uint64_t first, first_zero; // what firsttouch.h says, before anybody asks
+    struct first_touch touch;   // sent before anybody asks
+    uint64_t first, first_zero; // how much of that there was
     atomic_bool finished;       // COMPLETE has come
     bool ended;                 // the thread has been joined
     int failure;                // of the thread; read after it has ended
@@ -98,17 +99,14 @@ static int answer_want(struct postcopy_source *ps, const uint64_t *pages, unsign
 static int send_first(struct postcopy_source *ps, struct error *err)
 {
     struct outgoing *out = ps->out;
-    struct first_touch f;
-    if (ps->order.kind == PREPAGE_NONE)
-        return 0;
-    first_touch_find(&f, out->vm);
+    const struct first_touch *f = &ps->touch;
     page_batch_reset(ps->batch, &out->vm->ram);
     pthread_mutex_lock(&ps->lock);
-    for (unsigned i = 0; i < f.nr; i++) {
-        if (!bitmap_test(out->todo, f.page[i]))
+    for (unsigned i = 0; i < f->nr; i++) {
+        if (!bitmap_test(out->todo, f->page[i]))
             continue;
-        bitmap_clear(out->todo, f.page[i]);
-        page_batch_add(ps->batch, f.page[i], page_is_zero(ram_page(&out->vm->ram, f.page[i])));
+        bitmap_clear(out->todo, f->page[i]);
+        page_batch_add(ps->batch, f->page[i], page_is_zero(ram_page(&out->vm->ram, f->page[i])));
     }
     pthread_mutex_unlock(&ps->lock);
     ps->first = ps->batch->nr_data;
@@ -150,7 +148,7 @@ int postcopy_discard(struct outgoing *out, struct error *err)
     return wire_discard_put(&out->main.wire, out->todo, out->vm->ram.pages, err);
 }
 
-int postcopy_serve(struct outgoing *out, struct error *err)
+static int serve(struct outgoing *out, bool first, struct error *err)
 {
     struct postcopy_source *ps = calloc(1, sizeof(*ps));
     struct page_batch *batch = malloc(sizeof(*batch));
@@ -167,6 +165,8 @@ int postcopy_serve(struct outgoing *out, struct error *err)
     pthread_mutex_init(&ps->lock, NULL);
     prepage_init(&ps->order, out->params->prepaging, out->vm->ram.pages);
     page_presence_begin(&out->presence);
+    if (first && ps->order.kind != PREPAGE_NONE)
+        first_touch_find(&ps->touch, out->vm); // here: should this fail, the guest soon runs on
     // The destination asks when its guest needs something: silence is no failure here. A dead peer
     // is found by the main connection.
     out->demand.timeout_ms = 0;
@@ -182,10 +182,15 @@ int postcopy_serve(struct outgoing *out, struct error *err)
     return 0;
 }
 
+int postcopy_serve(struct outgoing *out, struct error *err)
+{
+    return serve(out, false, err);
+}
+
 int postcopy_begin(struct outgoing *out, struct error *err)
 {
     int ret = postcopy_discard(out, err);
-    return ret ? ret : postcopy_serve(out, err);
+    return ret ? ret : serve(out, true, err);
 }
 
 // --- pushing
