@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <errno.h>
 #include <limits.h>
+#include <time.h>
 
 #include "migrate/bitmap.h"
 #include "migrate/receive_internal.h"
@@ -67,9 +68,15 @@ static int postcopy_finish(struct receive *r, struct error *err)
     return ret ? ret : wire_expect(&r->main.wire, &r->record, WIRE_BYE, err);
 }
 
-static bool has_paused(const struct receive *r)
+// Also when the user gives up: nobody may find it running then.
+static void wait_paused(struct receive *r)
 {
-    return r->paused;
+    struct timespec end = time_deadline(PAUSE_MS);
+    int late = 0;
+    pthread_mutex_lock(&r->lock);
+    while (!r->paused && !late)
+        late = pthread_cond_timedwait(&r->changed, &r->lock, &end);
+    pthread_mutex_unlock(&r->lock);
 }
 
 // Pauses the guest until unhalt, and lets it go on. Not in the receiving thread: a device or a vCPU
@@ -114,7 +121,7 @@ static void halt(struct receive *r)
         r->pausing = !pthread_create(&r->pauser, NULL, pauser_main, r);
     }
     if (r->pausing)
-        receive_wait_for(r, has_paused, PAUSE_MS);
+        wait_paused(r);
 }
 
 static void unhalt(struct receive *r)
