@@ -9,12 +9,17 @@
 
 #include "migrate/bitmap.h"
 #include "migrate/blockpost.h"
+#include "migrate/firsttouch.h"
 #include "migrate/outgoing.h"
 #include "migrate/switchover.h"
 
-// Pushed at a time: what a demanded page may find queued before it in this host's send path.
-#define PUSH_PAGES  64
-#define PUSH_BLOCKS 4 // of disks: as much
+// Pushed at a time: what a demanded page may find queued before it in this host's send path. More
+// where the link is so fast that several such records are under way: each wakes threads at both
+// ends, and a guest that sweeps through memory stops at the end of each.
+#define PUSH_PAGES      64
+#define PUSH_PAGES_MAX  128
+#define RECORDS_AT_ONCE 4
+#define PUSH_BLOCKS     4 // of disks: as much as PUSH_PAGES
 // Runs in a pushed record at most: each bubble adds one.
 #define PUSH_RUNS 256
 
@@ -37,14 +42,17 @@ struct postcopy_source {
     uint64_t demanded;        // pages sent on request
     uint64_t demanded_zero;
     uint64_t demanded_blocks;
-    uint8_t *blocks[2];   // WIRE_BLOCKS_DATA of the demand thread and the pusher; NULL: no disks
-    atomic_bool finished; // COMPLETE has come
-    bool ended;           // the thread has been joined
-    int failure;          // of the thread; read after it has ended
+    uint8_t *blocks[2]; // WIRE_BLOCKS_DATA of the demand thread and the pusher; NULL: no disks
+    struct first_touch touch;   // sent before anybody asks
+    uint64_t first, first_zero; // how much of that there was
+    atomic_bool finished;       // COMPLETE has come
+    bool ended;                 // the thread has been joined
+    int failure;                // of the thread; read after it has ended
     struct error err;
 
     // The pusher's.
     unsigned window, under_way;
+    unsigned push_pages; // at a time
     struct {
         uint64_t at, bytes, delivered; // delivered: all that was echoed by then
     } sent[WINDOW_MAX];                // records under way, a ring
@@ -124,13 +132,32 @@ static int take_ask(struct postcopy_source *ps, const struct wire_record *record
     return ret;
 }
 
+// Before the guest runs there: what it needs at once.
+static int send_first(struct postcopy_source *ps, struct error *err)
+{
+    struct outgoing *out = ps->out;
+    const struct first_touch *f = &ps->touch;
+    page_batch_reset(ps->batch, &out->vm->ram);
+    pthread_mutex_lock(&ps->lock);
+    for (unsigned i = 0; i < f->nr; i++) {
+        if (!bitmap_test(out->todo, f->page[i]))
+            continue;
+        bitmap_clear(out->todo, f->page[i]);
+        page_batch_add(ps->batch, f->page[i], page_is_zero(ram_page(&out->vm->ram, f->page[i])));
+    }
+    pthread_mutex_unlock(&ps->lock);
+    ps->first = ps->batch->nr_data;
+    ps->first_zero = ps->batch->nr_zero;
+    return page_batch_put(ps->batch, &out->demand.wire, 0, err);
+}
+
 static void *demand_main(void *arg)
 {
     struct postcopy_source *ps = arg;
     struct outgoing *out = ps->out;
     struct wire_record record = {0};
-    int ret = 0;
     thread_prompt();
+    int ret = send_first(ps, &ps->err);
     while (!ret) {
         ret = wire_get(&out->demand.wire, &record, &ps->err);
         if (!ret && record.header.type == WIRE_ASK && ps->blocks[0])
@@ -174,6 +201,7 @@ static struct postcopy_source *source_new(struct outgoing *out)
     *ps = (struct postcopy_source) {.out = out,
                                     .batch = malloc(sizeof(*ps->batch)),
                                     .window = WINDOW_MIN,
+                                    .push_pages = PUSH_PAGES,
                                     .fastest_ns = UINT64_MAX};
     bool good = ps->batch;
     for (unsigned i = 0; i < ARRAY_SIZE(ps->blocks) && out->disks; i++)
@@ -187,7 +215,7 @@ static struct postcopy_source *source_new(struct outgoing *out)
     return NULL;
 }
 
-int postcopy_serve(struct outgoing *out, struct error *err)
+static int serve(struct outgoing *out, bool first, struct error *err)
 {
     struct postcopy_source *ps = source_new(out);
     if (!ps)
@@ -195,6 +223,8 @@ int postcopy_serve(struct outgoing *out, struct error *err)
     pthread_mutex_init(&ps->lock, NULL);
     prepage_init(&ps->order, out->params->prepaging, out->vm->ram.pages);
     page_presence_begin(&out->presence);
+    if (first && ps->order.kind != PREPAGE_NONE)
+        first_touch_find(&ps->touch, out->vm); // here: should this fail, the guest soon runs on
     // The destination asks when its guest needs something: silence is no failure here. A dead peer
     // is found by the main connection.
     out->demand.timeout_ms = 0;
@@ -209,10 +239,15 @@ int postcopy_serve(struct outgoing *out, struct error *err)
     return 0;
 }
 
+int postcopy_serve(struct outgoing *out, struct error *err)
+{
+    return serve(out, false, err);
+}
+
 int postcopy_begin(struct outgoing *out, struct error *err)
 {
     int ret = postcopy_discard(out, err);
-    return ret ? ret : postcopy_serve(out, err);
+    return ret ? ret : serve(out, true, err);
 }
 
 // --- pushing
@@ -239,15 +274,15 @@ static uint64_t claim_next(struct postcopy_source *ps, uint64_t max, uint64_t *f
     return n;
 }
 
-// Claims pages in the order of pre-paging until there are PUSH_PAGES of data. A record's pages
+// Claims pages in the order of pre-paging until there are push_pages of data. A record's pages
 // ascend, so they are put in order first.
 static void claim(struct postcopy_source *ps, struct page_batch *batch)
 {
     struct ram *ram = &ps->out->vm->ram;
-    struct run runs[PUSH_RUNS + PUSH_PAGES];
+    struct run runs[PUSH_RUNS + PUSH_PAGES_MAX];
     unsigned nr = 0, data = 0;
-    while (data < PUSH_PAGES && nr < PUSH_RUNS) {
-        uint64_t first = 0, n = claim_next(ps, PUSH_PAGES - data, &first);
+    while (data < ps->push_pages && nr < PUSH_RUNS) {
+        uint64_t first = 0, n = claim_next(ps, ps->push_pages - data, &first);
         if (!n)
             break;
         for (uint64_t p = first; p < first + n; p++) {
@@ -282,6 +317,10 @@ static void acknowledged(struct postcopy_source *ps)
     ps->window = window < WINDOW_MIN   ? WINDOW_MIN
                  : window > WINDOW_MAX ? WINDOW_MAX
                                        : (unsigned)window;
+    uint64_t pages = (uint64_t)(room / PAGE_SIZE / RECORDS_AT_ONCE);
+    ps->push_pages = pages < PUSH_PAGES       ? PUSH_PAGES
+                     : pages > PUSH_PAGES_MAX ? PUSH_PAGES_MAX
+                                              : (unsigned)pages;
 }
 
 // A record has gone, which began at byte `before`: with an echo to come, and not too many under
@@ -458,8 +497,9 @@ void postcopy_end(struct outgoing *out)
     if (!ps->ended)
         pthread_join(ps->thread, NULL);
     out->report->demand_pages += ps->demanded;
-    out->report->data_pages += ps->end.data_pages + ps->demanded;
-    out->report->zero_pages += ps->demanded_zero;
+    out->report->pushed_pages += ps->first;
+    out->report->data_pages += ps->end.data_pages + ps->demanded + ps->first;
+    out->report->zero_pages += ps->demanded_zero + ps->first_zero;
     out->report->pushed_blocks += ps->pushed_blocks;
     out->report->demand_blocks += ps->demanded_blocks;
     pthread_mutex_destroy(&ps->lock);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <errno.h>
 #include <limits.h>
+#include <time.h>
 
 #include "migrate/bitmap.h"
 #include "migrate/blockpost.h"

@@ -1067,9 +1067,10 @@ START_TEST(test_postcopy_broken)
 {
     struct guest g = {0};
     for (unsigned connection = 0; connection < 2; connection++) {
+        // Pushed pages; requests, of which there are a few.
         struct relay relay = {.connection = connection,
-                              .to_dest = connection ? 10000 : 400000,
-                              .to_source = UINT64_MAX};
+                              .to_dest = connection ? UINT64_MAX : 400000,
+                              .to_source = connection ? 200 : UINT64_MAX};
         struct cut_result result = {0};
         guest_boot(&g, 1, 32 * MiB, 2048, 0, 0);
         guest_touches_all(&g); // 8 MiB to push: the cut comes long before the end
