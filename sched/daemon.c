@@ -838,6 +838,7 @@ int sched_daemon_create(struct sched_daemon **out, const struct sched_daemon_con
     d->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
     d->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     d->listen_fd = -1;
+    d->anchor_fd = sched_watch_anchor();
     files_allow();
     int ret = record_init(&d->trace, TRACE_EVENTS)
                   ? error_set(err, -ENOMEM, "no memory for the trace")
@@ -866,7 +867,7 @@ void sched_daemon_destroy(struct sched_daemon *d)
     sweep(d);
     if (*d->socket)
         unlink(d->socket);
-    const int fds[] = {d->listen_fd, d->stop_fd, d->epoll_fd};
+    const int fds[] = {d->listen_fd, d->stop_fd, d->epoll_fd, d->anchor_fd};
     for (unsigned i = 0; i < ARRAY_SIZE(fds); i++)
         if (fds[i] >= 0)
             close(fds[i]);

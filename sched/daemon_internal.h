@@ -104,6 +104,7 @@ struct sched_daemon {
     unsigned nr_vms, nr_conns;
     uint32_t next_id;
     int epoll_fd, listen_fd, stop_fd;
+    int anchor_fd; // sched_watch_anchor
     struct source listen_source, stop_source;
     uint64_t ticked_ns, poll_at_ns, brief_at_ns;
     uint64_t next_ns;  // the next deadline; CREDIT_NEVER: none

@@ -146,6 +146,16 @@ void sched_watch_close(struct sched_watch *w)
     w->out_fd = w->in_fd = w->schedstat_fd = w->stat_fd = -1;
 }
 
+int sched_watch_anchor(void)
+{
+    struct perf_event_attr attr = {.type = PERF_TYPE_TRACEPOINT,
+                                   .size = sizeof(attr),
+                                   .config = switch_tracepoint(),
+                                   .disabled = 1};
+    return attr.config ? (int)syscall(SYS_perf_event_open, &attr, 0, -1, -1, PERF_FLAG_FD_CLOEXEC)
+                       : -1;
+}
+
 // --- by records
 
 static void schedstat_take(struct sched_watch *w)

@@ -38,6 +38,9 @@ struct sched_watch {
 // -errno; -ESRCH: no such thread in that process.
 int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, struct error *err);
 void sched_watch_close(struct sched_watch *w);
+// A descriptor that keeps the kernel's tracepoint in use, or -1. The last one in a host to be
+// closed waits, in close(2), for all CPUs: some 40 ms in which a daemon would serve nobody.
+int sched_watch_anchor(void);
 static inline bool sched_watch_polls(const struct sched_watch *w)
 {
     return w->out_fd < 0;
