@@ -408,7 +408,10 @@ static int push_blocks(struct postcopy_source *ps, struct error *err)
     int ret = 0;
     if (!ps->blocks[1])
         return 0;
-    outgoing_round(out, disks_left(out));
+    pthread_mutex_lock(&ps->lock);
+    uint64_t bytes = disks_left(out);
+    pthread_mutex_unlock(&ps->lock);
+    outgoing_round(out, bytes);
     while (!ret) {
         struct block_claim claim;
         uint64_t before = out->main.wire.out;
