@@ -17,6 +17,7 @@
 #include "migrate/pages.h"
 #include "migrate/switchover.h"
 #include "migrate/wire.h"
+#include "tests/check_ok.h"
 
 // --- a recorder: an endpoint that keeps what is written
 
@@ -539,9 +540,9 @@ START_TEST(test_shards)
             const struct page_shard s = {index, count};
             uint64_t before = 0;
             for (uint64_t p = 0; (p = page_shard_find(&s, map, SHARDED, p)) < SHARDED; p++) {
-                ck_assert(bitmap_test(map, p) && page_shard_has(&s, p, 1));
-                ck_assert(!seen || p >= before);
-                ck_assert(!owner[p / 64] || owner[p / 64] == index + 1);
+                HOLDS(bitmap_test(map, p) && page_shard_has(&s, p, 1));
+                HOLDS(!seen || p >= before);
+                HOLDS(!owner[p / 64] || owner[p / 64] == index + 1);
                 owner[p / 64] = index + 1;
                 before = p;
                 seen++;
