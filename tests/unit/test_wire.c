@@ -836,10 +836,8 @@ START_TEST(test_latency_buckets)
     ck_assert_uint_eq(wire_latency_percentile(&faults, 50), 0);
     for (uint64_t us = 0, last = 0; us < 100000; us++) {
         unsigned bucket = wire_latency_bucket(us * 1000);
-        ck_assert_uint_lt(bucket, WIRE_LATENCY_BUCKETS);
-        ck_assert_uint_ge(bucket, last);
-        ck_assert_uint_le(wire_latency_us(bucket), us);
-        ck_assert_uint_gt(wire_latency_us(bucket + 1), us);
+        HOLDS(bucket < WIRE_LATENCY_BUCKETS && bucket >= last);
+        HOLDS(wire_latency_us(bucket) <= us && wire_latency_us(bucket + 1) > us);
         last = bucket;
         faults.count[bucket] += us >= 100 && us < 200;
     }
