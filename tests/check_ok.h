@@ -13,3 +13,11 @@
         if (ok_ret)                                  \
             ck_abort_msg("%s: %s", #call, err.text); \
     } while (0)
+
+// ck_assert for what is asked a hundred thousand times: that one tells its parent process, by a
+// system call, of each that holds.
+#define HOLDS(condition)              \
+    do {                              \
+        if (!(condition))             \
+            ck_abort_msg(#condition); \
+    } while (0)

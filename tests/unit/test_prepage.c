@@ -12,6 +12,7 @@
 
 #include "migrate/bitmap.h"
 #include "migrate/prepage.h"
+#include "tests/check_ok.h"
 #include "vmm/util.h"
 
 enum {
@@ -159,7 +160,7 @@ static void sim_link(struct sim *s)
     if (!s->queue_left) {
         s->queue_left = prepage_next(&s->order, s->unsent, CLAIM, &s->queue_first);
         for (uint64_t i = 0; i < s->queue_left; i++) {
-            ck_assert(bitmap_test(s->unsent, s->queue_first + i));
+            HOLDS(bitmap_test(s->unsent, s->queue_first + i));
             bitmap_clear(s->unsent, s->queue_first + i);
             s->arrives[s->queue_first + i] = UINT32_MAX;
         }
@@ -358,9 +359,9 @@ START_TEST(test_complete)
             }
         prepage_init(&p, kind, pages);
         while ((n = prepage_next(&p, unsent, 1 + random_next(&seed) % 64, &first))) {
-            ck_assert(range_within(first, n, pages));
+            HOLDS(range_within(first, n, pages));
             for (uint64_t i = first; i < first + n; i++) {
-                ck_assert(bitmap_test(unsent, i));
+                HOLDS(bitmap_test(unsent, i));
                 bitmap_clear(unsent, i);
                 left--;
             }

@@ -19,6 +19,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include "tests/check_ok.h"
 #include "vmm/seccomp.h"
 #include "vmm/util.h"
 
@@ -224,10 +225,11 @@ START_TEST(narrower_is_within_wider)
                 args[arg] = values[v];
                 for (unsigned i = 0; i < KINDS; i++) {
                     uint32_t action;
-                    ck_assert(answers(code[i], len[i], call, args, &action));
+                    HOLDS(answers(code[i], len[i], call, args, &action));
                     may[i] = action == 0x7fff0000;
-                    ck_assert_msg(!i || !may[i - 1] || may[i], "call %u: %s may, %s may not", call,
-                                  kinds[each[i - 1]], kinds[each[i]]);
+                    if (i && may[i - 1] && !may[i])
+                        ck_abort_msg("call %u: %s may, %s may not", call, kinds[each[i - 1]],
+                                     kinds[each[i]]);
                 }
                 passed += may[0];
             }

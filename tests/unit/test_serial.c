@@ -15,6 +15,7 @@
 
 #include "devices/console.h"
 #include "devices/serial.h"
+#include "tests/check_ok.h"
 #include "vmm/layout.h"
 #include "vmm/vm.h"
 
@@ -101,14 +102,14 @@ static struct rig *rig_console(bool with_hold)
 
 static void out(struct rig *rig, unsigned reg, uint8_t value)
 {
-    ck_assert(bus_write(&rig->vm.pio, PORT_COM1 + reg, 1, value));
+    HOLDS(bus_write(&rig->vm.pio, PORT_COM1 + reg, 1, value));
 }
 
 static uint8_t in(struct rig *rig, unsigned reg)
 {
     uint64_t value;
-    ck_assert(bus_read(&rig->vm.pio, PORT_COM1 + reg, 1, &value));
-    ck_assert_uint_le(value, 0xff);
+    HOLDS(bus_read(&rig->vm.pio, PORT_COM1 + reg, 1, &value));
+    HOLDS(value <= 0xff);
     return (uint8_t)value;
 }
 
@@ -414,7 +415,7 @@ START_TEST(input_back_pressure)
         turn(rig);
         out(rig, IER, 0x01);
         while (in(rig, LSR) & 1) {
-            ck_assert_uint_eq(in(rig, DATA), (uint8_t)(got * 7 + (got >> 8)));
+            HOLDS(in(rig, DATA) == (uint8_t)(got * 7 + (got >> 8)));
             got++;
         }
     }
@@ -437,7 +438,7 @@ START_TEST(input_waits)
     out(rig, IER, 0x01);
     for (unsigned got = 0; got < TOTAL; turn(rig))
         while (in(rig, LSR) & 1)
-            ck_assert_int_eq((char)in(rig, DATA), text[got++]);
+            HOLDS((char)in(rig, DATA) == text[got++]);
     rig_free(rig);
 }
 END_TEST
@@ -468,7 +469,7 @@ START_TEST(output_back_pressure)
         uint8_t buf[4096];
         ssize_t n = read(rig->in, buf, sizeof(buf));
         for (ssize_t i = 0; i < n; i++)
-            ck_assert_uint_eq(buf[i], (uint8_t)(got++ * 13));
+            HOLDS(buf[i] == (uint8_t)(got++ * 13));
         turn(rig);
     }
     ck_assert_uint_eq(got, sent);
@@ -548,12 +549,12 @@ START_TEST(state_moves_pending_bytes)
     ssize_t n;
     while ((n = read(a->in, buf, sizeof(buf))) > 0)
         for (ssize_t i = 0; i < n; i++)
-            ck_assert_uint_eq(buf[i], (uint8_t)(got++ * 13));
+            HOLDS(buf[i] == (uint8_t)(got++ * 13));
     turn(a); // the source's console has room now, but the bytes are the destination's
     ck_assert_int_eq(read(a->in, buf, sizeof(buf)), -1);
     while ((n = recv(b->in, buf, sizeof(buf), MSG_DONTWAIT)) > 0)
         for (ssize_t i = 0; i < n; i++)
-            ck_assert_uint_eq(buf[i], (uint8_t)(got++ * 13));
+            HOLDS(buf[i] == (uint8_t)(got++ * 13));
     ck_assert_uint_eq(got, sent);
 
     stream_mem_free(&mem);
@@ -764,8 +765,8 @@ START_TEST(threads)
     ck_assert(!pthread_create(&typist, NULL, echo_typist, rig));
     for (uint32_t i = 0; i < ECHO_TOTAL; i++) {
         uint8_t c;
-        ck_assert(!read_all(rig->in, &c, 1));
-        ck_assert_uint_eq(c, (uint8_t)(i * 31 + (i >> 8)));
+        HOLDS(!read_all(rig->in, &c, 1));
+        HOLDS(c == (uint8_t)(i * 31 + (i >> 8)));
     }
     atomic_store(&e.quit, true);
     pthread_join(typist, NULL);

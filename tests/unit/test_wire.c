@@ -17,6 +17,7 @@
 #include "migrate/pages.h"
 #include "migrate/switchover.h"
 #include "migrate/wire.h"
+#include "tests/check_ok.h"
 
 // --- a recorder: an endpoint that keeps what is written
 
@@ -545,9 +546,9 @@ START_TEST(test_shards)
             const struct page_shard s = {index, count};
             uint64_t before = 0;
             for (uint64_t p = 0; (p = page_shard_find(&s, map, SHARDED, p)) < SHARDED; p++) {
-                ck_assert(bitmap_test(map, p) && page_shard_has(&s, p, 1));
-                ck_assert(!seen || p >= before);
-                ck_assert(!owner[p / 64] || owner[p / 64] == index + 1);
+                HOLDS(bitmap_test(map, p) && page_shard_has(&s, p, 1));
+                HOLDS(!seen || p >= before);
+                HOLDS(!owner[p / 64] || owner[p / 64] == index + 1);
                 owner[p / 64] = index + 1;
                 before = p;
                 seen++;
@@ -841,10 +842,8 @@ START_TEST(test_latency_buckets)
     ck_assert_uint_eq(wire_latency_percentile(&faults, 50), 0);
     for (uint64_t us = 0, last = 0; us < 100000; us++) {
         unsigned bucket = wire_latency_bucket(us * 1000);
-        ck_assert_uint_lt(bucket, WIRE_LATENCY_BUCKETS);
-        ck_assert_uint_ge(bucket, last);
-        ck_assert_uint_le(wire_latency_us(bucket), us);
-        ck_assert_uint_gt(wire_latency_us(bucket + 1), us);
+        HOLDS(bucket < WIRE_LATENCY_BUCKETS && bucket >= last);
+        HOLDS(wire_latency_us(bucket) <= us && wire_latency_us(bucket + 1) > us);
         last = bucket;
         faults.count[bucket] += us >= 100 && us < 200;
     }
