@@ -9,6 +9,7 @@
 #include "migrate/bitmap.h"
 #include "migrate/blockpost.h"
 #include "tests/check_ok.h"
+#include "tests/random.h"
 #include "tests/unit/fake_disk.h"
 
 enum { SIZE = 40 * DISK_BLOCK + 1536, STREAM_MAX = 16 * MiB };
@@ -91,13 +92,13 @@ static void pass(struct block_move *bm, struct link *l, uint64_t max)
         OK(block_move_record(bm, &l->wire, max, &more, &err));
 }
 
-static void fill(struct fake_disk *f, unsigned seed)
+static void fill(struct fake_disk *f, uint64_t seed)
 {
-    srand(seed);
     for (unsigned i = 0; i < 60; i++) {
-        uint64_t at = (uint64_t)rand() % (f->size / DISK_UNIT) * DISK_UNIT;
-        uint64_t len = 512 + (uint64_t)rand() % (f->size - at - 511);
-        fake_guest(f, at, rand() % 3 ? rand() % 255 + 1 : 0, len < 100000 ? len : 100000);
+        uint64_t at = random_below(&seed, f->size / DISK_UNIT) * DISK_UNIT;
+        uint64_t len = 512 + random_below(&seed, f->size - at - 511);
+        int value = random_below(&seed, 3) ? (int)random_below(&seed, 255) + 1 : 0;
+        fake_guest(f, at, value, len < 100000 ? len : 100000);
     }
 }
 
