@@ -24,6 +24,7 @@ struct outgoing {
     enum owner_source owner;
     bool was_running; // the guest ran before the switch
     bool logging;     // `dirty` is started
+    bool main_lost;   // was shut down; closed at the end
     struct ram_dirty dirty;
     uint64_t *todo; // pages still to send
     struct page_batch *batch;
