@@ -416,7 +416,7 @@ static void split_push(struct virtqueue *vq, const struct virtqueue_used *group,
     for (unsigned i = 0; i < nr; i++) {
         struct used_elem elem = {group[i].chain->id, group[i].written};
         uint32_t offset = used_offset(vq, vq->next_used);
-        memcpy(vq->device + offset, &elem, sizeof(elem));
+        ram_copy(vq->device + offset, &elem, sizeof(elem));
         vq->next_used++;
         ram_mark_dirty(vq->ram, vq->device_gpa + offset, sizeof(elem));
     }
@@ -427,8 +427,8 @@ static void split_push(struct virtqueue *vq, const struct virtqueue_used *group,
 static uint16_t packed_element(struct virtqueue *vq, const struct virtqueue_used *u)
 {
     uint8_t *d = vq->desc + (size_t)DESC_SIZE * vq->next_used;
-    memcpy(d + 8, &u->written, sizeof(u->written));
-    memcpy(d + 12, &u->chain->id, sizeof(u->chain->id));
+    ram_copy(d + 8, &u->written, sizeof(u->written));
+    ram_copy(d + 12, &u->chain->id, sizeof(u->chain->id));
     uint16_t flags =
         (uint16_t)((vq->used_wrap ? DESC_AVAIL | DESC_USED : 0) | (u->written ? DESC_WRITE : 0));
     packed_advance(vq, &vq->next_used, &vq->used_wrap, u->chain->slots);
@@ -605,7 +605,7 @@ size_t chain_write(struct ram *ram, const struct virtqueue_chain *c, uint64_t fr
             continue;
         }
         size_t take = have - from < len - done ? have - from : len - done;
-        memcpy((uint8_t *)c->iov[i].iov_base + from, (const uint8_t *)data + done, take);
+        ram_copy((uint8_t *)c->iov[i].iov_base + from, (const uint8_t *)data + done, take);
         ram_mark_dirty(ram, c->gpa[i] + from, take);
         done += take;
         from = 0;

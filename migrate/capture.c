@@ -281,7 +281,8 @@ static int fault_serve(struct capture *c, uint64_t page, struct error *err)
         uint64_t slot = c->put % c->nr_aside;
         c->aside[slot].first = first;
         bits_take(c->todo, first, end, c->aside[slot].bits);
-        memcpy(c->data + slot * c->unit * PAGE_SIZE, ram_page(c->ram, first), c->unit * PAGE_SIZE);
+        ram_copy(c->data + slot * c->unit * PAGE_SIZE, ram_page(c->ram, first),
+                 c->unit * PAGE_SIZE);
         c->put++;
         c->counts.aside += c->unit;
         pthread_cond_broadcast(&c->changed);
@@ -378,7 +379,7 @@ static int drain_step(struct capture *c, const struct capture_sink *sink, uint64
     c->busy_first = first;
     c->busy_end = end;
     pthread_mutex_unlock(&c->lock);
-    memcpy(c->bounce, ram_page(c->ram, first), (end - first) * PAGE_SIZE);
+    ram_copy(c->bounce, ram_page(c->ram, first), (end - first) * PAGE_SIZE);
     pthread_mutex_lock(&c->lock);
     c->busy_first = c->busy_end = 0;
     bitmap_fill(c->armed, first, end - first, false);

@@ -47,7 +47,7 @@ uint32_t crc32c(uint32_t crc, const void *data, size_t len)
 
 #define QUARTER (PAGE_SIZE / 4)
 
-static inline uint64_t word(const uint8_t *p)
+__attribute__((no_sanitize("thread"))) static inline uint64_t word(const uint8_t *p)
 {
     uint64_t v;
     memcpy(&v, p, sizeof(v));

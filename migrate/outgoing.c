@@ -513,7 +513,8 @@ static int failed(struct outgoing *out, int ret, struct error *err)
     owner_source_step(&out->owner, event, &action);
     bool release = action == OWNER_RESUME && event == SOURCE_EV_LOST && out->prepared;
     if (action == OWNER_ASK) {
-        channel_close(&out->main);
+        channel_shutdown(&out->main); // not close: who serves demands may be about to do the same
+        out->main_lost = true;
         action = ask(out, err);
         ret = action == OWNER_RELEASE ? 0 : err->code;
     } else if (out->owner == SOURCE_RUNNING) {
@@ -578,8 +579,8 @@ static int settle(struct outgoing *out, struct error *err)
     out->main.cancel_fd = out->m->sever_fd;
     out->main.limit = &out->m->bandwidth; // what is asked for goes past it
     if (out->postcopy)
-        ret = out->main.fd < 0 ? error_set(&why, -ENOTCONN, "the connection was lost")
-                               : postcopy_push(out, &why);
+        ret = out->main_lost ? error_set(&why, -ENOTCONN, "the connection was lost")
+                             : postcopy_push(out, &why);
     owner_source_step(&out->owner, ret ? SOURCE_EV_LOST : SOURCE_EV_COMPLETE, &action);
     if (!ret)
         return 0;
@@ -613,7 +614,7 @@ static int migrate_run(struct outgoing *out, struct error *err)
         disks_gone(out);
     if (!ret)
         ret = settle(out, err);
-    if (!ret && out->main.fd >= 0)
+    if (!ret && !out->main_lost)
         wire_put(&out->main.wire, WIRE_BYE, 0, NULL, 0, NULL, 0, NULL);
     return ret;
 }

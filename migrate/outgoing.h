@@ -25,6 +25,7 @@ struct outgoing {
     bool was_running; // the guest ran before the switch
     bool prepared;    // the destination has been told to load it, and may have
     bool logging;     // `dirty` is started
+    bool main_lost;   // was shut down; closed at the end
     struct ram_dirty dirty;
     uint64_t *todo; // pages still to send
     struct page_batch *batch;

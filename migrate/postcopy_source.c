@@ -440,7 +440,10 @@ static int push_all(struct outgoing *out, struct error *err)
     struct postcopy_source *ps = out->postcopy;
     uint64_t report_at = 0;
     int ret = 0;
-    outgoing_round(out, bitmap_count(out->todo, out->vm->ram.pages) * PAGE_SIZE);
+    pthread_mutex_lock(&ps->lock); // the demand thread has begun
+    uint64_t all = bitmap_count(out->todo, out->vm->ram.pages);
+    pthread_mutex_unlock(&ps->lock);
+    outgoing_round(out, all * PAGE_SIZE);
     outgoing_progress(out, MIGRATE_PUSHING, out->round_bytes);
     wait_quiet(ps);
     do {

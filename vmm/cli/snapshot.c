@@ -11,6 +11,7 @@
 
 #include "migrate/snapshot.h"
 #include "vmm/cli/cli.h"
+#include "vmm/cli/jail.h"
 #include "vmm/cli/registry.h"
 #include "vmm/control.h"
 #include "vmm/util.h"
@@ -119,6 +120,18 @@ static json_t *whole_path(const char *name, const char *path)
     return json_string(whole);
 }
 
+// What a VM in a jail says of its file is the name there.
+static void path_outside(const char *name, json_t *result)
+{
+    struct jail_config jail;
+    char outside[PATH_MAX];
+    const char *path = json_string_value(json_object_get(result, "path"));
+    if (!path || !registry_jail(name, &jail, NULL, NULL))
+        return;
+    jail_outside(&jail, path, outside);
+    json_object_set_new(result, "path", json_string(outside));
+}
+
 static int create(int argc, char **argv, struct error *err)
 {
     struct args args;
@@ -146,6 +159,8 @@ static int create(int argc, char **argv, struct error *err)
         json_object_set_new(request, "compress", json_string(args.compress));
     ret = control_call(path, "PUT", "/snapshot/file", request, &result, NULL, NULL, err);
     json_decref(request);
+    if (!ret)
+        path_outside(args.word[0], result);
     if (!ret)
         finish(result ? result : json_object(), args.json);
     return ret;
