@@ -218,9 +218,8 @@ class DiskMoves(LabTest):
         before = self.static(a)
 
         def hurt(target):
-            for command, status in ((("snapshot", self.lab.path("s")), lab.FAILED),
-                                    (("set", "disk0.size=1G"), None),
-                                    (("migrate", "tcp:127.0.0.1:9", "--disk"), None)):
+            for command in (("snapshot", self.lab.path("s")), ("rollback", self.lab.path("before")),
+                            ("set", "disk0.size=1G"), ("migrate", "tcp:127.0.0.1:9", "--disk")):
                 result = target.ferry(*command)
                 self.assertNotEqual(lab.OK, result.status)
                 self.assertIn("still at the host", result.stderr)
@@ -229,6 +228,7 @@ class DiskMoves(LabTest):
             target.stderr.wait(re.compile(rb"and [1-9]\d* blocks \(of 64 KiB\) of its disks are still"))
 
         vm = self.walker(a)
+        self.assertStatus(vm.ferry("snapshot", self.lab.path("before")), lab.OK)
         target, client, address = self.late(vm, b, hurt)
         self.assertEqual(lab.FAILED, client.wait())
         self.stranger(a)

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -164,6 +165,11 @@ int rollback_begin(struct session *s, const char *path, struct control_request *
 {
     if (s->rollback)
         return error_set(err, -EBUSY, "another rollback is under way");
+    // What still comes from there would come into the guest that is put in its place.
+    if (atomic_load(&s->vm->ram.missing) && !s->lazy)
+        return error_set(err, -EBUSY,
+                         "rollback: a part of the guest is still at the host it came "
+                         "from: wait for the migration's end");
     struct rollback *r = calloc(1, sizeof(*r));
     if (!r)
         return error_set(err, -ENOMEM, "no memory");
