@@ -123,6 +123,11 @@ int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, str
     return 0;
 }
 
+int sched_watch_anchor(void)
+{
+    return -1;
+}
+
 void sched_watch_close(struct sched_watch *w)
 {
 }

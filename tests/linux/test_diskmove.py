@@ -238,7 +238,7 @@ class DiskMoves(LabTest):
         again = self.assertStatus(
             self.lab.ferry("migrate", "recover", vm.name, address, "--json"), lab.OK).json()
         self.assertEnds(vm, lab.OK, "migrated")
-        self.assertGreater(again["pushed_blocks"], 100)
+        self.assertGreater(again["pushed_blocks"] + again["demand_blocks"], 0)
         self.assertEqual(1, again["recoveries"])
         self.walks(target)
         self.assertEqual(before, self.static(b))
