@@ -585,13 +585,18 @@ static int settle(struct outgoing *out, struct error *err)
     if (!ret)
         return 0;
     const char *text = atomic_load(&out->m->severed) ? "paused by the user" : why.text;
-    return error_set(
-        err, ret,
-        "post-copy broke off: %s. The guest belongs to %s and waits there for what is "
-        "still here (%llu pages and %llu blocks of 64 KiB were not sent); both sides "
-        "stay paused. When the link is back: ferry migrate recover %s %s",
-        text, out->params->to, (unsigned long long)bitmap_count(out->todo, out->vm->ram.pages),
-        (unsigned long long)(disks_left(out) / DISK_BLOCK), out->vm->name, out->params->to);
+    uint64_t blocks = disks_left(out) / DISK_BLOCK;
+    char and_blocks[64] = "";
+    if (blocks)
+        snprintf(and_blocks, sizeof(and_blocks), " and %llu blocks of 64 KiB",
+                 (unsigned long long)blocks);
+    return error_set(err, ret,
+                     "post-copy broke off: %s. The guest belongs to %s and waits there for what is "
+                     "still here (%llu pages%s were not sent); both sides stay paused. When the "
+                     "link is back: ferry migrate recover %s %s",
+                     text, out->params->to,
+                     (unsigned long long)bitmap_count(out->todo, out->vm->ram.pages), and_blocks,
+                     out->vm->name, out->params->to);
 }
 
 static int migrate_run(struct outgoing *out, struct error *err)

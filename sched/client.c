@@ -192,8 +192,9 @@ static int daemon_connect(struct sched_client *c, struct error *err)
 // Past TSan, which takes a mapping for a write to all of it: threads go on using what is there.
 static int page_replace(struct sched_client *c, int flags, int fd)
 {
-    long ret = syscall(SYS_mmap, c->page, SCHED_PAGE_BYTES, PROT_READ | PROT_WRITE,
-                       flags | MAP_FIXED, fd, 0);
+    // The last argument goes over the stack: an int would leave half of it to chance.
+    long ret = syscall(SYS_mmap, c->page, (long)SCHED_PAGE_BYTES, (long)(PROT_READ | PROT_WRITE),
+                       (long)(flags | MAP_FIXED), (long)fd, 0L);
     return ret == -1 ? -errno : 0;
 }
 

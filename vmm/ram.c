@@ -56,7 +56,8 @@ static int numa_apply(const struct ram *ram, const char *policy, struct error *e
             continue;
         if (node_list_parse(policy + len, mask))
             break;
-        if (syscall(SYS_mbind, ram->map, ram->map_len, modes[i].mode, mask, NUMA_NODES_MAX + 1, 0))
+        const unsigned long most = NUMA_NODES_MAX + 1, flags = 0; // as wide as the kernel reads
+        if (syscall(SYS_mbind, ram->map, ram->map_len, modes[i].mode, mask, most, flags))
             return error_errno(err, "NUMA policy %s", policy);
         return 0;
     }

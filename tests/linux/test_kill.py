@@ -240,7 +240,7 @@ class Kills(LabTest):
         client.stderr.wait(b"pushing")
         target.end()
         self.assertEqual(lab.FAILED, client.wait())
-        self.assertIn("waits there for pages that are still here", client.errors())
+        self.assertIn("waits there for what is still here", client.errors())
         what, guest = self.destination_killed(vm, target, address, oracle)
         self.assertEqual(("destination, lacking pages", None), (what, guest))
         # Nobody is there to take the rest.
