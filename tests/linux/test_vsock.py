@@ -199,7 +199,13 @@ class Vsock(unittest.TestCase):
         self.assertEqual(b"", sock.recv(1))
         again = self.lab.vm("restore", snapshot, "--vsock", f"cid=9,path={self.path}")
         again.command("true")
-        sock = self.connect(1000)  # the server in the guest still listens
+        # The server in the guest still listens, under the new CID, once the guest has seen that.
+        for _ in range(lab.LIMIT * 20):
+            sock = self.connect(1000)
+            if sock:
+                break
+            threading.Event().wait(0.05)
+        self.assertIsNotNone(sock)
         sock.sendall(b"again!")
         self.assertEqual(b"again!", exactly(sock, 6))
         self.assertEqual(9, self.info(again)["cid"])
