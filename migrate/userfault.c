@@ -103,64 +103,67 @@ static int wake(int fd, const void *start, uint64_t len, struct error *err)
     return ioctl(fd, UFFDIO_WAKE, &range) ? error_errno(err, "UFFDIO_WAKE") : 0;
 }
 
-int uffd_copy(int fd, void *to, const void *from, uint64_t len, struct error *err)
+// One call for a part of the range: 0, all of it; else errno, or *done > 0: so many bytes, and the
+// next call says why.
+typedef int place_part(int fd, uint64_t to, uint64_t from, uint64_t len, int64_t *done);
+
+static int copy_part(int fd, uint64_t to, uint64_t from, uint64_t len, int64_t *done)
 {
-    for (uint64_t at = 0; at < len;) {
-        struct uffdio_copy copy = {
-            .dst = (uintptr_t)to + at, .src = (uintptr_t)from + at, .len = len - at};
-        if (!ioctl(fd, UFFDIO_COPY, &copy))
-            return 0;
-        if (copy.copy > 0) { // a part: the next call says why
-            at += (uint64_t)copy.copy;
-        } else if (errno == EEXIST) {
-            int ret = wake(fd, (uint8_t *)to + at, PAGE_SIZE, err);
-            if (ret)
-                return ret;
-            at += PAGE_SIZE;
-        } else if (errno != EAGAIN && errno != EINTR) {
-            return error_errno(err, "UFFDIO_COPY of %llu bytes", (unsigned long long)(len - at));
-        }
-    }
-    return 0;
+    struct uffdio_copy copy = {.dst = to, .src = from, .len = len};
+    int ret = ioctl(fd, UFFDIO_COPY, &copy);
+    *done = copy.copy;
+    return ret;
 }
 
-int uffd_zero(int fd, void *start, uint64_t len, struct error *err)
+static int zero_part(int fd, uint64_t to, uint64_t from, uint64_t len, int64_t *done)
 {
-    for (uint64_t at = 0; at < len;) {
-        struct uffdio_zeropage zero = {.range = {.start = (uintptr_t)start + at, .len = len - at}};
-        if (!ioctl(fd, UFFDIO_ZEROPAGE, &zero))
-            return 0;
-        if (zero.zeropage > 0) {
-            at += (uint64_t)zero.zeropage;
-        } else if (errno == EEXIST) {
-            int ret = wake(fd, (uint8_t *)start + at, PAGE_SIZE, err);
-            if (ret)
-                return ret;
-            at += PAGE_SIZE;
-        } else if (errno != EAGAIN && errno != EINTR) {
-            return error_errno(err, "UFFDIO_ZEROPAGE");
-        }
-    }
-    return 0;
+    struct uffdio_zeropage zero = {.range = {.start = to, .len = len}};
+    int ret = ioctl(fd, UFFDIO_ZEROPAGE, &zero);
+    *done = zero.zeropage;
+    return ret;
 }
 
-int uffd_continue(int fd, void *start, uint64_t len, uint64_t unit, struct error *err)
+static int continue_part(int fd, uint64_t to, uint64_t from, uint64_t len, int64_t *done)
+{
+    struct uffdio_continue show = {.range = {.start = to, .len = len}};
+    int ret = ioctl(fd, UFFDIO_CONTINUE, &show);
+    *done = show.mapped;
+    return ret;
+}
+
+// What is there already is left as it is, and who waits for it is woken.
+static int place(int fd, place_part *part, const char *name, void *to, const void *from,
+                 uint64_t len, uint64_t unit, struct error *err)
 {
     for (uint64_t at = 0; at < len;) {
-        struct uffdio_continue show = {.range = {.start = (uintptr_t)start + at, .len = len - at}};
-        if (!ioctl(fd, UFFDIO_CONTINUE, &show))
+        int64_t done;
+        if (!part(fd, (uintptr_t)to + at, (uintptr_t)from + at, len - at, &done))
             return 0;
-        if (show.mapped > 0) {
-            at += (uint64_t)show.mapped;
+        if (done > 0) {
+            at += (uint64_t)done;
         } else if (errno == EEXIST) {
-            int ret = wake(fd, (uint8_t *)start + at, unit, err);
+            int ret = wake(fd, (uint8_t *)to + at, unit, err);
             if (ret)
                 return ret;
             at += unit;
         } else if (errno != EAGAIN && errno != EINTR) {
-            return error_errno(err, "UFFDIO_CONTINUE of %llu KiB",
-                               (unsigned long long)((len - at) / KiB));
+            return error_errno(err, "%s of %llu bytes", name, (unsigned long long)(len - at));
         }
     }
     return 0;
+}
+
+int uffd_copy(int fd, void *to, const void *from, uint64_t len, struct error *err)
+{
+    return place(fd, copy_part, "UFFDIO_COPY", to, from, len, PAGE_SIZE, err);
+}
+
+int uffd_zero(int fd, void *start, uint64_t len, struct error *err)
+{
+    return place(fd, zero_part, "UFFDIO_ZEROPAGE", start, NULL, len, PAGE_SIZE, err);
+}
+
+int uffd_continue(int fd, void *start, uint64_t len, uint64_t unit, struct error *err)
+{
+    return place(fd, continue_part, "UFFDIO_CONTINUE", start, NULL, len, unit, err);
 }
