@@ -7,6 +7,7 @@
 #include <sys/eventfd.h>
 
 #include "devices/blk_engine.h"
+#include "vmm/bitmap.h"
 #include "vmm/disk.h"
 
 struct blk_absent {
@@ -26,26 +27,6 @@ struct blk_absent {
     int wake_fd;
 };
 
-static bool test(const uint64_t *map, uint64_t bit)
-{
-    return map[bit / 64] >> bit % 64 & 1;
-}
-
-static void set(uint64_t *map, uint64_t bit)
-{
-    map[bit / 64] |= 1ull << bit % 64;
-}
-
-static void clear(uint64_t *map, uint64_t bit)
-{
-    map[bit / 64] &= ~(1ull << bit % 64);
-}
-
-static size_t words(const struct blk_absent *a)
-{
-    return (size_t)(a->nr / 64 + 1);
-}
-
 struct blk_absent *blk_absent_create(uint64_t *missing, uint64_t size, int wake_fd,
                                      void (*ring)(void *arg, unsigned queue), void *arg)
 {
@@ -55,17 +36,16 @@ struct blk_absent *blk_absent_create(uint64_t *missing, uint64_t size, int wake_
     uint64_t nr = (size + DISK_BLOCK - 1) / DISK_BLOCK;
     *a = (struct blk_absent) {.ring = ring, .arg = arg, .size = size, .nr = nr, .wake_fd = wake_fd};
     pthread_mutex_init(&a->lock, NULL);
-    a->filling = calloc(words(a), 8);
-    a->waited = calloc(words(a), 8);
-    a->untold = calloc(words(a), 8);
+    a->filling = calloc(bitmap_words(nr), 8);
+    a->waited = calloc(bitmap_words(nr), 8);
+    a->untold = calloc(bitmap_words(nr), 8);
     if (!a->filling || !a->waited || !a->untold) {
         blk_absent_free(a);
         return NULL;
     }
     a->missing = missing;
     a->untold_lowest = nr;
-    for (uint64_t i = 0; i < (nr + 63) / 64; i++)
-        a->left += (unsigned)__builtin_popcountll(missing[i]);
+    a->left = bitmap_count(missing, nr);
     return a;
 }
 
@@ -85,16 +65,16 @@ void blk_absent_free(struct blk_absent *a)
 
 static void tell(struct blk_absent *a, uint64_t block)
 {
-    set(a->untold, block);
+    bitmap_set(a->untold, block);
     a->untold_lowest = block < a->untold_lowest ? block : a->untold_lowest;
 }
 
 static void wait_for(struct blk_absent *a, uint64_t block, bool *news)
 {
-    if (test(a->waited, block))
+    if (bitmap_test(a->waited, block))
         return;
-    set(a->waited, block);
-    if (test(a->filling, block))
+    bitmap_set(a->waited, block);
+    if (bitmap_test(a->filling, block))
         return; // it comes
     tell(a, block);
     *news = true;
@@ -125,7 +105,7 @@ static bool may_fill(const struct blk_absent *a, const struct blk_request *r,
                      const struct stretch *t, uint64_t block)
 {
     return (r->op == BLK_WRITE || r->op == BLK_ZERO) && r->nr_ranges == 1 && whole(t, block) &&
-           !test(a->filling, block) && !test(a->waited, block);
+           !bitmap_test(a->filling, block) && !bitmap_test(a->waited, block);
 }
 
 enum { TOUCHES = 1, WAITS = 2 };
@@ -136,7 +116,7 @@ static unsigned request_look(const struct blk_absent *a, const struct blk_reques
     for (unsigned i = 0; i < r->nr_ranges; i++) {
         struct stretch t = stretch_of(a, &r->ranges[i]);
         for (uint64_t block = t.first; block <= t.last; block++)
-            if (test(a->missing, block))
+            if (bitmap_test(a->missing, block))
                 found |= TOUCHES | (may_fill(a, r, &t, block) ? 0 : WAITS);
     }
     return found;
@@ -150,7 +130,7 @@ static bool request_park(struct blk_absent *a, const struct blk_request *r)
     for (unsigned i = 0; i < r->nr_ranges; i++) {
         struct stretch t = stretch_of(a, &r->ranges[i]);
         for (uint64_t block = t.first; block <= t.last; block++)
-            if (test(a->missing, block))
+            if (bitmap_test(a->missing, block))
                 wait_for(a, block, &news);
     }
     a->parked |= 1u << r->queue;
@@ -161,8 +141,8 @@ static void request_fill(struct blk_absent *a, const struct blk_request *r)
 {
     struct stretch t = stretch_of(a, &r->ranges[0]);
     for (uint64_t block = t.first; block <= t.last; block++)
-        if (test(a->missing, block))
-            set(a->filling, block);
+        if (bitmap_test(a->missing, block))
+            bitmap_set(a->filling, block);
 }
 
 enum blk_absent_verdict blk_absent_look(struct blk_absent *a, const struct blk_request *r)
@@ -198,12 +178,12 @@ void blk_absent_unpark(struct blk_absent *a, unsigned queue)
 // Under the lock. The queues to tell.
 static uint32_t fill_end(struct blk_absent *a, uint64_t block, bool written)
 {
-    bool waited = test(a->waited, block);
-    clear(a->filling, block);
+    bool waited = bitmap_test(a->waited, block);
+    bitmap_clear(a->filling, block);
     if (written) {
-        clear(a->missing, block);
-        clear(a->waited, block);
-        clear(a->untold, block);
+        bitmap_clear(a->missing, block);
+        bitmap_clear(a->waited, block);
+        bitmap_clear(a->untold, block);
         if (!--a->left && a->wake_fd >= 0)
             eventfd_write(a->wake_fd, 1); // somebody waits for that
     } else if (waited) {
@@ -227,7 +207,7 @@ void blk_absent_done(struct blk_absent *a, const struct blk_request *r, bool wri
     pthread_mutex_lock(&a->lock);
     struct stretch t = stretch_of(a, &r->ranges[0]);
     for (uint64_t block = t.first; block <= t.last; block++)
-        if (test(a->filling, block))
+        if (bitmap_test(a->filling, block))
             queues |= fill_end(a, block, written);
     pthread_mutex_unlock(&a->lock);
     ring(a, queues);
@@ -236,9 +216,9 @@ void blk_absent_done(struct blk_absent *a, const struct blk_request *r, bool wri
 bool blk_absent_fill_begin(struct blk_absent *a, uint64_t block)
 {
     pthread_mutex_lock(&a->lock);
-    bool ours = block < a->nr && test(a->missing, block) && !test(a->filling, block);
+    bool ours = block < a->nr && bitmap_test(a->missing, block) && !bitmap_test(a->filling, block);
     if (ours)
-        set(a->filling, block);
+        bitmap_set(a->filling, block);
     pthread_mutex_unlock(&a->lock);
     return ours;
 }
@@ -257,14 +237,14 @@ unsigned blk_absent_wanted(struct blk_absent *a, uint64_t *blocks, unsigned max)
 {
     unsigned nr = 0;
     pthread_mutex_lock(&a->lock);
-    uint64_t word = a->untold_lowest / 64, end = (a->nr + 63) / 64;
+    uint64_t word = a->untold_lowest / 64, end = bitmap_words(a->nr);
     while (word < end && nr < max) {
         if (!a->untold[word]) {
             word++;
             continue;
         }
         uint64_t block = word * 64 + (unsigned)__builtin_ctzll(a->untold[word]);
-        clear(a->untold, block);
+        bitmap_clear(a->untold, block);
         blocks[nr++] = block;
     }
     a->untold_lowest = word * 64 < a->nr ? word * 64 : a->nr;
@@ -275,7 +255,7 @@ unsigned blk_absent_wanted(struct blk_absent *a, uint64_t *blocks, unsigned max)
 void blk_absent_again(struct blk_absent *a)
 {
     pthread_mutex_lock(&a->lock);
-    for (uint64_t i = 0; i < (a->nr + 63) / 64; i++)
+    for (uint64_t i = 0; i < bitmap_words(a->nr); i++)
         if (a->waited[i]) // of a large disk little is: the rest of the map stays untouched
             a->untold[i] = a->waited[i] & ~a->filling[i];
     a->untold_lowest = 0;
@@ -294,7 +274,7 @@ uint64_t blk_absent_missing(struct blk_absent *a, uint64_t *copy)
     pthread_mutex_lock(&a->lock);
     uint64_t left = a->left;
     if (copy)
-        memcpy(copy, a->missing, (size_t)((a->nr + 63) / 64) * 8);
+        memcpy(copy, a->missing, bitmap_words(a->nr) * 8);
     pthread_mutex_unlock(&a->lock);
     return left;
 }

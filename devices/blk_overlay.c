@@ -9,6 +9,7 @@
 #include <sys/stat.h>
 #include <zlib.h>
 
+#include "vmm/bitmap.h"
 #include "vmm/util.h"
 
 enum { VERSION = 1, FROZEN = 1, TABLE_OFFSET = BLK_OVERLAY_TABLE, HEAD_BYTES = 64 * 1024 };
@@ -334,23 +335,13 @@ uint64_t blk_overlay_run(const struct blk_overlay *o, uint64_t offset, uint64_t 
     return end - offset < len ? end - offset : len;
 }
 
-static void bit_set(uint64_t *bits, size_t i)
-{
-    bits[i / 64] |= 1ull << i % 64;
-}
-
-static bool bit_get(const uint64_t *bits, size_t i)
-{
-    return bits[i / 64] >> i % 64 & 1;
-}
-
 void blk_overlay_set(struct blk_overlay *o, uint64_t offset, uint64_t len)
 {
     for (uint64_t c = offset / BLK_CLUSTER; c < clusters(offset + len); c++) {
         if (cluster_present(o, c))
             continue;
         o->present[c / 8] |= (uint8_t)(1u << c % 8);
-        bit_set(o->changed, (size_t)(c / 8 / PAGE_SIZE));
+        bitmap_set(o->changed, (size_t)(c / 8 / PAGE_SIZE));
     }
 }
 
@@ -380,12 +371,12 @@ bool blk_overlay_staged(const struct blk_overlay *o)
 bool blk_overlay_next(struct blk_overlay *o, uint64_t *offset, void **data, size_t *len)
 {
     size_t first = o->write_page, end;
-    while (first < table_pages(o) && !bit_get(o->unwritten, first))
+    while (first < table_pages(o) && !bitmap_test(o->unwritten, first))
         first += o->unwritten[first / 64] >> first % 64 ? 1 : 64 - first % 64;
     o->write_page = first;
     if (first >= table_pages(o))
         return false;
-    for (end = first + 1; end < table_pages(o) && bit_get(o->unwritten, end); end++)
+    for (end = first + 1; end < table_pages(o) && bitmap_test(o->unwritten, end); end++)
         ;
     *offset = TABLE_OFFSET + first * PAGE_SIZE;
     *data = o->stable + first * PAGE_SIZE;
@@ -398,7 +389,7 @@ void blk_overlay_written(struct blk_overlay *o, uint64_t offset, size_t len)
     // A page of which a part was written is written again.
     size_t first = (size_t)(offset - TABLE_OFFSET) / PAGE_SIZE;
     for (size_t page = first; page < first + len / PAGE_SIZE; page++)
-        o->unwritten[page / 64] &= ~(1ull << page % 64);
+        bitmap_clear(o->unwritten, page);
 }
 
 int blk_overlay_sync(struct blk_overlay *o, struct error *err)

@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "vmm/bitmap.h"
 #include "vmm/util.h"
 
 // Virtio 1.2, 2.7.5 and 2.8.5: both formats share the size and the first three flags.
@@ -283,12 +284,12 @@ static int split_next(struct walk *w)
     uint16_t head = load16(avail_entry(vq, vq->next_avail));
     if (head >= vq->size)
         return broken(w, "head %u in a ring of %u", head, vq->size);
-    if (vq->heads[head / 64] & 1ull << head % 64)
+    if (bitmap_test(vq->heads, head))
         return broken(w, "head %u is in flight already", head);
     int ret = split_walk(w, head);
     if (ret)
         return ret;
-    vq->heads[head / 64] |= 1ull << head % 64;
+    bitmap_set(vq->heads, head);
     vq->next_avail++;
     w->chain->id = head;
     w->chain->slots = 1;
@@ -387,7 +388,7 @@ static void flight_end(struct virtqueue *vq, struct virtqueue_chain *c)
     c->next = c->prev = NULL;
     vq->in_flight = (uint16_t)(vq->in_flight - c->slots);
     if (!vq->packed)
-        vq->heads[c->id / 64] &= ~(1ull << c->id % 64);
+        bitmap_clear(vq->heads, c->id);
 }
 
 int virtqueue_next(struct virtqueue *vq, struct virtqueue_chain *chain, struct error *err)
@@ -743,10 +744,10 @@ static int replay_chain_load(struct virtqueue *vq, struct replay_chain *c, struc
     vq->in_flight = (uint16_t)(vq->in_flight + c->slots);
     if (vq->packed)
         return 0;
-    if (c->id >= vq->size || c->slots != 1 || vq->heads[c->id / 64] & 1ull << c->id % 64)
+    if (c->id >= vq->size || c->slots != 1 || bitmap_test(vq->heads, c->id))
         return error_set(err, -EBADMSG, "saved head %u with %u entries in a ring of %u", c->id,
                          c->slots, vq->size);
-    vq->heads[c->id / 64] |= 1ull << c->id % 64;
+    bitmap_set(vq->heads, c->id);
     return 0;
 }
 

@@ -5,8 +5,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/crc32c.h"
+#include "vmm/bitmap.h"
 #include "vmm/vm.h"
 
 #define SYNC_BYTES (64 * MiB) // at the destination, at the latest

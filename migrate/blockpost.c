@@ -7,8 +7,8 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/crc32c.h"
+#include "vmm/bitmap.h"
 
 // --- maps of blocks as records
 

@@ -11,8 +11,8 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/userfault.h"
+#include "vmm/bitmap.h"
 
 // Of Linux 6.4; not in older headers.
 #define FEATURE_WP_UNPOPULATED (1ull << 13)

@@ -8,8 +8,8 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/userfault.h"
+#include "vmm/bitmap.h"
 
 enum { LOOK_PAGES = 4096 }; // asked about at once: 8 huge pages
 

@@ -15,9 +15,9 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/userfault.h"
 #include "migrate/workset.h"
+#include "vmm/bitmap.h"
 
 // UFFDIO_POISON (Linux 6.6); not in older headers.
 struct poison {

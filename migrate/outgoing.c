@@ -7,11 +7,11 @@
 #include <sys/eventfd.h>
 #include <sys/random.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/crc32c.h"
 #include "migrate/machine.h"
 #include "migrate/outgoing.h"
 #include "migrate/switchover.h"
+#include "vmm/bitmap.h"
 
 enum {
     ASK_TIMEOUT_MS = 5000, // for one question

@@ -5,9 +5,9 @@
 #include <fcntl.h>
 #include <string.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/crc32c.h"
 #include "migrate/pack.h"
+#include "vmm/bitmap.h"
 
 // pagemap bits (Documentation/admin-guide/mm/pagemap.rst)
 #define PAGEMAP_PRESENT (1ull << 63)

@@ -9,12 +9,12 @@
 #include <sys/uio.h>
 #include <time.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/blockpost.h"
 #include "migrate/crc32c.h"
 #include "migrate/landing.h"
 #include "migrate/pages.h"
 #include "migrate/userfault.h"
+#include "vmm/bitmap.h"
 
 enum {
     WAITS_MAX = 256, // requests whose latency is measured at a time: more than there are vCPUs

@@ -7,11 +7,11 @@
 #include <poll.h>
 #include <string.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/blockpost.h"
 #include "migrate/firsttouch.h"
 #include "migrate/outgoing.h"
 #include "migrate/switchover.h"
+#include "vmm/bitmap.h"
 
 // Pushed at a time: what a demanded page may find queued before it in this host's send path. More
 // where the link is so fast that several such records are under way: each wakes threads at both

@@ -5,9 +5,9 @@
 #include <poll.h>
 #include <string.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/outgoing.h"
 #include "migrate/switchover.h"
+#include "vmm/bitmap.h"
 #include "vmm/probe.h"
 
 // Before the first pause nobody knows the size of the state or what saving it takes; these are on

@@ -4,7 +4,7 @@
 #include <errno.h>
 #include <string.h>
 
-#include "migrate/bitmap.h"
+#include "vmm/bitmap.h"
 
 enum {
     NEAR = 64,      // pages: a fault this far beyond an edge is the same stream, which outran it

@@ -2,11 +2,11 @@
 #include <errno.h>
 #include <string.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/blockpost.h"
 #include "migrate/crc32c.h"
 #include "migrate/landing.h"
 #include "migrate/receive_internal.h"
+#include "vmm/bitmap.h"
 #include "vmm/stream.h"
 
 static int expect_streams(struct receive *r, struct error *err)

@@ -3,9 +3,9 @@
 #include <limits.h>
 #include <time.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/blockpost.h"
 #include "migrate/receive_internal.h"
+#include "vmm/bitmap.h"
 
 enum {
     PAUSE_MS = 2000, // a guest without its pages: what is not quiet by then waits for one

@@ -8,9 +8,9 @@
 #include <string.h>
 #include <sys/uio.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/pages.h"
 #include "migrate/snapfile_level.h"
+#include "vmm/bitmap.h"
 
 enum { AHEAD = 32 }; // chunks asked from the disk ahead
 

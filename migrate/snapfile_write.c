@@ -12,10 +12,10 @@
 #include <sys/random.h>
 #include <sys/stat.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/crc32c.h"
 #include "migrate/pages.h"
 #include "migrate/snapfile_format.h"
+#include "vmm/bitmap.h"
 
 #define CHUNK_BYTES (SNAPFILE_CHUNK_PAGES * PAGE_SIZE)
 

@@ -6,12 +6,12 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/capture.h"
 #include "migrate/disks.h"
 #include "migrate/machine.h"
 #include "migrate/pages.h"
 #include "migrate/workset.h"
+#include "vmm/bitmap.h"
 #include "vmm/stream.h"
 #include "vmm/vm.h"
 

@@ -9,8 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/outgoing.h"
+#include "vmm/bitmap.h"
 
 enum {
     PROGRESS_MS = 200,

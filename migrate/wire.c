@@ -4,8 +4,8 @@
 #include <errno.h>
 #include <string.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/crc32c.h"
+#include "vmm/bitmap.h"
 #include "vmm/ram.h"
 #include "vmm/vm.h"
 

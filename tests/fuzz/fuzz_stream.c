@@ -3,12 +3,12 @@
 // the input are made right first: otherwise nearly every input would end there.
 #include <string.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/blockpost.h"
 #include "migrate/crc32c.h"
 #include "migrate/pages.h"
 #include "migrate/wire.h"
 #include "tests/unit/fake_disk.h"
+#include "vmm/bitmap.h"
 
 #define MEMORY (16 * MiB)
 enum { DISK = 10 * DISK_BLOCK + 512 };

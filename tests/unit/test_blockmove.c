@@ -6,11 +6,11 @@
 #include <stdio.h>
 
 #include "devices/blk_engine.h"
-#include "migrate/bitmap.h"
 #include "migrate/blockpost.h"
 #include "tests/check_ok.h"
 #include "tests/random.h"
 #include "tests/unit/fake_disk.h"
+#include "vmm/bitmap.h"
 
 enum { SIZE = 40 * DISK_BLOCK + 1536, STREAM_MAX = 16 * MiB };
 

@@ -14,7 +14,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
-#include "migrate/bitmap.h"
+#include "vmm/bitmap.h"
 
 enum { WRITERS = 2 };
 

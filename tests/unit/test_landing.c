@@ -9,20 +9,13 @@
 #include <string.h>
 #include <unistd.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/landing.h"
 #include "migrate/userfault.h"
+#include "tests/check_ok.h"
+#include "vmm/bitmap.h"
 #include "vmm/util.h"
 
 enum { PAGES = RAM_MIN / PAGE_SIZE, HUGE = HUGE_PAGE / PAGE_SIZE };
-
-#define OK(call)                                     \
-    do {                                             \
-        struct error err = {0};                      \
-        int ok_ret = (call);                         \
-        if (ok_ret)                                  \
-            ck_abort_msg("%s: %s", #call, err.text); \
-    } while (0)
 
 // --- which units are complete
 

@@ -8,7 +8,6 @@
 #include <string.h>
 #include <sys/eventfd.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/channel.h"
 #include "migrate/machine.h"
 #include "migrate/migrate.h"
@@ -17,6 +16,7 @@
 #include "migrate/wire.h"
 #include "tests/bare/oracle.h"
 #include "tests/random.h"
+#include "vmm/bitmap.h"
 
 // --- one migration
 

@@ -6,9 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/pack.h"
 #include "migrate/pages.h"
+#include "vmm/bitmap.h"
 
 enum { MEMORY = 16 * 1024 * 1024, USED = 600 };
 

@@ -10,9 +10,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/prepage.h"
 #include "tests/check_ok.h"
+#include "vmm/bitmap.h"
 #include "vmm/util.h"
 
 enum {

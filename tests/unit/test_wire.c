@@ -11,13 +11,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "migrate/bitmap.h"
 #include "migrate/channel.h"
 #include "migrate/crc32c.h"
 #include "migrate/pages.h"
 #include "migrate/switchover.h"
 #include "migrate/wire.h"
 #include "tests/check_ok.h"
+#include "vmm/bitmap.h"
 
 // --- a recorder: an endpoint that keeps what is written
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "migrate/bitmap.h"
+#include "vmm/bitmap.h"
 
 uint64_t bitmap_find(const uint64_t *map, uint64_t bits, uint64_t from, bool value)
 {
