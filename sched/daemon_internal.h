@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Between daemon.c (sockets, VMs, the loop), turns.c (who runs) and report.c (what is told).
+// Between daemon.c (the loop), daemon_conns.c (what is said), daemon_vms.c (whose shares), turns.c
+// (who runs) and report.c (what is told).
 #pragma once
 
 #include <jansson.h>
@@ -11,10 +12,10 @@
 #include "vmm/util.h"
 
 enum {
+    VMS_MAX = 1024,
     TRACE_EVENTS = 65536,
     TRACE_NAMES = 512,
     EVENTS_PER_VCPU = 256,    // in one tick; more are seen by looking every POLL_NS
-    REQUESTS = 64,            // in 10 ms, of all connections
     POLL_NS = 1000000,        // also where the kernel's records cannot be had
     BRIEF_NS = 500000,        // that a vCPU with credit runs after it woke before it needs a turn
     TRANSIT_NS = 1000000,     // from a turn's beginning until the thread must have begun
@@ -122,11 +123,41 @@ static inline uint64_t now_of(const struct sched_daemon *d)
     return d->config.clock ? d->config.clock() : time_ns();
 }
 
+static inline bool mask_empty(const struct sched_mask *mask)
+{
+    for (unsigned i = 0; i < SCHED_MASK_WORDS; i++)
+        if (mask->bits[i])
+            return false;
+    return true;
+}
+
+static inline bool mask_has(const struct sched_mask *mask, unsigned cpu)
+{
+    return mask->bits[cpu / 64] >> cpu % 64 & 1;
+}
+
 // daemon.c
 // Waits for an event or the next deadline, and does what is due: 0; 1 when it was told to stop.
 int daemon_turn(struct sched_daemon *d, struct error *err);
 
+// daemon_conns.c
+void conns_accept(struct sched_daemon *d);
+void conn_ready(struct sched_daemon *d, struct conn *conn);
+void conns_sweep(struct sched_daemon *d); // frees the dead ones, when no event refers to them
+void conn_send(struct sched_daemon *d, struct conn *conn, const void *msg, size_t size,
+               const int *fds, unsigned nr);
+struct sched_head head_of(enum sched_msg_type type);
+
+// daemon_vms.c
+// Answers by itself; an error is the caller's to answer.
+int vm_register(struct sched_daemon *d, struct conn *conn, struct sched_register *reg,
+                struct error *err);
+int vm_set(struct sched_daemon *d, struct conn *conn, const struct sched_set *msg,
+           struct error *err);
+void vm_remove(struct sched_daemon *d, struct sched_vm *vm);
+
 // turns.c
+void vm_unlisten(struct sched_daemon *d, struct sched_vm *vm); // until the next tick
 int vcpu_join(struct sched_daemon *d, struct sched_vcpu *v, pid_t tid, struct error *err);
 void vcpu_begin(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now);
 void vcpu_leave(struct sched_daemon *d, struct sched_vcpu *v);

@@ -82,16 +82,17 @@ static void stuck_still(struct sched_vcpu *v)
 static void woke(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now);
 
 // Whether its going to sleep is an event. In its turn, and without one; but not from the end of its
-// turn until the next one: then it sleeps because it obeys.
+// turn until the next one: then it sleeps because it obeys. (Out of the poller and back: with no
+// events asked for, it would be woken all the same, and sleep again.)
 static void out_listen(struct sched_daemon *d, struct sched_vcpu *v, bool on)
 {
     if (v->watch.out_fd < 0 || v->vm->quiet || v->deaf == !on)
         return;
-    struct epoll_event ev = {.events = on ? EPOLLIN : 0, .data.ptr = &v->source};
+    struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &v->source};
     struct pollfd stale = {.fd = v->watch.out_fd, .events = POLLIN};
     if (on)
         poll(&stale, 1, 0); // takes what is known already
-    if (!epoll_ctl(d->epoll_fd, EPOLL_CTL_MOD, v->watch.out_fd, &ev))
+    if (!epoll_ctl(d->epoll_fd, on ? EPOLL_CTL_ADD : EPOLL_CTL_DEL, v->watch.out_fd, &ev))
         v->deaf = !on;
 }
 
@@ -410,6 +411,18 @@ static void discipline(struct sched_daemon *d, struct sched_vcpu *v, uint64_t no
     }
     v->loose_cpu_ns = v->charged_ns;
     v->loose_since_ns = now;
+}
+
+void vm_unlisten(struct sched_daemon *d, struct sched_vm *vm)
+{
+    vm->quiet = true;
+    epoll_ctl(d->epoll_fd, EPOLL_CTL_DEL, vm->bell, NULL);
+    for (unsigned i = 0; i < vm->nr; i++) {
+        if (vm->vcpus[i].watch.out_fd < 0)
+            continue;
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_DEL, vm->vcpus[i].watch.out_fd, NULL);
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_DEL, vm->vcpus[i].watch.in_fd, NULL);
+    }
 }
 
 static void vm_listen(struct sched_daemon *d, struct sched_vm *vm)

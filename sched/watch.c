@@ -266,7 +266,8 @@ void sched_watch_read(struct sched_watch *w, uint64_t now_ns)
         proc_look(w, now_ns);
         return;
     }
-    ring_drain(w, w->in_map, false);
+    if (w->listening)
+        ring_drain(w, w->in_map, false);
     if (ring_drain(w, w->out_map, true))
         w->fresh = true; // records were lost
     if (w->fresh)

@@ -61,16 +61,28 @@ class Sched(unittest.TestCase):
         all_vms = self.scheduled()
         return [all_vms[vm.name]["run_ns"] for vm in vms]
 
+    def windows(self, vms, cpu_s, nr):
+        """CPU time of each in `nr` windows, of `cpu_s` together each."""
+        result, last = [], self.run_ns(vms)
+
+        def passed():
+            now = self.run_ns(vms)
+            return now if sum(now) - sum(last) >= cpu_s * 1e9 else None
+
+        for _ in range(nr):
+            now = until(passed)
+            result.append([a - b for a, b in zip(now, last)])
+            last = now
+        return result
+
     def measure(self, vms, cpu_s):
         """Shares of the CPU time that they had, once it is `cpu_s` together."""
-        before = self.run_ns(vms)
-
-        def had():
-            had = [now - was for now, was in zip(self.run_ns(vms), before)]
-            return had if sum(had) >= cpu_s * 1e9 else None
-
-        had = until(had)
+        had = self.windows(vms, cpu_s, 1)[0]
         return [one / sum(had) for one in had]
+
+    def error(self, had, due):
+        """Of the shares, in points."""
+        return max(abs(h / sum(had) - d / sum(due)) for h, d in zip(had, due)) * 100
 
     def assert_shares(self, shares, due, tolerance=0.03):
         due = [one / sum(due) for one in due]
@@ -99,6 +111,32 @@ class Sched(unittest.TestCase):
         vms = [self.spin("-c", "1"), self.spin("-c", "4")]
         self.measure(vms, 0.3)
         self.assert_shares(self.measure(vms, self.SAMPLE), (1, 1))
+
+    def test_two_pcpus(self):
+        """On two pCPUs: at most 2 % off over 10 s, and 5 % in each second of it."""
+        if len(self.cpus) < 2:
+            self.skipTest("one CPU")
+        nr, cpu_s = (10, 2) if lab.LONG else (3, 0.4)
+        mixes = (((2, 512), (2, 256)), ((2, 256), (2, 512), (2, 1024)), ((4, 256), (1, 256)))
+        for mix in mixes:
+            daemon = self.scheduler(one=False)
+            vms = [self.spin("-c", str(nr_vcpus), "--weight", str(weight))
+                   for nr_vcpus, weight in mix]
+            due = [nr_vcpus * weight for nr_vcpus, weight in mix]
+            self.measure(vms, 0.5)
+            had = self.windows(vms, cpu_s, nr)
+            whole = self.error([sum(column) for column in zip(*had)], due)
+            worst = max(self.error(one, due) for one in had)
+            print(f"  vCPUs, weight {mix}: {whole:.2f} points off, at worst {worst:.2f} in "
+                  f"{cpu_s} s of CPU time")
+            self.assertLess(whole, 2 if lab.LONG else 5)
+            if lab.LONG:
+                self.assertLess(worst, 5)
+            for vm in vms:
+                vm.ferry("stop")
+                self.assertEqual(vm.wait(), lab.STOPPED)
+            daemon.child.kill()
+            daemon.child.wait()
 
     def test_caps(self):
         self.scheduler(one=False)
@@ -177,10 +215,12 @@ class Sched(unittest.TestCase):
         hogs = [self.spin() for _ in range(2)]
         vm = self.guest("steal", append="period_us=300000 irqs=1")
         until(lambda: self.steal(vm, 0) is not None)
-        until(lambda: self.steal(vm, 4))
-        stolen = self.steal(vm, 4) - self.steal(vm, 0)
-        print(f"  {stolen / 1e6:.1f} ms stolen of 1200 ms asleep beside {len(hogs)} hogs")
-        self.assertLess(stolen, 400e6)
+        before = self.waited(vm)
+        until(lambda: self.steal(vm, 5))
+        waited, stolen = self.waited(vm) - before, self.steal(vm, 4) - self.steal(vm, 1)
+        print(f"  {stolen / 1e6:.1f} ms stolen of 900 ms asleep beside {len(hogs)} hogs; waited, "
+              f"awake, {waited / 1e6:.1f} ms meanwhile")
+        self.assertLess(stolen, waited + 5e6)
 
     def test_pause_and_stop(self):
         self.scheduler()

@@ -25,7 +25,7 @@
 #include "sched/daemon.h"
 #include "vmm/util.h"
 
-enum { THREADS = 4, VMS = 8, WAIT_S = 120, STALL_S = 30 };
+enum { THREADS = 4, VMS = 8, WAIT_S = 120, SLICE_MS = 10 };
 
 static char dir[64], sock[80];
 static const struct log quiet = {.name = "sched", .level = LOG_ERROR, .fd = STDERR_FILENO};
@@ -310,7 +310,7 @@ static pid_t daemon_with(struct sched_daemon_config config)
 // With one pCPU or with all, and short slices: so short runs say much.
 static pid_t daemon_start(bool one)
 {
-    struct sched_daemon_config config = {.slice_ns = 10000000, .tick_ns = 5000000};
+    struct sched_daemon_config config = {.slice_ns = SLICE_MS * 1000000, .tick_ns = 5000000};
     int cpu = own_cpu(0);
     if (one)
         config.pcpus.bits[cpu / 64] = 1ull << cpu % 64;
@@ -671,39 +671,58 @@ static uint64_t longest_stall(struct fake *f)
     return longest;
 }
 
-// With a daemon, waiting for a turn is no more than the slices of the others at a pCPU.
+static int by_size(const void *a, const void *b)
+{
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static double middle_ms(uint64_t *values, unsigned nr)
+{
+    qsort(values, nr, sizeof(*values), by_size);
+    return (double)values[nr / 2] / 1e6;
+}
+
+// With a daemon, waiting for a turn is no more than the slices of the others at a pCPU. Its death
+// and the next one's start add two slices at most. (The middle of all rounds, since anybody is kept
+// waiting by what else the host does.)
 START_TEST(restarts)
 {
+    enum { WITH, KILLED, BACK, KINDS, ROUNDS = 50 };
+    const unsigned rounds = is_long() ? ROUNDS : 5;
+    static uint64_t stall[KINDS][ROUNDS];
     struct fake f[VMS];
-    uint64_t got[VMS], with, killed, back, worst[3] = {0};
+    uint64_t got[VMS];
     pid_t d = daemon_start(false);
     for (unsigned i = 0; i < VMS; i++)
         fake_start(&f[i], (char[]) {'v', (char)('0' + i), 0}, &(struct vm_like) {.nr = 1});
     wait_attached(f, VMS, 1);
     measure(f, VMS, 100000000, got);
-    for (unsigned round = 0; round < (is_long() ? 50 : 4); round++) {
+    for (unsigned round = 0; round < rounds; round++) {
         longest_stall(f);
         measure(f, VMS, 200000000, got);
-        with = longest_stall(f);
+        stall[WITH][round] = longest_stall(f);
         daemon_kill(d);
         for (unsigned i = 0; i < VMS; i++) // each by itself: none stands still
             measure(&f[i], 1, 1000000, got);
-        killed = longest_stall(f);
+        stall[KILLED][round] = longest_stall(f);
         d = daemon_start(false);
         wait_attached(f, VMS, round + 2);
         for (unsigned i = 0; i < VMS; i++)
             measure(&f[i], 1, 1000000, got);
         ck_assert_uint_eq(vms_there(), VMS);
-        back = longest_stall(f);
-        const uint64_t now[3] = {with, killed, back};
-        for (unsigned i = 0; i < 3; i++)
-            worst[i] = now[i] > worst[i] ? now[i] : worst[i];
+        stall[BACK][round] = longest_stall(f);
     }
-    printf("  longest stall of %d VMs: %.1f ms with a daemon, %.1f ms from its death on, %.1f ms "
-           "from the next one's start on\n",
-           VMS, (double)worst[0] / 1e6, (double)worst[1] / 1e6, (double)worst[2] / 1e6);
-    for (unsigned i = 0; i < 3; i++)
-        ck_assert_uint_lt(worst[i], STALL_S * 1000000000ull); // it only says that none hung
+    double middle[KINDS];
+    for (unsigned i = 0; i < KINDS; i++)
+        middle[i] = middle_ms(stall[i], rounds);
+    printf("  longest stall of %d VMs in the middle, and the worst of %u rounds: %.1f, %.1f ms with "
+           "a daemon; %.1f, %.1f from its death on; %.1f, %.1f from the next one's start on\n",
+           VMS, rounds, middle[WITH], (double)stall[WITH][rounds - 1] / 1e6, middle[KILLED],
+           (double)stall[KILLED][rounds - 1] / 1e6, middle[BACK],
+           (double)stall[BACK][rounds - 1] / 1e6);
+    for (unsigned i = KILLED; i < KINDS; i++)
+        ck_assert_double_lt(middle[i], middle[WITH] + 2 * SLICE_MS);
     for (unsigned i = 0; i < VMS; i++)
         fake_end(&f[i]);
     daemon_kill(d);
