@@ -16,7 +16,7 @@ enum {
     LATE_PERIODS = 4, // of caps' budgets: refills that are missed by more are left out
     LEAST_TURNS = 4,  // in a slice, of those whose credit is used up sooner
     CROWD = 8,        // with more waiting at a pCPU, in less time
-    LEFTOVER = 4,     // of a least turn: with less credit than that, a turn is over
+    LEFTOVER = 4,     // of a least turn: so little, of credit or of a slice, is not looked at again
     QUOTA_MIN_NS = 500000,      // a VM's budget is not handed to its vCPUs in smaller pieces
     QUOTA_TIMER_MIN_NS = 20000, // nor looked at more often: what is used too much is owed
 };
@@ -517,7 +517,7 @@ static uint64_t until(const struct credit *c, const struct credit_vcpu *v, uint6
     if (v->class != CREDIT_OVER) {
         const uint64_t turn = least_turn(c, &c->pcpus[v->pcpu]);
         uint64_t used_up = later(now + (uint64_t)v->credit_ns + 1, v->start_ns + turn);
-        if (used_up < at)
+        if (used_up + turn / LEFTOVER < at) // so little before its slice's end nobody looks
             at = used_up;
     }
     if (v->class == CREDIT_BOOST && now + tick - v->boost_ns < at)

@@ -590,6 +590,31 @@ START_TEST(sleeper)
 }
 END_TEST
 
+// --- standing still
+
+// The longest that one of them stood still since the last call.
+static uint64_t longest_stall(struct fake *f, unsigned nr)
+{
+    uint64_t longest = 0;
+    for (unsigned i = 0; i < nr; i++) {
+        uint64_t one = atomic_exchange(&f[i].told->longest_ns, 0);
+        longest = one > longest ? one : longest;
+    }
+    return longest;
+}
+
+static int by_size(const void *a, const void *b)
+{
+    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+static double middle_ms(uint64_t *values, unsigned nr)
+{
+    qsort(values, nr, sizeof(*values), by_size);
+    return (double)values[nr / 2] / 1e6;
+}
+
 // --- VMs that do not behave
 
 static uint64_t idle_ns(void)
@@ -638,17 +663,28 @@ END_TEST
 
 START_TEST(disobedient)
 {
+    enum { WINDOWS = 9 };
     struct fake f[2];
-    uint64_t got[2];
+    uint64_t got[2], stall[WINDOWS], had[2] = {0};
     pid_t d = daemon_start(true);
     fake_start(&f[0], "obeys", &(struct vm_like) {.nr = 1});
     fake_start(&f[1], "ignores", &(struct vm_like) {.nr = 1, .ignores = true});
     wait_attached(f, 2, 1);
     measure(f, 2, 500000000, got);
-    measure(f, 2, 1000000000, got);
-    double share = (double)got[0] / (double)(got[0] + got[1]);
-    printf("  who obeys had %.3f beside one that does not\n", share);
+    for (unsigned i = 0; i < WINDOWS; i++) {
+        longest_stall(f, 1);
+        measure(f, 2, 120000000, got);
+        stall[i] = longest_stall(f, 1);
+        had[0] += got[0];
+        had[1] += got[1];
+    }
+    const double share = (double)had[0] / (double)(had[0] + had[1]);
+    const double middle = middle_ms(stall, WINDOWS);
+    printf("  who obeys had %.3f beside one that does not, and waited for %.1f ms\n", share,
+           middle);
     ck_assert(share > 0.45);
+    // For the other's turn, and a slice and 10 ms for its disobedience.
+    ck_assert_double_lt(middle, 2 * SLICE_MS + 10);
     json_t *json = status();
     ck_assert_int_gt(json_integer_value(json_object_get(json, "offences")), 0);
     json_decref(json);
@@ -659,29 +695,6 @@ START_TEST(disobedient)
 END_TEST
 
 // --- the daemon dies: VMs run on, and find the next one
-
-// The longest that one of them stood still since the last call.
-static uint64_t longest_stall(struct fake *f)
-{
-    uint64_t longest = 0;
-    for (unsigned i = 0; i < VMS; i++) {
-        uint64_t one = atomic_exchange(&f[i].told->longest_ns, 0);
-        longest = one > longest ? one : longest;
-    }
-    return longest;
-}
-
-static int by_size(const void *a, const void *b)
-{
-    const uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x > y) - (x < y);
-}
-
-static double middle_ms(uint64_t *values, unsigned nr)
-{
-    qsort(values, nr, sizeof(*values), by_size);
-    return (double)values[nr / 2] / 1e6;
-}
 
 // With a daemon, waiting for a turn is no more than the slices of the others at a pCPU. Its death
 // and the next one's start add two slices at most. (The middle of all rounds, since anybody is kept
@@ -699,28 +712,29 @@ START_TEST(restarts)
     wait_attached(f, VMS, 1);
     measure(f, VMS, 100000000, got);
     for (unsigned round = 0; round < rounds; round++) {
-        longest_stall(f);
+        longest_stall(f, VMS);
         measure(f, VMS, 200000000, got);
-        stall[WITH][round] = longest_stall(f);
+        stall[WITH][round] = longest_stall(f, VMS);
         daemon_kill(d);
         for (unsigned i = 0; i < VMS; i++) // each by itself: none stands still
             measure(&f[i], 1, 1000000, got);
-        stall[KILLED][round] = longest_stall(f);
+        stall[KILLED][round] = longest_stall(f, VMS);
         d = daemon_start(false);
         wait_attached(f, VMS, round + 2);
         for (unsigned i = 0; i < VMS; i++)
             measure(&f[i], 1, 1000000, got);
         ck_assert_uint_eq(vms_there(), VMS);
-        stall[BACK][round] = longest_stall(f);
+        stall[BACK][round] = longest_stall(f, VMS);
     }
     double middle[KINDS];
     for (unsigned i = 0; i < KINDS; i++)
         middle[i] = middle_ms(stall[i], rounds);
-    printf("  longest stall of %d VMs in the middle, and the worst of %u rounds: %.1f, %.1f ms with "
-           "a daemon; %.1f, %.1f from its death on; %.1f, %.1f from the next one's start on\n",
-           VMS, rounds, middle[WITH], (double)stall[WITH][rounds - 1] / 1e6, middle[KILLED],
-           (double)stall[KILLED][rounds - 1] / 1e6, middle[BACK],
-           (double)stall[BACK][rounds - 1] / 1e6);
+    printf(
+        "  longest stall of %d VMs in the middle, and the worst of %u rounds: %.1f, %.1f ms with "
+        "a daemon; %.1f, %.1f from its death on; %.1f, %.1f from the next one's start on\n",
+        VMS, rounds, middle[WITH], (double)stall[WITH][rounds - 1] / 1e6, middle[KILLED],
+        (double)stall[KILLED][rounds - 1] / 1e6, middle[BACK],
+        (double)stall[BACK][rounds - 1] / 1e6);
     for (unsigned i = KILLED; i < KINDS; i++)
         ck_assert_double_lt(middle[i], middle[WITH] + 2 * SLICE_MS);
     for (unsigned i = 0; i < VMS; i++)
