@@ -221,7 +221,7 @@ static int add_source(struct sched_daemon *d, int fd, struct source *source, enu
     return 0;
 }
 
-// Each vCPU takes five descriptors.
+// Each vCPU takes six descriptors.
 static void files_allow(void)
 {
     struct rlimit limit;

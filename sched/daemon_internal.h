@@ -47,7 +47,6 @@ struct sched_vcpu {
     bool woken; // since the last settling: must run or be told to wait
     bool stuck; // got a turn and did not come: until it has had CPU time
     bool revoked, offender;
-    bool deaf; // its going to sleep is no event
     enum sched_policy policy;
     uint64_t stuck_cpu_ns;
     uint64_t charged_ns;                   // CPU time charged so far

@@ -205,8 +205,7 @@ static struct sched_vm *vm_new(struct sched_daemon *d, struct conn *conn,
         v->vm = vm;
         v->index = i;
         v->pidfd = -1;
-        v->watch =
-            (struct sched_watch) {.out_fd = -1, .in_fd = -1, .schedstat_fd = -1, .stat_fd = -1};
+        v->watch = SCHED_WATCH_NONE;
     }
     return vm;
 }

@@ -10,7 +10,6 @@
 #include <errno.h>
 #include <limits.h>
 #include <linux/futex.h>
-#include <poll.h>
 #include <sched.h>
 #include <signal.h>
 #include <string.h>
@@ -81,27 +80,11 @@ static void stuck_still(struct sched_vcpu *v)
 
 static void woke(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now);
 
-// Whether its going to sleep is an event. In its turn, and without one; but not from the end of its
-// turn until the next one: then it sleeps because it obeys. (Out of the poller and back: with no
-// events asked for, it would be woken all the same, and sleep again.)
-static void out_listen(struct sched_daemon *d, struct sched_vcpu *v, bool on)
-{
-    if (v->watch.out_fd < 0 || v->vm->quiet || v->deaf == !on)
-        return;
-    struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &v->source};
-    struct pollfd stale = {.fd = v->watch.out_fd, .events = POLLIN};
-    if (on)
-        poll(&stale, 1, 0); // takes what is known already
-    if (!epoll_ctl(d->epoll_fd, on ? EPOLL_CTL_ADD : EPOLL_CTL_DEL, v->watch.out_fd, &ev))
-        v->deaf = !on;
-}
-
 static void sleeps(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
     v->brief_until_ns = 0;
-    out_listen(d, v, true);
     policy(v, sleeper_policy(d, v));
-    sched_watch_listen(&v->watch, true);
+    sched_watch_listen(&v->watch, WAKES_OUT_IN);
     sched_watch_read(&v->watch, now); // it may have woken before we listened, or rung
     charge(d, v, now);
     stuck_still(v); // or have come for its turn a moment late, and gone to sleep again
@@ -133,7 +116,7 @@ static bool runs_briefly(struct sched_daemon *d, struct sched_vcpu *v, uint64_t 
     v->briefs++;
     v->brief_until_ns = now + BRIEF_NS;
     d->brief_at_ns = least(d->brief_at_ns, v->brief_until_ns);
-    sched_watch_listen(&v->watch, false);
+    sched_watch_listen(&v->watch, WAKES_OUT);
     return true;
 }
 
@@ -144,7 +127,7 @@ static void woke(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
     v->brief_until_ns = 0;
     v->stuck = false;
     v->woken = true;
-    sched_watch_listen(&v->watch, false);
+    sched_watch_listen(&v->watch, WAKES_OUT);
     credit_wake(&d->credit, &v->credit, now);
 }
 
@@ -189,8 +172,7 @@ static void turn_begin(struct sched_daemon *d, struct sched_vcpu *v, unsigned pc
     }
     if (v->policy == SCHED_POLICY_LAST) // in its turn even an offender runs; else it never obeys
         policy(v, SCHED_POLICY_PLAIN);
-    sched_watch_listen(&v->watch, false);
-    out_listen(d, v, true);
+    sched_watch_listen(&v->watch, WAKES_OUT);
     atomic_store(&v->slot->wait_ns, v->credit.wait_ns);
     atomic_store(&v->slot->grant, GRANT_RUN);
     syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
@@ -211,7 +193,7 @@ static void turn_end(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
         return;
     if (!blocked) {
         policy(v, SCHED_POLICY_PLAIN); // it used up its turn: not one that sleeps mostly
-        out_listen(d, v, false);
+        sched_watch_listen(&v->watch, WAKES_NEVER); // from now on it sleeps because it obeys
     }
     v->revoked = true;
     kick(d, v);
@@ -418,10 +400,10 @@ void vm_unlisten(struct sched_daemon *d, struct sched_vm *vm)
     vm->quiet = true;
     epoll_ctl(d->epoll_fd, EPOLL_CTL_DEL, vm->bell, NULL);
     for (unsigned i = 0; i < vm->nr; i++) {
-        if (vm->vcpus[i].watch.out_fd < 0)
+        if (sched_watch_polls(&vm->vcpus[i].watch))
             continue;
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_DEL, vm->vcpus[i].watch.out_fd, NULL);
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_DEL, vm->vcpus[i].watch.in_fd, NULL);
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_DEL, vm->vcpus[i].watch.out.fd, NULL);
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_DEL, vm->vcpus[i].watch.in.fd, NULL);
     }
 }
 
@@ -432,12 +414,11 @@ static void vm_listen(struct sched_daemon *d, struct sched_vm *vm)
     epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, vm->bell, &ev);
     for (unsigned i = 0; i < vm->nr; i++) {
         struct sched_vcpu *v = &vm->vcpus[i];
-        if (!v->present || v->watch.out_fd < 0)
+        if (!v->present || sched_watch_polls(&v->watch))
             continue;
         ev.data.ptr = &v->source;
-        v->deaf = false;
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.out_fd, &ev);
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.in_fd, &ev);
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.out.fd, &ev);
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.in.fd, &ev);
     }
 }
 
@@ -491,12 +472,12 @@ void vcpu_begin(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
     atomic_store(&v->slot->grant, GRANT_WAIT);
     credit_vcpu_add(&d->credit, &v->vm->credit, &v->credit, v->index, now);
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &v->source};
-    if (v->watch.out_fd >= 0) {
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.out_fd, &ev);
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.in_fd, &ev);
+    if (!sched_watch_polls(&v->watch)) {
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.out.fd, &ev);
+        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.in.fd, &ev);
     }
     if (v->watch.asleep)
-        sched_watch_listen(&v->watch, true);
+        sched_watch_listen(&v->watch, WAKES_OUT_IN);
     vcpu_look(d, v, now);
 }
 

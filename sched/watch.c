@@ -51,25 +51,51 @@ static uint64_t switch_tracepoint(void)
     return strtoull(text, NULL, 10);
 }
 
-static int perf_map(const struct sched_watch *w, struct perf_event_attr *attr, void **map)
+// A ring that is only written to, for its waking somebody, is one that overwrites itself.
+static int ring_open(const struct sched_watch *w, struct perf_event_attr *attr, bool read,
+                     struct sched_watch_ring *ring)
 {
     attr->size = sizeof(*attr);
     attr->sample_type = PERF_SAMPLE_TIME;
-    attr->sample_id_all = attr->context_switch = attr->use_clockid = 1;
+    attr->sample_id_all = attr->use_clockid = 1;
     attr->clockid = CLOCK_MONOTONIC;
     autoclose int fd =
         (int)syscall(SYS_perf_event_open, attr, w->tid, -1, -1, PERF_FLAG_FD_CLOEXEC);
     if (fd < 0)
         return -errno;
-    void *p = mmap(NULL, MAP_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    void *p = mmap(NULL, MAP_BYTES, PROT_READ | (read ? PROT_WRITE : 0), MAP_SHARED, fd, 0);
     if (p == MAP_FAILED)
         return -errno;
-    *map = p;
-    return take_fd(&fd);
+    *ring = (struct sched_watch_ring) {take_fd(&fd), p};
+    return 0;
+}
+
+static void ring_close(struct sched_watch_ring *ring)
+{
+    if (ring->fd < 0)
+        return;
+    munmap(ring->map, MAP_BYTES);
+    close(ring->fd);
+    ring->fd = -1;
+}
+
+static void ring_wakes(const struct sched_watch_ring *ring, bool on)
+{
+    ioctl(ring->fd, PERF_EVENT_IOC_PAUSE_OUTPUT, !on);
+}
+
+static int log_open(struct sched_watch *w)
+{
+    struct perf_event_attr attr = {.type = PERF_TYPE_SOFTWARE,
+                                   .config = PERF_COUNT_SW_DUMMY,
+                                   .context_switch = 1,
+                                   .watermark = 1,
+                                   .wakeup_watermark = RING_BYTES};
+    return ring_open(w, &attr, true, &w->log);
 }
 
 // Preempted threads are of no interest to whom it wakes; without the tracepoint they wake it, too.
-static int out_open(const struct sched_watch *w, void **map)
+static int out_open(struct sched_watch *w)
 {
     struct perf_event_attr tracepoint = {.type = PERF_TYPE_TRACEPOINT,
                                          .config = switch_tracepoint(),
@@ -79,28 +105,36 @@ static int out_open(const struct sched_watch *w, void **map)
                                   .config = PERF_COUNT_SW_CONTEXT_SWITCHES,
                                   .sample_period = 1,
                                   .wakeup_events = 1};
-    int fd = tracepoint.config ? perf_map(w, &tracepoint, map) : -ENOENT;
-    if (fd >= 0 && !ioctl(fd, PERF_EVENT_IOC_SET_FILTER, "prev_state & 255"))
-        return fd;
-    if (fd >= 0) {
-        munmap(*map, MAP_BYTES);
-        close(fd);
+    if (tracepoint.config && !ring_open(w, &tracepoint, false, &w->out)) {
+        if (!ioctl(w->out.fd, PERF_EVENT_IOC_SET_FILTER, "prev_state & 255"))
+            return 0;
+        ring_close(&w->out);
     }
-    return perf_map(w, &any, map);
+    return ring_open(w, &any, false, &w->out);
 }
 
-static int in_open(const struct sched_watch *w, void **map)
+static int in_open(struct sched_watch *w)
 {
     struct perf_event_attr attr = {.type = PERF_TYPE_SOFTWARE,
                                    .config = PERF_COUNT_SW_DUMMY,
+                                   .context_switch = 1,
                                    .watermark = 1,
                                    .wakeup_watermark = 1};
-    return perf_map(w, &attr, map);
+    return ring_open(w, &attr, false, &w->in);
+}
+
+static void rings_close(struct sched_watch *w)
+{
+    ring_close(&w->log);
+    ring_close(&w->out);
+    ring_close(&w->in);
 }
 
 int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, struct error *err)
 {
-    *w = (struct sched_watch) {.pid = pid, .tid = tid, .out_fd = -1, .in_fd = -1, .stat_fd = -1};
+    *w = SCHED_WATCH_NONE;
+    w->pid = pid;
+    w->tid = tid;
     w->schedstat_fd = proc_open(w, "schedstat");
     w->stat_fd = w->schedstat_fd < 0 ? -1 : proc_open(w, "stat");
     if (w->schedstat_fd < 0 || w->stat_fd < 0) {
@@ -109,16 +143,11 @@ int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, str
         return error_set(err, code, "thread %d of process %d: %s", (int)tid, (int)pid,
                          code == -ESRCH ? "there is none" : strerror(-code));
     }
-    if (perf && (w->out_fd = out_open(w, &w->out_map)) >= 0) {
-        w->in_fd = in_open(w, &w->in_map);
-        if (w->in_fd < 0) {
-            munmap(w->out_map, MAP_BYTES);
-            close(w->out_fd);
-            w->out_fd = -1;
-        } else {
-            ioctl(w->in_fd, PERF_EVENT_IOC_PAUSE_OUTPUT, 1);
-        }
-    }
+    if (perf && (log_open(w) || out_open(w) || in_open(w)))
+        rings_close(w);
+    w->wakes = WAKES_OUT;
+    if (w->in.fd >= 0)
+        ring_wakes(&w->in, false);
     // Until its first record, it is taken for one that runs unless it sleeps.
     w->since_ns = time_ns();
     int64_t ran = schedstat_read(w);
@@ -131,19 +160,12 @@ int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, str
 
 void sched_watch_close(struct sched_watch *w)
 {
-    if (w->out_fd >= 0) {
-        munmap(w->out_map, MAP_BYTES);
-        close(w->out_fd);
-    }
-    if (w->in_fd >= 0) {
-        munmap(w->in_map, MAP_BYTES);
-        close(w->in_fd);
-    }
+    rings_close(w);
     if (w->schedstat_fd >= 0)
         close(w->schedstat_fd);
     if (w->stat_fd >= 0)
         close(w->stat_fd);
-    w->out_fd = w->in_fd = w->schedstat_fd = w->stat_fd = -1;
+    w->schedstat_fd = w->stat_fd = -1;
 }
 
 int sched_watch_anchor(void)
@@ -187,13 +209,13 @@ static void ring_copy(const struct perf_event_mmap_page *page, uint64_t at, void
         ((char *)to)[i] = data[(at + i) % RING_BYTES];
 }
 
-// Drains the ring; true when records were lost in it.
-static bool ring_drain(struct sched_watch *w, void *map, bool take)
+// True when records were lost.
+static bool records_take(struct sched_watch *w)
 {
-    struct perf_event_mmap_page *page = map;
+    struct perf_event_mmap_page *page = w->log.map;
     uint64_t head = __atomic_load_n(&page->data_head, __ATOMIC_ACQUIRE), at = page->data_tail;
     bool lost = false;
-    while (take && at < head) {
+    while (at < head) {
         struct perf_event_header h;
         uint64_t time;
         ring_copy(page, at, &h, sizeof(h));
@@ -262,14 +284,12 @@ static bool awake_long(const struct sched_watch *w, uint64_t now_ns)
 
 void sched_watch_read(struct sched_watch *w, uint64_t now_ns)
 {
-    if (w->out_fd < 0) {
+    if (sched_watch_polls(w)) {
         proc_look(w, now_ns);
         return;
     }
-    if (w->listening)
-        ring_drain(w, w->in_map, false);
-    if (ring_drain(w, w->out_map, true))
-        w->fresh = true; // records were lost
+    if (records_take(w))
+        w->fresh = true;
     if (w->fresh)
         schedstat_take(w);
     if (awake_long(w, now_ns))
@@ -278,14 +298,17 @@ void sched_watch_read(struct sched_watch *w, uint64_t now_ns)
 
 uint64_t sched_watch_cpu(const struct sched_watch *w, uint64_t now_ns)
 {
-    bool runs = w->out_fd >= 0 && w->on_cpu && !w->fresh && now_ns > w->since_ns;
+    bool runs = !sched_watch_polls(w) && w->on_cpu && !w->fresh && now_ns > w->since_ns;
     return w->base_ns + (runs ? now_ns - w->since_ns : 0);
 }
 
-void sched_watch_listen(struct sched_watch *w, bool on)
+void sched_watch_listen(struct sched_watch *w, enum sched_watch_wakes wakes)
 {
-    if (w->in_fd < 0 || w->listening == on)
+    if (sched_watch_polls(w) || w->wakes == wakes)
         return;
-    ioctl(w->in_fd, PERF_EVENT_IOC_PAUSE_OUTPUT, on ? 0 : 1);
-    w->listening = on;
+    if ((w->wakes != WAKES_NEVER) != (wakes != WAKES_NEVER))
+        ring_wakes(&w->out, wakes != WAKES_NEVER);
+    if ((w->wakes == WAKES_OUT_IN) != (wakes == WAKES_OUT_IN))
+        ring_wakes(&w->in, wakes == WAKES_OUT_IN);
+    w->wakes = wakes;
 }

@@ -3,13 +3,14 @@
 //
 // With an in-kernel local APIC a halted vCPU sleeps inside KVM_RUN, and nobody is told. The
 // kernel's context-switch records (perf_event_open(2), `context_switch`) say so within tens of
-// microseconds. Two descriptors, since a record cannot choose whom it wakes:
-//  - `out`: wakes the poller when the thread goes to sleep (a sample of the tracepoint
-//  sched_switch;
-//    where there is none, also when it is preempted), and holds all records;
-//  - `in`: wakes it whenever it gets on one. Only listened to while the thread sleeps: a poller
-//    that wakes on the watched thread's own CPU drives it away and so makes the next record, for
-//    ever.
+// microseconds. Three descriptors, since a record cannot choose whom it wakes:
+//  - `log` holds all records, and wakes nobody;
+//  - `out` wakes the poller when the thread goes to sleep (the tracepoint sched_switch; where there
+//    is none, also when it is preempted);
+//  - `in` wakes it whenever it gets on a CPU, or off it. Only listened to while the thread sleeps:
+//  a
+//    poller that wakes on the watched thread's own CPU drives it away and so makes the next record,
+//    for ever.
 // Without the right to open those (CAP_PERFMON), /proc/<pid>/task/<tid> is read instead, which must
 // be asked for again and again (sched_watch_polls).
 #pragma once
@@ -20,12 +21,23 @@
 
 #include "vmm/error.h"
 
+// What wakes the poller.
+enum sched_watch_wakes {
+    WAKES_NEVER,
+    WAKES_OUT,    // going to sleep
+    WAKES_OUT_IN, // ... and getting on a CPU
+};
+
+struct sched_watch_ring {
+    int fd; // -1: none
+    void *map;
+};
+
 struct sched_watch {
     pid_t pid, tid;
-    int out_fd, in_fd;         // -1: by /proc
-    int schedstat_fd, stat_fd; // of /proc
-    void *out_map, *in_map;
-    bool listening; // `in` wakes
+    struct sched_watch_ring log, out, in; // none: by /proc
+    int schedstat_fd, stat_fd;            // of /proc
+    enum sched_watch_wakes wakes;
     bool on_cpu;
     bool asleep;       // left its CPU by itself; false: preempted, or waits to be put there
     bool fresh;        // by records: none tells yet how long it has run; its schedstat does
@@ -35,6 +47,9 @@ struct sched_watch {
     uint64_t seen_ns;  // CPU time by /proc at the last look
 };
 
+#define SCHED_WATCH_NONE \
+    ((struct sched_watch) {.log = {-1}, .out = {-1}, .in = {-1}, .schedstat_fd = -1, .stat_fd = -1})
+
 // -errno; -ESRCH: no such thread in that process.
 int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, struct error *err);
 void sched_watch_close(struct sched_watch *w);
@@ -43,13 +58,13 @@ void sched_watch_close(struct sched_watch *w);
 int sched_watch_anchor(void);
 static inline bool sched_watch_polls(const struct sched_watch *w)
 {
-    return w->out_fd < 0;
+    return w->log.fd < 0;
 }
 // Brings `on_cpu`, `asleep` and the rest up to date.
 void sched_watch_read(struct sched_watch *w, uint64_t now_ns);
 // CPU time that the thread had, ns, exact up to `now_ns`; after sched_watch_read.
 uint64_t sched_watch_cpu(const struct sched_watch *w, uint64_t now_ns);
-// Whether getting on a CPU wakes the poller of in_fd.
-void sched_watch_listen(struct sched_watch *w, bool on);
+// What wakes the poller of out.fd and in.fd; after sched_watch_open: WAKES_OUT.
+void sched_watch_listen(struct sched_watch *w, enum sched_watch_wakes wakes);
 // Asks the kernel whether the thread sleeps (or is stopped) right now, not what it did last.
 bool sched_watch_sleeps(const struct sched_watch *w);

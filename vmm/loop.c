@@ -238,9 +238,19 @@ void loop_destroy(struct loop *loop)
     free(loop);
 }
 
+static int submit_and_wait(struct loop *loop)
+{
+    enum { BUSY_TURNS = 64 };
+    const struct timespec moment = {0};
+    struct io_uring_cqe *first;
+    if (loop->waiting && loop_pending(loop) && !(++loop->busy % BUSY_TURNS))
+        ppoll(NULL, 0, &moment, loop->waiting);
+    return io_uring_submit_and_wait_timeout(&loop->ring, &first, 1, NULL, (void *)loop->waiting);
+}
+
 int loop_turn(struct loop *loop, bool wait, struct error *err)
 {
-    int ret = wait ? io_uring_submit_and_wait(&loop->ring, 1) : io_uring_submit(&loop->ring);
+    int ret = wait ? submit_and_wait(loop) : io_uring_submit(&loop->ring);
     if (ret < 0 && ret != -EINTR && ret != -EAGAIN && ret != -EBUSY)
         return error_set(err, ret, "event loop: io_uring_enter: %s", strerror(-ret));
     // Only what is there now: something that always completes at once (a device that a guest keeps

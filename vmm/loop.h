@@ -8,6 +8,7 @@
 
 #include <liburing.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
@@ -52,6 +53,10 @@ struct loop {
     struct loop_call *calls, **calls_tail;
     atomic_bool stop;
     unsigned closing; // watches whose end the kernel has not confirmed yet
+    // The thread's signal mask while it waits, so that signals come only then (and, when it never
+    // has to wait, now and then); NULL: as always. The caller's.
+    const sigset_t *waiting;
+    unsigned busy; // turns that need not wait
 };
 
 int loop_create(struct loop **loop, struct error *err);

@@ -115,8 +115,9 @@ static void world_reset(void)
 
 int sched_watch_open(struct sched_watch *w, pid_t pid, pid_t tid, bool perf, struct error *err)
 {
-    *w = (struct sched_watch) {
-        .pid = pid, .tid = tid, .out_fd = -1, .in_fd = -1, .schedstat_fd = -1, .stat_fd = -1};
+    *w = SCHED_WATCH_NONE;
+    w->pid = pid;
+    w->tid = tid;
     if (pid != getpid() || thread_of(tid) < 0)
         return error_set(err, -ESRCH, "thread %d of process %d: there is none", (int)tid, (int)pid);
     sched_watch_read(w, world.now_ns);
@@ -146,9 +147,9 @@ uint64_t sched_watch_cpu(const struct sched_watch *w, uint64_t now_ns)
     return w->base_ns;
 }
 
-void sched_watch_listen(struct sched_watch *w, bool on)
+void sched_watch_listen(struct sched_watch *w, enum sched_watch_wakes wakes)
 {
-    w->listening = on;
+    w->wakes = wakes;
 }
 
 bool sched_watch_sleeps(const struct sched_watch *w)

@@ -2,11 +2,11 @@
 #include "vmm/cli/session.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <string.h>
-#include <sys/signalfd.h>
 
 #include "devices/platform.h"
 #include "devices/ucall.h"
@@ -64,32 +64,65 @@ static bool asked_to_end(struct session *s, int signal_number)
 static void signal_ready(struct loop_watch *watch, uint32_t revents)
 {
     struct session *s = container_of(watch, struct session, signals);
-    struct signalfd_siginfo info;
-    if (read(s->signal_fd, &info, sizeof(info)) != sizeof(info))
+    uint8_t number;
+    if (read(s->signal_fd, &number, sizeof(number)) != sizeof(number))
         return;
-    if (asked_to_end(s, (int)info.ssi_signo))
+    if (asked_to_end(s, number))
         return;
     if (s->vm)
-        vm_request_stop(s->vm, VM_STOP_HOST, 0, "signal: %s", strsignal((int)info.ssi_signo));
+        vm_request_stop(s->vm, VM_STOP_HOST, 0, "signal: %s", strsignal(number));
     if (s->arrival)
         arrival_cancel(s->arrival);
     if (!s->vm && !s->arrival) // nothing has been started yet
         loop_stop(s->loop);
 }
 
+// Not a signalfd: whoever waits for one is woken by every signal of the process, so at each end of
+// a vCPU's turn.
+static int signal_told = -1;
+
+static void signal_received(int sig)
+{
+    const int saved = errno;
+    const uint8_t number = (uint8_t)sig;
+    ssize_t told = write(signal_told, &number, sizeof(number));
+    (void)told; // if it does not fit, others were sent that end the VM
+    errno = saved;
+}
+
 static int signals_watch(struct session *s, struct error *err)
 {
-    signal(SIGPIPE, SIG_IGN); // a reader that goes away is an error value, not a death
+    static const int ours[] = {SIGTERM, SIGINT, SIGHUP};
+    const struct sigaction action = {.sa_handler = signal_received, .sa_flags = SA_RESTART};
     sigset_t set;
+    int ends[2];
+    signal(SIGPIPE, SIG_IGN); // a reader that goes away is an error value, not a death
+    if (pipe2(ends, O_CLOEXEC | O_NONBLOCK))
+        return error_errno(err, "a pipe for signals");
+    s->signal_fd = ends[0];
+    signal_told = ends[1];
     sigemptyset(&set);
-    sigaddset(&set, SIGTERM);
-    sigaddset(&set, SIGINT);
-    sigaddset(&set, SIGHUP);
-    sigprocmask(SIG_BLOCK, &set, NULL);
-    s->signal_fd = signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
-    if (s->signal_fd < 0)
-        return error_errno(err, "signalfd");
+    for (unsigned i = 0; i < ARRAY_SIZE(ours); i++)
+        sigaddset(&set, ours[i]);
+    sigprocmask(SIG_BLOCK, &set, &s->waiting);
+    for (unsigned i = 0; i < ARRAY_SIZE(ours); i++) {
+        sigdelset(&s->waiting, ours[i]);
+        if (sigaction(ours[i], &action, NULL))
+            return error_errno(err, "sigaction");
+    }
+    s->loop->waiting = &s->waiting;
     return loop_watch(s->loop, &s->signals, s->signal_fd, POLLIN, signal_ready, err);
+}
+
+static void signals_close(struct session *s)
+{
+    const int fds[] = {s->signal_fd, signal_told};
+    if (s->signal_fd < 0)
+        return;
+    signal_told = -1;
+    for (unsigned i = 0; i < ARRAY_SIZE(fds); i++)
+        if (fds[i] >= 0)
+            close(fds[i]);
 }
 
 static void reboot_call(struct session *s);
@@ -762,9 +795,8 @@ void session_drop(struct session *s)
 void session_destroy(struct session *s)
 {
     session_drop(s);
-    if (s->signal_fd >= 0)
-        close(s->signal_fd);
     loop_destroy(s->loop);
+    signals_close(s);
     while (s->nr_starters)
         starter_destroy(s->starters[--s->nr_starters]);
     outside_close(&s->outside);

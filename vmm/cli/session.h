@@ -62,7 +62,8 @@ struct session {
     struct log_limit reset_limit;
     atomic_bool reset_called; // it is on its way to the loop
     struct loop_watch signals;
-    int signal_fd;
+    sigset_t waiting; // struct loop
+    int signal_fd;    // of their numbers, a byte each
 };
 
 // Without --name: ferry-PID.
