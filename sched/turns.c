@@ -170,7 +170,8 @@ static void turn_begin(struct sched_daemon *d, struct sched_vcpu *v, unsigned pc
             v->cpu = cpu;
         atomic_store(&v->slot->pcpu, (uint32_t)cpu);
     }
-    if (v->policy == SCHED_POLICY_LAST) // in its turn even an offender runs; else it never obeys
+    // In its turn even an offender runs; else it never obeys.
+    if (v->policy == SCHED_POLICY_LAST || v->policy == SCHED_POLICY_LEAVING)
         policy(v, SCHED_POLICY_PLAIN);
     sched_watch_listen(&v->watch, WAKES_OUT);
     atomic_store(&v->slot->wait_ns, v->credit.wait_ns);
@@ -180,6 +181,14 @@ static void turn_begin(struct sched_daemon *d, struct sched_vcpu *v, unsigned pc
     v->revoked = v->woken = false;
     v->brief_until_ns = 0;
     d->turns++;
+}
+
+// The next thread is awake already. If Linux ran that one first, it would go back to the last one
+// a moment later, only for that to go to sleep: two switches more. Who did not obey once has no
+// such trust again.
+static enum sched_policy leaver_policy(const struct sched_daemon *d, const struct sched_vcpu *v)
+{
+    return d->config.no_boost || v->vm->offences ? SCHED_POLICY_PLAIN : SCHED_POLICY_LEAVING;
 }
 
 static void turn_end(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
@@ -192,7 +201,7 @@ static void turn_end(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
     if (blocked && v->watch.asleep)
         return;
     if (!blocked) {
-        policy(v, SCHED_POLICY_PLAIN); // it used up its turn: not one that sleeps mostly
+        policy(v, leaver_policy(d, v)); // it used up its turn: not one that sleeps mostly
         sched_watch_listen(&v->watch, WAKES_NEVER); // from now on it sleeps because it obeys
     }
     v->revoked = true;
