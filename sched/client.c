@@ -216,11 +216,13 @@ static void freely(struct sched_client *c)
     }
 }
 
-// Whoever sleeps in the old page is woken there, before it is gone.
+// Whoever sleeps in the old page is woken there, before it is gone, and not before it is a thread
+// like others again: one that left its turn has a real-time priority.
 static void lost(struct sched_client *c)
 {
     pthread_mutex_lock(&c->lock);
     atomic_store(&c->attached, false);
+    freely(c);
     for (unsigned i = 0; i < c->config.nr; i++) {
         atomic_store(&c->page->slots[i].grant, GRANT_FREE);
         futex(&c->page->slots[i].grant, FUTEX_WAKE, INT_MAX);
@@ -230,7 +232,6 @@ static void lost(struct sched_client *c)
     if (c->fd >= 0)
         close(c->fd);
     c->fd = -1;
-    freely(c);
     pthread_mutex_unlock(&c->lock);
 }
 

@@ -42,10 +42,11 @@ struct sched_vcpu {
     struct sched_watch watch;
     struct source source;
     struct sched_slot *slot;
-    int pidfd;  // of the thread, -1 where the kernel has none
-    int cpu;    // host CPU it is bound to, -1: none yet
-    bool woken; // since the last settling: must run or be told to wait
-    bool stuck; // got a turn and did not come: until it has had CPU time
+    enum sched_grant grant; // slot->grant; that one the VM may write to, too
+    int pidfd;              // of the thread, -1 where the kernel has none
+    int cpu;                // host CPU it is bound to, -1: none yet
+    bool woken;             // since the last settling: must run or be told to wait
+    bool stuck;             // got a turn and did not come: until it has had CPU time
     bool revoked, offender;
     enum sched_policy policy;
     uint64_t stuck_cpu_ns;

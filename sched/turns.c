@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Turns: what sched/credit.h decides is made true of threads, and what threads do is told to it.
 //
-// A turn changes hands without a gap: the next thread is woken on the pCPU in the same breath as
-// the last one is told to leave it. Meanwhile, some tens of microseconds, Linux shares the pCPU
-// among the two; each is charged what it really had.
+// A turn changes hands without a gap: in the same breath the last thread is told to leave and the
+// next one is woken. The last one goes first, and needs some tens of microseconds; each is charged
+// what it really had.
 //
 // A vCPU that halts sleeps inside KVM_RUN (with GRANT_WAIT, so that an exit makes it ask). When it
 // gets on a CPU again without a turn, the record of that tells us: it gets a turn, or a signal.
@@ -32,6 +32,12 @@ static void kick(struct sched_daemon *d, struct sched_vcpu *v)
     FERRY_PROBE3(sched_kick, v->vm->id, v->index, v->watch.tid);
     if (v->pidfd < 0 || syscall(SYS_pidfd_send_signal, v->pidfd, v->vm->signal, NULL, 0))
         syscall(SYS_tgkill, v->watch.pid, v->watch.tid, v->vm->signal);
+}
+
+static void grant(struct sched_vcpu *v, enum sched_grant word)
+{
+    v->grant = word;
+    atomic_store(&v->slot->grant, word);
 }
 
 static void policy(struct sched_vcpu *v, enum sched_policy wanted)
@@ -95,7 +101,7 @@ static void sleeps(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 
 static void block(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
-    atomic_store(&v->slot->grant, GRANT_WAIT);
+    grant(v, GRANT_WAIT);
     credit_block(&d->credit, &v->credit, now);
 }
 
@@ -175,7 +181,7 @@ static void turn_begin(struct sched_daemon *d, struct sched_vcpu *v, unsigned pc
         policy(v, SCHED_POLICY_PLAIN);
     sched_watch_listen(&v->watch, WAKES_OUT);
     atomic_store(&v->slot->wait_ns, v->credit.wait_ns);
-    atomic_store(&v->slot->grant, GRANT_RUN);
+    grant(v, GRANT_RUN);
     syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     v->granted_ns = now_of(d);
     v->revoked = v->woken = false;
@@ -194,7 +200,7 @@ static enum sched_policy leaver_policy(const struct sched_daemon *d, const struc
 static void turn_end(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
 {
     bool blocked = v->credit.state == CREDIT_BLOCKED;
-    atomic_store(&v->slot->grant, blocked ? GRANT_WAIT : GRANT_QUEUED);
+    grant(v, blocked ? GRANT_WAIT : GRANT_QUEUED);
     v->loose_cpu_ns = v->charged_ns;
     v->loose_since_ns = now;
     v->woken = false;
@@ -225,7 +231,9 @@ static void apply(struct sched_daemon *d, uint64_t now)
     }
     for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
         struct sched_vcpu *new = vcpu_of(d->credit.pcpus[p].current);
-        if (d->holder[p] != new)
+        // Also one that lost its turn and has it again: it fell asleep, and was awake before we had
+        // done with that.
+        if (new && (d->holder[p] != new || new->grant != GRANT_RUN))
             turn_begin(d, new, p);
         d->holder[p] = new;
     }
@@ -243,7 +251,7 @@ static void restrain(struct sched_daemon *d, uint64_t now)
             if (v->credit.state == CREDIT_RUNNING)
                 continue;
             if (v->credit.state != CREDIT_BLOCKED)
-                atomic_store(&v->slot->grant, GRANT_QUEUED);
+                grant(v, GRANT_QUEUED);
             if (v->watch.asleep || atomic_load(&v->slot->want) == WANT_TURN)
                 continue;
             v->revoked = true;
@@ -478,7 +486,7 @@ void vcpu_begin(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
     sched_watch_read(&v->watch, now); // what it had before it was told is not charged
     v->charged_ns = v->loose_cpu_ns = sched_watch_cpu(&v->watch, now);
     v->loose_since_ns = now;
-    atomic_store(&v->slot->grant, GRANT_WAIT);
+    grant(v, GRANT_WAIT);
     credit_vcpu_add(&d->credit, &v->vm->credit, &v->credit, v->index, now);
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &v->source};
     if (!sched_watch_polls(&v->watch)) {
@@ -498,7 +506,7 @@ void vcpu_leave(struct sched_daemon *d, struct sched_vcpu *v)
             if (d->holder[p] == v)
                 d->holder[p] = NULL;
         credit_vcpu_remove(&d->credit, &v->credit, now_of(d));
-        atomic_store(&v->slot->grant, GRANT_FREE);
+        grant(v, GRANT_FREE);
         syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
     }
     v->present = v->woken = false;

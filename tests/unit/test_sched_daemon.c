@@ -615,6 +615,23 @@ static double middle_ms(uint64_t *values, unsigned nr)
     return (double)values[nr / 2] / 1e6;
 }
 
+// One that sleeps for moments, with turns: now and then it is awake again before the daemon has done
+// with its going to sleep. It must not lose its turn over that, and nobody else knows.
+START_TEST(moments)
+{
+    struct fake f;
+    uint64_t got;
+    struct sched_daemon_config config = {.no_boost = true};
+    config.pcpus.bits[own_cpu(0) / 64] = 1ull << own_cpu(0) % 64;
+    pid_t d = daemon_with(config);
+    fake_start(&f, "moments", &(struct vm_like) {.nr = 1, .burn_us = 50, .sleep_us = 1});
+    wait_attached(&f, 1, 1);
+    measure(&f, 1, is_long() ? 20000000000ull : 500000000ull, &got);
+    fake_end(&f);
+    daemon_kill(d);
+}
+END_TEST
+
 // --- VMs that do not behave
 
 static uint64_t idle_ns(void)
@@ -990,6 +1007,7 @@ static Suite *suite(void)
     tcase_add_test(tc, users);
     tcase_add_loop_test(tc, capped, 0, 4);
     tcase_add_test(tc, sleeper);
+    tcase_add_test(tc, moments);
     tcase_add_test(tc, stopped_and_killed);
     tcase_add_test(tc, disobedient);
     tcase_add_test(tc, restarts);
