@@ -24,7 +24,7 @@ enum {
     EVENTS = 64,
     NS_S = 1000000000,
     NS_MS = 1000000,
-    SLICE_NS = 8000000, // shares hold in windows of 0.4 s; docs/scheduler.md has what it costs
+    SLICE_NS = 5000000, // docs/scheduler.md has what shares gain and what it costs
 };
 
 // --- the loop

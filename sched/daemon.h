@@ -21,7 +21,7 @@ struct sched_daemon_config {
     const char *socket;      // path; its folder exists
     mode_t mode;             // of the socket; 0 = 0600: VMs of this user (and root's) alone
     struct sched_mask pcpus; // empty: all this process may use, up to 64
-    uint64_t slice_ns, tick_ns, ratelimit_ns; // 0: 8 ms, 10 ms or half a slice, 1 ms
+    uint64_t slice_ns, tick_ns, ratelimit_ns; // 0: 5 ms, 10 ms or half a slice, 1 ms
     enum credit_placement placement;
     bool weight_per_vm;
     bool no_records;  // read /proc although the kernel's records could be had

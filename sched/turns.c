@@ -65,7 +65,7 @@ static bool in_transit(struct sched_vcpu *v, uint64_t now)
     if (now < v->granted_ns + TRANSIT_NS)
         return true;
     v->stuck = sched_watch_sleeps(&v->watch);
-    v->stuck_cpu_ns = v->charged_ns;
+    v->stuck_cpu_ns = sched_watch_cpu(&v->watch, now);
     return !v->stuck;
 }
 
@@ -79,9 +79,9 @@ static enum sched_policy sleeper_policy(const struct sched_daemon *d, const stru
 }
 
 // It is until it has had CPU time.
-static void stuck_still(struct sched_vcpu *v)
+static void stuck_still(struct sched_vcpu *v, uint64_t now)
 {
-    v->stuck &= v->charged_ns == v->stuck_cpu_ns;
+    v->stuck &= sched_watch_cpu(&v->watch, now) == v->stuck_cpu_ns;
 }
 
 static void woke(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now);
@@ -93,7 +93,7 @@ static void sleeps(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
     sched_watch_listen(&v->watch, WAKES_OUT_IN);
     sched_watch_read(&v->watch, now); // it may have woken before we listened, or rung
     charge(d, v, now);
-    stuck_still(v); // or have come for its turn a moment late, and gone to sleep again
+    stuck_still(v, now); // or have come for its turn a moment late, and gone to sleep again
     if ((!v->watch.asleep && !sched_watch_polls(&v->watch)) ||
         (atomic_load(&v->slot->want) == WANT_TURN && !v->stuck))
         woke(d, v, now);
@@ -153,7 +153,7 @@ void vcpu_look(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
         if (v->credit.state != CREDIT_BLOCKED)
             block(d, v, now);
     } else if (v->credit.state == CREDIT_BLOCKED) {
-        stuck_still(v);
+        stuck_still(v, now);
         if (!asleep || (want == WANT_TURN && !v->stuck))
             woke(d, v, now);
         else if (v->brief_until_ns)

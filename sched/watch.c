@@ -17,7 +17,8 @@
 enum {
     RING_BYTES = 4096,
     MAP_BYTES = 4096 + RING_BYTES,
-    SURE_NS = 50000000, // awake for so long without a record: the kernel's own count must grow
+    SURE_NS = 50000000,    // awake for so long without a record: the kernel's own count must grow
+    COUNT_NS = 1000000000, // it is taken so often
 };
 
 // CPU time in ns, or -errno when the thread is gone.
@@ -277,6 +278,21 @@ static void doubt(struct sched_watch *w, uint64_t now_ns)
     w->on_cpu = false;
 }
 
+// A record of coming on a CPU is made when the switch is over, which Linux counts to whom it is
+// for: some microseconds each. So now and then the kernel's own count is taken, which is exact
+// while the thread is on no CPU.
+static void recount(struct sched_watch *w, uint64_t now_ns)
+{
+    const uint64_t since_ns = w->since_ns;
+    int64_t ran = schedstat_read(w);
+    if (records_take(w))
+        w->fresh = true;
+    if (ran <= 0 || w->fresh || w->on_cpu || w->since_ns != since_ns)
+        return; // it has run meanwhile: another time
+    w->base_ns = (uint64_t)ran;
+    w->sure_ns = now_ns;
+}
+
 static bool awake_long(const struct sched_watch *w, uint64_t now_ns)
 {
     return !w->asleep && now_ns > w->since_ns + SURE_NS && now_ns > w->sure_ns + SURE_NS;
@@ -294,6 +310,8 @@ void sched_watch_read(struct sched_watch *w, uint64_t now_ns)
         schedstat_take(w);
     if (awake_long(w, now_ns))
         doubt(w, now_ns);
+    else if (!w->on_cpu && !w->fresh && now_ns > w->sure_ns + COUNT_NS)
+        recount(w, now_ns);
 }
 
 uint64_t sched_watch_cpu(const struct sched_watch *w, uint64_t now_ns)

@@ -62,7 +62,8 @@ static inline bool sched_watch_polls(const struct sched_watch *w)
 }
 // Brings `on_cpu`, `asleep` and the rest up to date.
 void sched_watch_read(struct sched_watch *w, uint64_t now_ns);
-// CPU time that the thread had, ns, exact up to `now_ns`; after sched_watch_read.
+// CPU time that the thread had, ns, to some microseconds a switch; corrected each second, so now
+// and then a little less than the last time. After sched_watch_read.
 uint64_t sched_watch_cpu(const struct sched_watch *w, uint64_t now_ns);
 // What wakes the poller of out.fd and in.fd; after sched_watch_open: WAKES_OUT.
 void sched_watch_listen(struct sched_watch *w, enum sched_watch_wakes wakes);

@@ -98,12 +98,40 @@ START_TEST(lost_records)
 }
 END_TEST
 
+// With all records read in time, it is off by some microseconds for each switch; a second later, by
+// nothing.
+START_TEST(exact)
+{
+    struct sleeper s = {.naps = 1};
+    struct sched_watch w;
+    struct error err;
+    sleeper_start(&s);
+    ck_assert_int_eq(sched_watch_open(&w, getpid(), s.tid, true, &err), 0);
+    for (unsigned i = 0; i < 500; i++) {
+        sem_post(&s.go);
+        sem_wait(&s.done);
+        wait_asleep(&w);
+        sched_watch_read(&w, time_ns());
+    }
+    uint64_t now = time_ns(), before = sched_watch_cpu(&w, now);
+    sched_watch_read(&w, now + 1100 * MS);
+    printf("  %llu us of CPU time; %lld us off by records\n",
+           (unsigned long long)cpu_of(s.thread) / 1000,
+           ((long long)before - (long long)cpu_of(s.thread)) / 1000);
+    if (!sched_watch_polls(&w))
+        ck_assert_uint_eq(sched_watch_cpu(&w, now + 1100 * MS), cpu_of(s.thread));
+    sched_watch_close(&w);
+    sleeper_end(&s);
+}
+END_TEST
+
 int main(void)
 {
     Suite *s = suite_create("sched_watch");
     TCase *tc = tcase_create("records");
     tcase_set_timeout(tc, 60);
     tcase_add_test(tc, lost_records);
+    tcase_add_test(tc, exact);
     suite_add_tcase(s, tc);
     SRunner *r = srunner_create(s);
     srunner_run_all(r, CK_ENV);

@@ -307,7 +307,7 @@ int cli_sched_daemon(int argc, char **argv)
         "  -s, --socket PATH      where VMs find it (default " SCHED_SOCKET ")\n"
         "      --mode OCTAL       of the socket (default 0600: VMs of its own user)\n"
         "  -p, --pcpus LIST       the pCPUs to schedule, e.g. 2-7 (default: all it may use)\n"
-        "      --slice TIME       a vCPU's turn, 1 to 1000 ms (default 8ms)\n"
+        "      --slice TIME       a vCPU's turn, 1 to 1000 ms (default 5ms)\n"
         "      --tick TIME        a BOOST lasts that long in a slice (default 10ms, or half a "
         "slice)\n"
         "      --ratelimit TIME   nobody is preempted sooner; = slice: not preemptive (default "
