@@ -4,6 +4,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -368,6 +369,41 @@ START_TEST(stop_while_always_busy)
 }
 END_TEST
 
+static struct loop *signalled;
+
+static void stop_by_signal(int sig)
+{
+    loop_stop(signalled);
+}
+
+// Blocked, but for while the loop waits: so the handler never runs in the middle of anything else,
+// and yet it runs, with 0: nothing else to do, 1: something always. Checked: 1 hangs without the
+// look in between.
+START_TEST(signals_while_it_waits)
+{
+    sigset_t set, waiting;
+    struct error err;
+    struct reader r = {.stop_after = 100000000};
+    signalled = loop_new();
+    signal(SIGUSR1, stop_by_signal);
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR1);
+    ck_assert(!sigprocmask(SIG_BLOCK, &set, &waiting));
+    signalled->waiting = &waiting;
+    ck_assert_int_eq(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, r.fds), 0);
+    ck_assert(!loop_watch(signalled, &r.watch, r.fds[0], POLLIN, ring_again, &err));
+    if (_i)
+        ck_assert_int_eq(write(r.fds[1], "x", 1), 1);
+    raise(SIGUSR1);
+    run(signalled);
+    ck_assert_uint_lt(r.calls, r.stop_after);
+    loop_unwatch(&r.watch, NULL);
+    loop_destroy(signalled);
+    close(r.fds[0]);
+    close(r.fds[1]);
+}
+END_TEST
+
 START_TEST(loops_leak_nothing)
 {
     int before = dup(0);
@@ -429,6 +465,7 @@ int main(void)
     tcase_add_test(tc, call_queues_itself);
     tcase_add_test(tc, stop);
     tcase_add_test(tc, stop_while_always_busy);
+    tcase_add_loop_test(tc, signals_while_it_waits, 0, 2);
     tcase_add_test(tc, loops_leak_nothing);
     Suite *suite = suite_create("loop");
     suite_add_tcase(suite, tc);
