@@ -22,9 +22,8 @@
 
 static void answer(int fd, int connection, const struct error *err)
 {
-    struct sched_error bad = {
-        .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_ERROR}};
-    struct sched_head ok = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_OK};
+    struct sched_error bad = {.head = sched_head(SCHED_ERROR)};
+    struct sched_head ok = sched_head(SCHED_OK);
     _Alignas(struct cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {0};
     struct iovec iov = {&ok, sizeof(ok)};
     struct msghdr hdr = {.msg_iov = &iov, .msg_iovlen = 1};

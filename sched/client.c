@@ -163,8 +163,7 @@ int sched_call(const char *socket, const void *msg, size_t size, enum sched_msg_
     return s < 0 ? s : call(s, msg, size, type, fd, err);
 }
 
-static const struct sched_head confine = {
-    .magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_CONFINE};
+static const struct sched_head confine = {SCHED_MAGIC, SCHED_VERSION, SCHED_CONFINE};
 
 int sched_connect_confined(const char *socket, struct error *err)
 {
@@ -244,10 +243,9 @@ static void ring(struct sched_client *c)
 
 int sched_client_attach(struct sched_client *c, struct error *err)
 {
-    struct sched_register reg = {
-        .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_REGISTER},
-        .nr_vcpus = c->config.nr,
-        .signal = (uint32_t)c->config.signal};
+    struct sched_register reg = {.head = sched_head(SCHED_REGISTER),
+                                 .nr_vcpus = c->config.nr,
+                                 .signal = (uint32_t)c->config.signal};
     union sched_msg answer;
     int fds[2];
     sched_client_share(c, &reg.share);
@@ -499,9 +497,7 @@ int sched_client_set(struct sched_client *c, const struct sched_share *share, st
     int ret = sched_share_check(share, err);
     if (ret)
         return ret;
-    struct sched_set set = {
-        .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_SET},
-        .share = *share};
+    struct sched_set set = {.head = sched_head(SCHED_SET), .share = *share};
     strcpy(set.name, c->name);
     if (sched_client_attached(c)) {
         autoclose int fd = daemon_connect(c, err);

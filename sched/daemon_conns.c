@@ -49,15 +49,9 @@ void conn_send(struct sched_daemon *d, struct conn *conn, const void *msg, size_
         conn_close(d, conn);
 }
 
-struct sched_head head_of(enum sched_msg_type type)
-{
-    return (struct sched_head) {
-        .magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = (uint16_t)type};
-}
-
 static void answer_error(struct sched_daemon *d, struct conn *conn, const struct error *err)
 {
-    struct sched_error msg = {.head = head_of(SCHED_ERROR), .code = err->code};
+    struct sched_error msg = {.head = sched_head(SCHED_ERROR), .code = err->code};
     snprintf(msg.text, sizeof(msg.text), "%.*s", SCHED_TEXT_MAX - 1, err->text);
     conn_send(d, conn, &msg, sizeof(msg), NULL, 0);
 }
@@ -65,7 +59,7 @@ static void answer_error(struct sched_daemon *d, struct conn *conn, const struct
 static void answer_document(struct sched_daemon *d, struct conn *conn, const struct sched_ask *ask)
 {
     struct error err;
-    const struct sched_head head = head_of(SCHED_DOCUMENT);
+    const struct sched_head head = sched_head(SCHED_DOCUMENT);
     autoclose int fd = memfd_create("ferry-sched", MFD_CLOEXEC);
     int ret = fd < 0 ? -errno : 0;
     if (!ret && ask->head.type == SCHED_TRACE) {
@@ -88,7 +82,7 @@ static void answer_document(struct sched_daemon *d, struct conn *conn, const str
 static void request(struct sched_daemon *d, struct conn *conn, union sched_msg *msg)
 {
     struct error err;
-    const struct sched_head ok = head_of(SCHED_OK);
+    const struct sched_head ok = sched_head(SCHED_OK);
     int ret = 0;
     switch (msg->head.type) {
     case SCHED_REGISTER:

@@ -146,7 +146,6 @@ void conn_ready(struct sched_daemon *d, struct conn *conn);
 void conns_sweep(struct sched_daemon *d); // frees the dead ones, when no event refers to them
 void conn_send(struct sched_daemon *d, struct conn *conn, const void *msg, size_t size,
                const int *fds, unsigned nr);
-struct sched_head head_of(enum sched_msg_type type);
 
 // daemon_vms.c
 // Answers by itself; an error is the caller's to answer.

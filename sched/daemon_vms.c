@@ -263,7 +263,7 @@ int vm_register(struct sched_daemon *d, struct conn *conn, struct sched_register
         return ret;
     }
     trace_name_set(d, vm);
-    const struct sched_registered answer = {.head = head_of(SCHED_REGISTERED),
+    const struct sched_registered answer = {.head = sched_head(SCHED_REGISTERED),
                                             .slice_us =
                                                 (uint32_t)(d->credit.params.slice_ns / 1000)};
     const int fds[2] = {page, vm->bell};
@@ -299,7 +299,7 @@ int vm_set(struct sched_daemon *d, struct conn *conn, const struct sched_set *ms
         return ret;
     vm->share = share;
     // The VM remembers it for the next daemon.
-    const struct sched_set news = {.head = head_of(SCHED_SET), .share = share};
+    const struct sched_set news = {.head = sched_head(SCHED_SET), .share = share};
     conn_send(d, vm->conn, &news, sizeof(news), NULL, 0);
     return 0;
 }

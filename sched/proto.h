@@ -58,6 +58,11 @@ struct sched_head {
     uint16_t type;
 };
 
+static inline struct sched_head sched_head(unsigned type)
+{
+    return (struct sched_head) {SCHED_MAGIC, SCHED_VERSION, (uint16_t)type};
+}
+
 // pCPUs by number, one bit each. All zero: no preference.
 struct sched_mask {
     uint64_t bits[SCHED_MASK_WORDS];

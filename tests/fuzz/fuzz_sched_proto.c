@@ -313,11 +313,6 @@ static bool client_receive(struct client *c)
 
 // --- what the input tells them to do
 
-static struct sched_head head_of(unsigned type)
-{
-    return (struct sched_head) {SCHED_MAGIC, SCHED_VERSION, (uint16_t)type};
-}
-
 static void share_take(struct input *in, struct sched_share *share)
 {
     *share = (struct sched_share) {.has = take_byte(in)};
@@ -330,7 +325,7 @@ static void share_take(struct input *in, struct sched_share *share)
 
 static void client_register(struct input *in, struct client *c)
 {
-    struct sched_register reg = {.head = head_of(SCHED_REGISTER)};
+    struct sched_register reg = {.head = sched_head(SCHED_REGISTER)};
     unsigned user = take_byte(in);
     reg.name[0] = (char)take_byte(in);
     share_take(in, &reg.share);
@@ -345,7 +340,7 @@ static void client_register(struct input *in, struct client *c)
 
 static void client_set(struct input *in, struct client *c)
 {
-    struct sched_set set = {.head = head_of(SCHED_SET)};
+    struct sched_set set = {.head = sched_head(SCHED_SET)};
     unsigned user = take_byte(in);
     set.name[0] = (char)take_byte(in);
     share_take(in, &set.share);
@@ -356,7 +351,7 @@ static void client_ask(struct input *in, struct client *c)
 {
     static const uint16_t types[] = {SCHED_STATUS, SCHED_TRACE, SCHED_CONFINE};
     unsigned type = types[take_byte(in) % ARRAY_SIZE(types)];
-    struct sched_ask ask = {.head = head_of(type), .last_ms = take_byte(in)};
+    struct sched_ask ask = {.head = sched_head(type), .last_ms = take_byte(in)};
     client_send(c, &ask, sched_msg_size(type), take_byte(in), 0);
 }
 
@@ -369,7 +364,7 @@ static void client_raw(struct input *in, struct client *c)
         size = take_byte(in);
     take(in, &msg, size);
     if (fds & 128)
-        msg.head = head_of(msg.head.type % (SCHED_TYPES + 1));
+        msg.head = sched_head(msg.head.type % (SCHED_TYPES + 1));
     client_send(c, &msg, size, user, fds);
 }
 
@@ -548,7 +543,7 @@ static void say(struct input *in, int fd, unsigned type, int with)
     if (how & 2)
         take(in, &msg, size);
     if (!(how & 4))
-        msg.head = head_of(type);
+        msg.head = sched_head(type);
     _Alignas(struct cmsghdr) char control[CMSG_SPACE(2 * sizeof(int))] = {0};
     struct iovec iov = {&msg, size};
     struct msghdr hdr = {.msg_iov = &iov, .msg_iovlen = 1};

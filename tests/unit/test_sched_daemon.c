@@ -280,8 +280,7 @@ static int own_cpu(unsigned n)
 
 static bool answers(void)
 {
-    const struct sched_ask ask = {
-        .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_STATUS}};
+    const struct sched_ask ask = {.head = sched_head(SCHED_STATUS)};
     struct error err;
     int fd;
     if (sched_call(sock, &ask, sizeof(ask), SCHED_DOCUMENT, &fd, &err))
@@ -325,8 +324,7 @@ static void daemon_kill(pid_t pid)
 
 static json_t *status(void)
 {
-    const struct sched_ask ask = {
-        .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_STATUS}};
+    const struct sched_ask ask = {.head = sched_head(SCHED_STATUS)};
     struct error err;
     int fd;
     ck_assert_msg(!sched_call(sock, &ask, sizeof(ask), SCHED_DOCUMENT, &fd, &err), "%s", err.text);
@@ -451,9 +449,7 @@ static int raw(void)
 static struct sched_register reg_good(const char *name)
 {
     struct sched_register reg = {
-        .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_REGISTER},
-        .nr_vcpus = 1,
-        .signal = (uint32_t)SIGRTMIN};
+        .head = sched_head(SCHED_REGISTER), .nr_vcpus = 1, .signal = (uint32_t)SIGRTMIN};
     strcpy(reg.name, name);
     reg.tids[0] = (int32_t)getpid();
     return reg;
@@ -478,8 +474,8 @@ START_TEST(confined)
     struct fake f;
     struct error err;
     const struct sched_share share = {.has = SCHED_HAS_WEIGHT, .weight = 9};
-    struct sched_set set = {.head = {SCHED_MAGIC, SCHED_VERSION, SCHED_SET}, .share = share};
-    const struct sched_ask status = {.head = {SCHED_MAGIC, SCHED_VERSION, SCHED_STATUS}};
+    struct sched_set set = {.head = sched_head(SCHED_SET), .share = share};
+    const struct sched_ask status = {.head = sched_head(SCHED_STATUS)};
     struct sched_register reg = reg_good("mine");
     pid_t d = daemon_start(true);
     signal(SIGRTMIN, on_kick);
@@ -520,7 +516,7 @@ START_TEST(users)
     ck_assert(!chmod(dir, 0755));
     pid_t user = fork();
     if (!user) {
-        struct sched_set set = {.head = {SCHED_MAGIC, SCHED_VERSION, SCHED_SET},
+        struct sched_set set = {.head = sched_head(SCHED_SET),
                                 .share = {.has = SCHED_HAS_WEIGHT, .weight = 700}};
         signal(SIGRTMIN, on_kick);
         ck_assert(!setresuid(12345, 12345, 12345));
@@ -615,8 +611,8 @@ static double middle_ms(uint64_t *values, unsigned nr)
     return (double)values[nr / 2] / 1e6;
 }
 
-// One that sleeps for moments, with turns: now and then it is awake again before the daemon has done
-// with its going to sleep. It must not lose its turn over that, and nobody else knows.
+// One that sleeps for moments, with turns: now and then it is awake again before the daemon has
+// done with its going to sleep. It must not lose its turn over that, and nobody else knows.
 START_TEST(moments)
 {
     struct fake f;
@@ -811,9 +807,7 @@ START_TEST(malformed)
     REFUSED((reg.share.has = SCHED_HAS_AFFINITY, reg.share.hard.bits[15] = 1ull << 63),
             "pCPUs 1023 are not scheduled here");
     REFUSED(reg.share.has = 64, "fields");
-    const struct sched_set set = {
-        .head = {.magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = SCHED_SET},
-        .name = "nobody"};
+    const struct sched_set set = {.head = sched_head(SCHED_SET), .name = "nobody"};
     refused(&set, sizeof(set), "no VM named 'nobody'");
     ck_assert_uint_eq(vms_there(), 0);
     daemon_kill(d);

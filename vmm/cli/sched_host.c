@@ -339,15 +339,9 @@ int cli_sched_daemon(int argc, char **argv)
 
 // --- status, top
 
-static struct sched_head head_of(enum sched_msg_type type)
-{
-    return (struct sched_head) {
-        .magic = SCHED_MAGIC, .version = SCHED_VERSION, .type = (uint16_t)type};
-}
-
 static int status_get(const struct args *a, json_t **out, struct error *err)
 {
-    const struct sched_ask ask = {.head = head_of(SCHED_STATUS)};
+    const struct sched_ask ask = {.head = sched_head(SCHED_STATUS)};
     autoclose int fd = -1;
     int ret = sched_call(a->socket, &ask, sizeof(ask), SCHED_DOCUMENT, &fd, err);
     if (ret)
@@ -552,7 +546,7 @@ int cli_sched_set(int argc, char **argv)
 {
     struct args a;
     struct error err;
-    struct sched_set set = {.head = head_of(SCHED_SET)};
+    struct sched_set set = {.head = sched_head(SCHED_SET)};
     int ret = parse(argc, argv, FOR_SET, 2, 4,
                     "ferry sched set VM weight=N cap=PERCENT affinity=PCPUS [--socket PATH]\n\n"
                     "Changes what is named, within a slice; the VM keeps it for the next daemon.\n"
@@ -613,7 +607,7 @@ static int trace_read(int fd, struct trace *t, struct error *err)
 
 static int trace_get(const struct args *a, struct trace *t, struct error *err)
 {
-    const struct sched_ask ask = {.head = head_of(SCHED_TRACE), .last_ms = (uint32_t)a->last_ms};
+    const struct sched_ask ask = {.head = sched_head(SCHED_TRACE), .last_ms = (uint32_t)a->last_ms};
     autoclose int fd = -1;
     *t = (struct trace) {0};
     int ret = sched_call(a->socket, &ask, sizeof(ask), SCHED_DOCUMENT, &fd, err);
