@@ -7,10 +7,9 @@
 //  - `log` holds all records, and wakes nobody;
 //  - `out` wakes the poller when the thread goes to sleep (the tracepoint sched_switch; where there
 //    is none, also when it is preempted);
-//  - `in` wakes it whenever it gets on a CPU, or off it. Only listened to while the thread sleeps:
-//  a
-//    poller that wakes on the watched thread's own CPU drives it away and so makes the next record,
-//    for ever.
+//  - `in` wakes it whenever it gets on a CPU, or off it. Only while the thread sleeps: a poller
+//    that wakes on the watched thread's own CPU drives it away and so makes the next record, for
+//    ever.
 // Without the right to open those (CAP_PERFMON), /proc/<pid>/task/<tid> is read instead, which must
 // be asked for again and again (sched_watch_polls).
 #pragma once
