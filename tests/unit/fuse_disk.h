@@ -284,14 +284,15 @@ static inline struct fuse_disk *fuse_disk_new(uint64_t size)
     pthread_mutexattr_setpshared(&shared, PTHREAD_PROCESS_SHARED);
     pthread_mutex_init(&d->lock, &shared);
     pid_t parent = getpid();
-    d->server = fork();
-    ck_assert_int_ge(d->server, 0);
-    if (!d->server) {
+    pid_t server = fork(); // not to `d` at once: both write there
+    ck_assert_int_ge(server, 0);
+    if (!server) {
         prctl(PR_SET_PDEATHSIG, SIGKILL);
         if (getppid() == parent)
             disk_server(d);
         _exit(0);
     }
+    d->server = server;
     close(d->fd);
     return d;
 }
