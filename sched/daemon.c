@@ -17,6 +17,7 @@
 #include <sys/un.h>
 
 #include "sched/daemon_internal.h"
+#include "vmm/bitmap.h"
 #include "vmm/listen.h"
 #include "vmm/util.h"
 
@@ -152,10 +153,10 @@ static int pcpus_choose(struct sched_daemon *d, struct error *err)
     cpu_set_t own;
     if (sched_getaffinity(0, sizeof(own), &own))
         return error_errno(err, "sched_getaffinity");
-    bool all = mask_empty(&d->config.pcpus);
+    bool all = !bitmap_count(d->config.pcpus.bits, SCHED_PCPUS_MAX);
     unsigned nr = 0;
     for (unsigned cpu = 0; cpu < SCHED_PCPUS_MAX; cpu++) {
-        if (!all && !mask_has(&d->config.pcpus, cpu))
+        if (!all && !bitmap_test(d->config.pcpus.bits, cpu))
             continue;
         bool usable = cpu < CPU_SETSIZE && CPU_ISSET(cpu, &own);
         if (!all && !usable)

@@ -123,19 +123,6 @@ static inline uint64_t now_of(const struct sched_daemon *d)
     return d->config.clock ? d->config.clock() : time_ns();
 }
 
-static inline bool mask_empty(const struct sched_mask *mask)
-{
-    for (unsigned i = 0; i < SCHED_MASK_WORDS; i++)
-        if (mask->bits[i])
-            return false;
-    return true;
-}
-
-static inline bool mask_has(const struct sched_mask *mask, unsigned cpu)
-{
-    return mask->bits[cpu / 64] >> cpu % 64 & 1;
-}
-
 // daemon.c
 // Waits for an event or the next deadline, and does what is due: 0; 1 when it was told to stop.
 int daemon_turn(struct sched_daemon *d, struct error *err);

@@ -12,6 +12,7 @@
 #include "sched/client.h"
 #include "sched/daemon_internal.h"
 #include "sched/threads.h"
+#include "vmm/bitmap.h"
 #include "vmm/util.h"
 
 // --- shares
@@ -25,10 +26,10 @@ static int mask_map(struct sched_daemon *d, const struct sched_mask *mask, uint6
     *out = 0;
     for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++) {
         unsigned cpu = (unsigned)d->cpus[p];
-        *out |= (uint64_t)mask_has(mask, cpu) << p;
-        rest.bits[cpu / 64] &= ~(1ull << cpu % 64);
+        *out |= (uint64_t)bitmap_test(mask->bits, cpu) << p;
+        bitmap_clear(rest.bits, cpu);
     }
-    if (mask_empty(&rest))
+    if (!bitmap_count(rest.bits, SCHED_PCPUS_MAX))
         return 0;
     struct sched_mask all = report_mask(d, d->credit.online);
     return error_set(err, -EINVAL, "affinity: pCPUs %s are not scheduled here, which are %s",

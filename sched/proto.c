@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "sched/client.h"
+#include "vmm/bitmap.h"
 #include "vmm/util.h"
 
 enum { WEIGHT_MAX = 65535, CAP_MAX = SCHED_VCPUS_MAX * 100 };
@@ -79,7 +80,7 @@ static const char *mask_parse(const char *text, struct sched_mask *mask)
         if (first > last || last >= SCHED_PCPUS_MAX)
             return NULL;
         for (unsigned long i = first; i <= last; i++)
-            mask->bits[i / 64] |= 1ull << i % 64;
+            bitmap_set(mask->bits, i);
         text = end;
     } while (*text == ',' && *++text);
     return *text && *text != '/' ? NULL : text;
@@ -134,9 +135,9 @@ const char *sched_mask_text(const struct sched_mask *mask, char *text)
     size_t len = 0;
     for (unsigned i = 0, last; i < SCHED_PCPUS_MAX && len < SCHED_TEXT_MAX - 16; i = last + 1) {
         last = i;
-        if (!(mask->bits[i / 64] >> i % 64 & 1))
+        if (!bitmap_test(mask->bits, i))
             continue;
-        while (last + 1 < SCHED_PCPUS_MAX && mask->bits[(last + 1) / 64] >> (last + 1) % 64 & 1)
+        while (last + 1 < SCHED_PCPUS_MAX && bitmap_test(mask->bits, last + 1))
             last++;
         len += (size_t)snprintf(text + len, SCHED_TEXT_MAX - len, i == last ? "%s%u" : "%s%u-%u",
                                 len ? "," : "", i, last);

@@ -7,6 +7,7 @@
 
 #include "sched/client.h"
 #include "sched/daemon_internal.h"
+#include "vmm/bitmap.h"
 #include "vmm/probe.h"
 #include "vmm/util.h"
 
@@ -53,7 +54,7 @@ struct sched_mask report_mask(const struct sched_daemon *d, uint64_t pcpus)
     struct sched_mask mask = {0};
     for (unsigned p = 0; p < d->credit.params.nr_pcpus; p++)
         if (pcpus >> p & 1)
-            mask.bits[d->cpus[p] / 64] |= 1ull << d->cpus[p] % 64;
+            bitmap_set(mask.bits, (unsigned)d->cpus[p]);
     return mask;
 }
 

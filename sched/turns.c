@@ -40,6 +40,13 @@ static void grant(struct sched_vcpu *v, enum sched_grant word)
     atomic_store(&v->slot->grant, word);
 }
 
+// ... and wakes it.
+static void grant_now(struct sched_vcpu *v, enum sched_grant word)
+{
+    grant(v, word);
+    syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
 static void policy(struct sched_vcpu *v, enum sched_policy wanted)
 {
     if (v->policy != wanted && !sched_policy_set(v->watch.tid, wanted))
@@ -181,8 +188,7 @@ static void turn_begin(struct sched_daemon *d, struct sched_vcpu *v, unsigned pc
         policy(v, SCHED_POLICY_PLAIN);
     sched_watch_listen(&v->watch, WAKES_OUT);
     atomic_store(&v->slot->wait_ns, v->credit.wait_ns);
-    grant(v, GRANT_RUN);
-    syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+    grant_now(v, GRANT_RUN);
     v->granted_ns = now_of(d);
     v->revoked = v->woken = false;
     v->brief_until_ns = 0;
@@ -412,16 +418,22 @@ static void discipline(struct sched_daemon *d, struct sched_vcpu *v, uint64_t no
     v->loose_since_ns = now;
 }
 
+// `op` of epoll_ctl(2), for what tells of the thread; no more than looks, where nothing does.
+static void vcpu_events(struct sched_daemon *d, struct sched_vcpu *v, int op)
+{
+    struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &v->source};
+    if (sched_watch_polls(&v->watch))
+        return;
+    epoll_ctl(d->epoll_fd, op, v->watch.out.fd, &ev);
+    epoll_ctl(d->epoll_fd, op, v->watch.in.fd, &ev);
+}
+
 void vm_unlisten(struct sched_daemon *d, struct sched_vm *vm)
 {
     vm->quiet = true;
     epoll_ctl(d->epoll_fd, EPOLL_CTL_DEL, vm->bell, NULL);
-    for (unsigned i = 0; i < vm->nr; i++) {
-        if (sched_watch_polls(&vm->vcpus[i].watch))
-            continue;
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_DEL, vm->vcpus[i].watch.out.fd, NULL);
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_DEL, vm->vcpus[i].watch.in.fd, NULL);
-    }
+    for (unsigned i = 0; i < vm->nr; i++)
+        vcpu_events(d, &vm->vcpus[i], EPOLL_CTL_DEL);
 }
 
 static void vm_listen(struct sched_daemon *d, struct sched_vm *vm)
@@ -429,14 +441,9 @@ static void vm_listen(struct sched_daemon *d, struct sched_vm *vm)
     vm->quiet = false;
     struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &vm->source};
     epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, vm->bell, &ev);
-    for (unsigned i = 0; i < vm->nr; i++) {
-        struct sched_vcpu *v = &vm->vcpus[i];
-        if (!v->present || sched_watch_polls(&v->watch))
-            continue;
-        ev.data.ptr = &v->source;
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.out.fd, &ev);
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.in.fd, &ev);
-    }
+    for (unsigned i = 0; i < vm->nr; i++)
+        if (vm->vcpus[i].present)
+            vcpu_events(d, &vm->vcpus[i], EPOLL_CTL_ADD);
 }
 
 void turns_tick(struct sched_daemon *d, uint64_t now)
@@ -488,11 +495,7 @@ void vcpu_begin(struct sched_daemon *d, struct sched_vcpu *v, uint64_t now)
     v->loose_since_ns = now;
     grant(v, GRANT_WAIT);
     credit_vcpu_add(&d->credit, &v->vm->credit, &v->credit, v->index, now);
-    struct epoll_event ev = {.events = EPOLLIN, .data.ptr = &v->source};
-    if (!sched_watch_polls(&v->watch)) {
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.out.fd, &ev);
-        epoll_ctl(d->epoll_fd, EPOLL_CTL_ADD, v->watch.in.fd, &ev);
-    }
+    vcpu_events(d, v, EPOLL_CTL_ADD);
     if (v->watch.asleep)
         sched_watch_listen(&v->watch, WAKES_OUT_IN);
     vcpu_look(d, v, now);
@@ -506,8 +509,7 @@ void vcpu_leave(struct sched_daemon *d, struct sched_vcpu *v)
             if (d->holder[p] == v)
                 d->holder[p] = NULL;
         credit_vcpu_remove(&d->credit, &v->credit, now_of(d));
-        grant(v, GRANT_FREE);
-        syscall(SYS_futex, &v->slot->grant, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+        grant_now(v, GRANT_FREE);
     }
     v->present = v->woken = false;
     sched_watch_close(&v->watch);

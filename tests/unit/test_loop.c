@@ -350,22 +350,32 @@ static void ring_again(struct loop_watch *watch, uint32_t revents)
         loop_stop(watch->loop);
 }
 
+static void ringer_open(struct reader *r, struct loop *loop)
+{
+    struct error err;
+    ck_assert_int_eq(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, r->fds), 0);
+    ck_assert(!loop_watch(loop, &r->watch, r->fds[0], POLLIN, ring_again, &err));
+}
+
+static void ringer_end(struct reader *r, struct loop *loop)
+{
+    loop_unwatch(&r->watch, NULL);
+    loop_destroy(loop);
+    close(r->fds[0]);
+    close(r->fds[1]);
+}
+
 // As a guest does that keeps its device busy. Checked: it hangs when a turn takes all completions
 // that come meanwhile.
 START_TEST(stop_while_always_busy)
 {
     struct loop *loop = loop_new();
-    struct error err;
     struct reader r = {.stop_after = 100};
-    ck_assert_int_eq(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, r.fds), 0);
-    ck_assert(!loop_watch(loop, &r.watch, r.fds[0], POLLIN, ring_again, &err));
+    ringer_open(&r, loop);
     ck_assert_int_eq(write(r.fds[1], "x", 1), 1);
     run(loop);
     ck_assert_uint_ge(r.calls, r.stop_after);
-    loop_unwatch(&r.watch, NULL);
-    loop_destroy(loop);
-    close(r.fds[0]);
-    close(r.fds[1]);
+    ringer_end(&r, loop);
 }
 END_TEST
 
@@ -382,7 +392,6 @@ static void stop_by_signal(int sig)
 START_TEST(signals_while_it_waits)
 {
     sigset_t set, waiting;
-    struct error err;
     struct reader r = {.stop_after = 100000000};
     signalled = loop_new();
     signal(SIGUSR1, stop_by_signal);
@@ -390,17 +399,13 @@ START_TEST(signals_while_it_waits)
     sigaddset(&set, SIGUSR1);
     ck_assert(!sigprocmask(SIG_BLOCK, &set, &waiting));
     signalled->waiting = &waiting;
-    ck_assert_int_eq(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, r.fds), 0);
-    ck_assert(!loop_watch(signalled, &r.watch, r.fds[0], POLLIN, ring_again, &err));
+    ringer_open(&r, signalled);
     if (_i)
         ck_assert_int_eq(write(r.fds[1], "x", 1), 1);
     raise(SIGUSR1);
     run(signalled);
     ck_assert_uint_lt(r.calls, r.stop_after);
-    loop_unwatch(&r.watch, NULL);
-    loop_destroy(signalled);
-    close(r.fds[0]);
-    close(r.fds[1]);
+    ringer_end(&r, signalled);
 }
 END_TEST
 

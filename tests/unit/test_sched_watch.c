@@ -36,16 +36,19 @@ static void *sleeper_main(void *arg)
     }
 }
 
-static void sleeper_start(struct sleeper *s)
+static void sleeper_start(struct sleeper *s, struct sched_watch *w)
 {
+    struct error err;
     sem_init(&s->go, 0, 0);
     sem_init(&s->done, 0, 0);
     ck_assert_int_eq(pthread_create(&s->thread, NULL, sleeper_main, s), 0);
     sem_wait(&s->done);
+    ck_assert_int_eq(sched_watch_open(w, getpid(), s->tid, true, &err), 0);
 }
 
-static void sleeper_end(struct sleeper *s)
+static void sleeper_end(struct sleeper *s, struct sched_watch *w)
 {
+    sched_watch_close(w);
     s->naps = 0;
     sem_post(&s->go);
     pthread_join(s->thread, NULL);
@@ -73,9 +76,7 @@ START_TEST(lost_records)
 {
     struct sleeper s = {.naps = 400};
     struct sched_watch w;
-    struct error err;
-    sleeper_start(&s);
-    ck_assert_int_eq(sched_watch_open(&w, getpid(), s.tid, true, &err), 0);
+    sleeper_start(&s, &w);
     printf(sched_watch_polls(&w) ? "by /proc: no records to be had here\n" : "by records\n");
     uint64_t now = time_ns();
     for (unsigned extra = 0; extra < 4; extra++) {
@@ -93,8 +94,7 @@ START_TEST(lost_records)
         ck_assert_uint_eq(sched_watch_cpu(&w, now + 1000 * MS), said);
         ck_assert_uint_le(said, cpu_of(s.thread) + 100 * MS); // some naps are taken for work
     }
-    sched_watch_close(&w);
-    sleeper_end(&s);
+    sleeper_end(&s, &w);
 }
 END_TEST
 
@@ -104,9 +104,7 @@ START_TEST(exact)
 {
     struct sleeper s = {.naps = 1};
     struct sched_watch w;
-    struct error err;
-    sleeper_start(&s);
-    ck_assert_int_eq(sched_watch_open(&w, getpid(), s.tid, true, &err), 0);
+    sleeper_start(&s, &w);
     for (unsigned i = 0; i < 500; i++) {
         sem_post(&s.go);
         sem_wait(&s.done);
@@ -120,8 +118,7 @@ START_TEST(exact)
            ((long long)before - (long long)cpu_of(s.thread)) / 1000);
     if (!sched_watch_polls(&w))
         ck_assert_uint_eq(sched_watch_cpu(&w, now + 1100 * MS), cpu_of(s.thread));
-    sched_watch_close(&w);
-    sleeper_end(&s);
+    sleeper_end(&s, &w);
 }
 END_TEST
 

@@ -79,7 +79,7 @@ static void signal_ready(struct loop_watch *watch, uint32_t revents)
 
 // Not a signalfd: whoever waits for one is woken by every signal of the process, so at each end of
 // a vCPU's turn.
-static int signal_told = -1;
+static int signal_told;
 
 static void signal_received(int sig)
 {
@@ -114,15 +114,13 @@ static int signals_watch(struct session *s, struct error *err)
     return loop_watch(s->loop, &s->signals, s->signal_fd, POLLIN, signal_ready, err);
 }
 
+// The loop is gone, and the signals stay blocked: nobody writes any more.
 static void signals_close(struct session *s)
 {
-    const int fds[] = {s->signal_fd, signal_told};
     if (s->signal_fd < 0)
         return;
-    signal_told = -1;
-    for (unsigned i = 0; i < ARRAY_SIZE(fds); i++)
-        if (fds[i] >= 0)
-            close(fds[i]);
+    close(s->signal_fd);
+    close(signal_told);
 }
 
 static void reboot_call(struct session *s);
